@@ -1,0 +1,42 @@
+"""GLUE's metrics. Each takes predictions and gold labels, two sequences of equal length, and returns a float.
+
+Correlations of a constant are 0 by definition here, as in scikit-learn's Matthews.
+"""
+
+import numpy as np
+
+
+def accuracy(predicted, gold):
+    return float(np.mean(np.asarray(predicted) == np.asarray(gold)))
+
+
+def f1(predicted, gold):
+    """F1 of class 1: 2 tp / (2 tp + fp + fn)."""
+    predicted, gold = np.asarray(predicted) == 1, np.asarray(gold) == 1
+    hits, both = np.sum(predicted & gold), np.sum(predicted) + np.sum(gold)
+    return float(2 * hits / both) if both else 0.0
+
+
+def pearson(predicted, gold):
+    """Covariance over the product of deviations."""
+    x, y = (np.asarray(v, dtype=np.float64) - np.mean(v, dtype=np.float64) for v in (predicted, gold))
+    scale = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / scale) if scale else 0.0
+
+
+def matthews(predicted, gold):
+    """Matthews' correlation of two binary labellings is their Pearson correlation."""
+    return pearson(predicted, gold)
+
+
+def spearman(predicted, gold):
+    """Pearson correlation of ranks; equal values share their mean rank."""
+
+    def ranks(values):
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+    return pearson(ranks(predicted), ranks(gold))
+
+
+METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}

@@ -1,0 +1,90 @@
+"""The encoder that the generated tasks need: RoBERTa in small, pre-trained as a masked language model on mini-GLUE.
+
+Half of the words of one sentence of a pair are hidden, so that the other sentence has to be consulted, and 30 % of a
+sentence that stands alone. Of the hidden words 55 % become <mask>, 35 % the word that another text has at that place,
+10 % stay: a model that must tell right words from plausible ones learns to compare.
+"""
+
+import hashlib
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from glue import mini
+from glue.tokens import MiniTokenizer, collate
+from tiny_transformer import MaskedLM, TinyTransformer, TransformerConfig, save_pretrained
+
+TEXTS, BATCH, STEPS, WARMUP, LR = 40_000, 64, 1400, 50, 3e-3
+
+
+def mini_config():
+    return TransformerConfig(
+        vocab_size=len(MiniTokenizer().words),
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=256,
+        max_position_embeddings=48,
+        type_vocab_size=2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.1,
+    )
+
+
+def mini_encoder(folder="runs", device="cpu"):
+    """The folder of the pre-trained encoder. It is trained on first use, in about 40 s on two cores, and kept under a
+    name that changes with everything the training depends on."""
+    recipe = repr((mini_config(), TEXTS, BATCH, STEPS, WARMUP, LR, mini.vocabulary(), mini.corpus(100)))
+    path = Path(folder) / f"mini-encoder-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
+    if not path.is_dir():
+        print(f"pre-training the tiny encoder, once; it is kept in {path}")
+        part = path.with_name(f"{path.name}.part{os.getpid()}")
+        save_pretrained(pretrain(device), part)
+        try:
+            part.rename(path)
+        except OSError:  # another run was faster
+            shutil.rmtree(part)
+    return path
+
+
+def corrupt(ids, types, tokenizer, generator):
+    """Hide words of a batch. ids, types (batch, seq) -> (ids with words hidden, mask of the places to predict)."""
+    pair = types.any(1, keepdim=True)  # (batch, 1)
+    side = torch.randint(2, (len(ids), 1), generator=generator)
+    rate = torch.where(pair, 0.5 * (types == side), torch.tensor(0.3))  # (batch, seq)
+    chance, kind = (torch.rand(ids.shape, generator=generator) for _ in range(2))
+    hidden = (chance < rate) & (ids > tokenizer.mask)  # words only
+    ids = torch.where(hidden & (kind >= 0.55) & (kind < 0.9), ids.roll(1, 0), ids)  # the next text's word there
+    return ids.masked_fill(hidden & (kind < 0.55), tokenizer.mask), hidden
+
+
+def pretrain(device="cpu", steps=STEPS):
+    """Train a new encoder; prints its progress. Returns it in eval mode."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    tokenizer = MiniTokenizer()
+    lm = MaskedLM(TinyTransformer(mini_config())).to(device)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=LR, betas=(0.9, 0.98), fused=True)
+    texts = sorted(tokenizer.encode(mini.corpus(TEXTS)), key=lambda text: len(text[0]))  # equal lengths: no padding
+    batches = [collate(texts[i : i + BATCH], tokenizer.pad) for i in range(0, TEXTS, BATCH)]
+    started, order = time.time(), []
+    for step in range(steps):
+        order = order or torch.randperm(len(batches), generator=generator).tolist()
+        ids, _, types = batches[order.pop()]
+        seen, hidden = corrupt(ids, types, tokenizer, generator)
+        for group in optimizer.param_groups:
+            group["lr"] = LR * min(1, (step + 1) / WARMUP) * (1 - step / steps)
+        states = lm.encoder(seen.to(device), token_type_ids=types.to(device))  # (batch, seq, d)
+        loss = F.cross_entropy(lm(states[hidden.to(device)]), ids[hidden].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            left = (time.time() - started) / (step + 1) * (steps - step - 1)
+            print(f"step {step + 1:4d}/{steps} | masked-word loss {loss.item():.2f} | eta {left:.0f} s", flush=True)
+    return lm.encoder.eval()

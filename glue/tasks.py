@@ -1,0 +1,109 @@
+"""The tasks: what each is scored by, what its labels are called, and how to read its official files.
+
+Official GLUE files are UTF-8 with one row a line, tab-separated, without quoting. Columns are found by name in the
+header line; CoLA alone has no header. A byte-order mark and Windows line ends are accepted.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from glue import mini
+
+BINARY, ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")
+
+
+@dataclass
+class Task:
+    folder: str
+    sentences: tuple  # names of the columns with the one or two sentences
+    label: str  # name of the label's column
+    labels: tuple  # the labels as they stand in the file, in the order of their numbers; empty for a score 0 to 5
+    metric: str  # what `score` reports
+    also: str = ""  # a second metric that GLUE reports
+    dev: str = "dev.tsv"
+    header: tuple = ()  # the columns of a file without a header line
+
+    @property
+    def num_labels(self):
+        return len(self.labels) or 1
+
+
+TASKS = {
+    "cola": Task("CoLA", ("sentence",), "label", BINARY, "matthews", header=("source", "label", "star", "sentence")),
+    "sst2": Task("SST-2", ("sentence",), "label", BINARY, "accuracy"),
+    "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", BINARY, "accuracy", "f1"),
+    "qqp": Task("QQP", ("question1", "question2"), "is_duplicate", BINARY, "accuracy", "f1"),
+    "stsb": Task("STS-B", ("sentence1", "sentence2"), "score", (), "pearson", "spearman"),
+    "mnli": Task(
+        "MNLI",
+        ("sentence1", "sentence2"),
+        "gold_label",
+        ("entailment", "neutral", "contradiction"),
+        "accuracy",
+        dev="dev_matched.tsv",
+    ),
+    "qnli": Task("QNLI", ("question", "sentence"), "label", ENTAILMENT, "accuracy"),
+    "rte": Task("RTE", ("sentence1", "sentence2"), "label", ENTAILMENT, "accuracy"),
+    "wnli": Task("WNLI", ("sentence1", "sentence2"), "label", BINARY, "accuracy"),
+}
+NAMES = [*mini.TASKS, *TASKS]
+TRAIN_ROWS, DEV_ROWS = 4000, 1000  # of a generated task
+
+
+def task_of(name):
+    """The Task of a name; a generated task shares everything but its files with the official one."""
+    return TASKS[name.removeprefix("mini-")]
+
+
+def load_task(name, folder=None):
+    """(train rows, dev rows) of a task, each row (sentence, sentence or None, label); no row is in both.
+
+    label is a class number, or a float for a score. An official task is read from `folder`, which holds GLUE's
+    folders ("CoLA", "SST-2" ...) or is one of them. Raises FileNotFoundError or ValueError with the file's line.
+    """
+    if name in mini.TASKS:
+        rows = mini.examples(name, TRAIN_ROWS + DEV_ROWS)
+        return rows[:TRAIN_ROWS], rows[TRAIN_ROWS:]
+    task = TASKS[name]
+    if folder is None:
+        raise ValueError(f"task {name} needs --data DIR, the folder that holds {task.folder}/train.tsv")
+    inner = Path(folder) / task.folder
+    where = inner if inner.is_dir() else Path(folder)
+    return read_rows(where / "train.tsv", task), read_rows(where / task.dev, task)
+
+
+def read_rows(path, task, labelled=True):
+    """The rows of one official file; `labelled=False` reads a test file, whose labels become None."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; expected GLUE's {task.folder} in its official layout")
+    lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: sentences hold odd line separators
+    table = [(i, line.rstrip("\r").split("\t")) for i, line in enumerate(lines, 1) if line.strip()]
+    header = list(task.header) or (table.pop(0)[1] if table else [])
+    wanted = [*task.sentences, *([task.label] if labelled else [])]
+    absent = [column for column in wanted if column not in header]
+    if absent:
+        raise ValueError(f"{path} has no column {', '.join(absent)}; its header is {', '.join(header) or 'empty'}")
+    columns, rows = [header.index(column) for column in wanted], []
+    for i, cells in table:
+        if len(cells) != len(header):
+            raise ValueError(f"{path}, line {i}: {len(cells)} columns, expected {len(header)} ({', '.join(header)})")
+        texts = [cells[column] for column in columns]
+        label = parse_label(texts.pop(), task, f"{path}, line {i}") if labelled else None
+        rows.append((texts[0], texts[1] if len(texts) == 2 else None, label))
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
+    return rows
+
+
+def parse_label(text, task, where):
+    if task.labels:
+        if text not in task.labels:
+            raise ValueError(f"{where}: label {text!r}, expected one of {', '.join(task.labels)}")
+        return task.labels.index(text)
+    try:
+        score = float(text)
+    except ValueError:
+        score = -1.0
+    if not 0 <= score <= 5:
+        raise ValueError(f"{where}: score {text!r}, expected a number from 0 to 5")
+    return score

@@ -1,0 +1,80 @@
+"""Words to numbers: one tokeniser for the generated tasks, and those of real checkpoints.
+
+A tokeniser has `encode(pairs, max_length)`: for rows (sentence, sentence or None, ...) it returns a list of
+(ids, type_ids), special tokens included, the longer sentence cut first where a row is longer than max_length tokens.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from glue import mini
+
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # numbers 0 to 4, as in RoBERTa but for <mask>
+
+
+class MiniTokenizer:
+    """The words of mini-GLUE: <s> first </s> second </s>, type 0 up to the first </s> and 1 after it."""
+
+    def __init__(self):
+        self.words = SPECIAL + mini.vocabulary()
+        self.ids = {word: i for i, word in enumerate(self.words)}
+        self.start, self.pad, self.stop, self.unknown, self.mask = range(len(SPECIAL))
+
+    def encode(self, rows, max_length=64):
+        return [self.encode_row(row[0], row[1], max_length) for row in rows]
+
+    def encode_row(self, first, second, max_length):
+        a, b = ([self.ids.get(word, self.unknown) for word in (text or "").split()] for text in (first, second))
+        while len(a) + len(b) + (3 if second else 2) > max_length:
+            (a if len(a) > len(b) else b).pop()
+        left, right = [self.start, *a, self.stop], [*b, self.stop] if second else []
+        return left + right, [0] * len(left) + [1] * len(right)
+
+
+class RealTokenizer:
+    """A `tokenizers.Tokenizer` with its checkpoint's special tokens already in its template."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        tokenizer.no_padding()
+
+    def encode(self, rows, max_length):
+        self.tokenizer.enable_truncation(max_length, strategy="longest_first")
+        texts = [row[0] if row[1] is None else (row[0], row[1]) for row in rows]
+        return [(e.ids, e.type_ids) for e in self.tokenizer.encode_batch(texts)]
+
+
+def load_tokenizer(folder):
+    """The tokeniser of a checkpoint folder: tokenizer.json, or vocab.json + merges.txt (byte-level BPE, RoBERTa), or
+    vocab.txt (WordPiece, BERT). Returns None if there is none of them. Needs the package tokenizers."""
+    folder = Path(folder)
+    files = ("tokenizer.json", "vocab.json", "vocab.txt")
+    found = next((file for file in files if (folder / file).is_file()), None)
+    if found is None:
+        return None
+    try:
+        import tokenizers
+    except ImportError:
+        raise FileNotFoundError(f"{folder}/{found} needs a package: pip install tokenizers") from None
+    if found == "tokenizer.json":
+        return RealTokenizer(tokenizers.Tokenizer.from_file(str(folder / found)))
+    if found == "vocab.json":
+        vocab, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
+        bpe = tokenizers.ByteLevelBPETokenizer(vocab, merges)._tokenizer
+        start, stop = (("<s>", bpe.token_to_id("<s>")), ("</s>", bpe.token_to_id("</s>")))
+        bpe.post_processor = tokenizers.processors.RobertaProcessing(stop, start, trim_offsets=True)
+        return RealTokenizer(bpe)
+    settings = folder / "tokenizer_config.json"
+    lower = json.loads(settings.read_text(encoding="utf-8")).get("do_lower_case", True) if settings.is_file() else True
+    return RealTokenizer(tokenizers.BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=lower)._tokenizer)
+
+
+def collate(encoded, pad, device="cpu"):
+    """A list of (ids, type_ids) -> input_ids, attention_mask, token_type_ids, each (batch, longest) int64."""
+    longest = max(len(ids) for ids, _ in encoded)
+    ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in encoded])
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in encoded])
+    types = torch.tensor([types + [0] * (longest - len(types)) for _, types in encoded])
+    return ids.to(device), mask.to(device), types.to(device)

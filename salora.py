@@ -1,0 +1,218 @@
+"""SaLoRA: low-rank adapters whose rank-1 triplets carry gates (Hu et al. 2023, section 3).
+
+A frozen linear map W (d, k) gets an update of r triplets: column B[:, i], gate g[i], row A[i, :].
+
+    h = W x + (alpha / r0) B diag(g) A x        Eqs. (3) and (5); r0 is the rank at creation
+
+`adapt` puts such layers into any model, `orthogonality` keeps the triplets independent (Eq. 9), `canonicalize` makes
+them so, `prune` removes the closed ones for good, `merge` folds the rest into W. Nothing here merges or prunes by
+itself. Left out: adapters for embeddings and convolutions, dropout inside the adapter, several adapters at once.
+"""
+
+import os
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hard_concrete import HardConcreteGate
+
+
+class SaLoRALinear(nn.Module):
+    """A frozen nn.Linear `base` (d outputs, k inputs) plus r gated triplets, scaled by alpha / r0.
+
+    A (r, k) starts as N(0, 1/k), so that E[A A^T] = I; B (d, r) starts at 0, so that at first nothing changes.
+    `r0` stays the rank at creation, and with it the scale, when pruning makes `r` smaller.
+    Raises ValueError if base is not an nn.Linear or r < 1.
+    """
+
+    def __init__(self, base, r, alpha):
+        super().__init__()
+        if type(base) is not nn.Linear:  # a subclass may bypass forward, as the one in nn.MultiheadAttention does
+            raise ValueError(f"only nn.Linear can be adapted, got {type(base).__name__}; leave it out of the targets")
+        if r < 1:
+            raise ValueError(f"rank must be at least 1, got {r}")
+        d, k = base.weight.shape
+        self.base = base.requires_grad_(False)
+        self.A = nn.Parameter(torch.randn(r, k).to(base.weight) / k**0.5)  # drawn on the CPU: one seed, one start
+        self.B = nn.Parameter(base.weight.new_zeros(d, r))
+        self.gate = HardConcreteGate(r).to(base.weight.device)
+        self.r0, self.alpha = r, alpha
+
+    @property
+    def r(self):
+        """How many triplets are here now."""
+        return self.A.shape[0]
+
+    @property
+    def triplet_size(self):
+        """d + k: the parameters that one triplet costs."""
+        return self.A.shape[1] + self.B.shape[0]
+
+    @property
+    def scale(self):
+        return self.alpha / self.r0
+
+    def forward(self, x):
+        """x (..., k) -> (..., d)."""
+        if self.r == 0:
+            return self.base(x)
+        B = self.B * (self.scale * self.gate()).to(self.B.dtype)  # (d, r)  the gate costs d r, not tokens x r
+        return self.base(x) + F.linear(F.linear(x, self.A), B)  # Eq. (5)
+
+    def delta(self):
+        """The update of W (d, k) with settled gates: (alpha / r0) B diag(g) A."""
+        return self.scale * (self.B * self.gate.settled().to(self.B.dtype)) @ self.A
+
+    def extra_repr(self):
+        return f"r={self.r}, r0={self.r0}, alpha={self.alpha}"
+
+
+def adapt(model, targets, r=8, alpha=16):
+    """Freeze the model and replace, in place, every nn.Linear that a target names by a SaLoRALinear.
+
+    targets: names or name suffixes ("query", "layers.0.query"), or regular expressions for the whole name.
+    Parts that should train beside the adapters, such as a classifier head, are to be unfrozen afterwards.
+    Returns the model. Raises ValueError for a target without a match or with none but other kinds of module.
+    """
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    inside = {id(layer.base) for layer in salora_layers(model).values()}
+    modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name and id(m) not in inside}
+    linears = [name for name, m in modules.items() if isinstance(m, nn.Linear)]
+    chosen = {}
+    for target in targets:
+        hits = [n for n in modules if n == target or n.endswith("." + target) or re.fullmatch(target, n)]
+        found = [n for n in hits if n in linears]
+        if not found:
+            kinds = sorted({type(modules[n]).__name__ for n in hits})
+            matched = f"matches only {', '.join(kinds)}" if hits else "matches no module"
+            names = sorted({n.rsplit(".", 1)[-1] for n in linears}) or ["none"]
+            raise ValueError(f"target {target!r} {matched}; nn.Linear layers here: {', '.join(names)}")
+        chosen.update({id(modules[n]): modules[n] for n in found})
+    model.requires_grad_(False)
+    return _replace(model, {key: SaLoRALinear(linear, r, alpha) for key, linear in chosen.items()})
+
+
+def _replace(model, new):
+    """Put new[id(m)] in the place of every submodule m that has one, wherever it is used. Returns the model."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():  # not named_children: that skips a module's second name
+            if id(child) in new:
+                setattr(parent, name, new[id(child)])
+    return new.get(id(model), model)
+
+
+def salora_layers(model):
+    """{name: SaLoRALinear} in the order of the model; a layer used in two places appears once."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, SaLoRALinear)}
+
+
+def orthogonality(layers):
+    """Eq. (9): the sum over layers of ||B^T B - I||^2_F + ||A A^T - I||^2_F. A scalar with gradient."""
+    total = 0.0
+    for layer in layers:
+        eye = torch.eye(layer.r, dtype=layer.A.dtype, device=layer.A.device)
+        total = total + (layer.B.T @ layer.B - eye).square().sum() + (layer.A @ layer.A.T - eye).square().sum()
+    return total
+
+
+@torch.no_grad()
+def canonicalize(layer):
+    """Rotate the triplets of one layer, in place, into the singular basis of B A, largest first (not in the paper).
+
+    B <- U S^1/2 and A <- S^1/2 V^T with U S V^T = B A, so the product is unchanged while columns of B and rows of A
+    become orthogonal: a gate then decides about one singular direction. Gates are ignored: call it where they are 1.
+    A layer with B = 0 has no such basis and stays as it is.
+    """
+    if not layer.B.any():
+        return
+    (Qb, Rb), (Qa, Ra) = torch.linalg.qr(layer.B), torch.linalg.qr(layer.A.T)  # B = Qb Rb, A^T = Qa Ra
+    U, S, Vt = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)  # the r x r heart of B A = Qb (Rb Ra^T) Qa^T
+    n = len(S)  # min(r, d, k): triplets beyond it add nothing
+    layer.B.zero_()[:, :n] = Qb @ U * S.sqrt()  # (d, n)
+    layer.A.zero_()[:n] = S.sqrt()[:, None] * (Vt @ Qa.T)  # (n, k)
+
+
+@torch.no_grad()
+def prune(layer):
+    """Remove, in place, the triplets of one layer whose settled gate is 0; its outputs in eval mode do not change.
+
+    Returns the indices (r',) of the triplets that stay, to slice optimiser state with. A second call removes nothing.
+    A, B and log_theta become new, smaller parameters.
+    """
+    gate = layer.gate
+    kept = gate.settled().nonzero().flatten()
+    layer.A, layer.B = nn.Parameter(layer.A[kept]), nn.Parameter(layer.B[:, kept])
+    gate.log_theta, gate.u = nn.Parameter(gate.log_theta[kept]), gate.u[kept]
+    gate.fixed = None if gate.fixed is None else gate.fixed[kept]
+    return kept
+
+
+@torch.no_grad()
+def merge(model):
+    """Fold every update into its frozen weight, in place; returns the model, with plain nn.Linear layers again.
+
+    W <- W + (alpha / r0) B diag(g) A with settled gates, so the merged model equals the gated one in eval mode.
+    """
+    layers = salora_layers(model).values()
+    for layer in layers:
+        layer.base.weight += layer.delta()
+    return _replace(model, {id(layer): layer.base for layer in layers})
+
+
+def adapter_state(model):
+    """All that training changes, as plain tensors and numbers: the triplets by layer and every other trained weight."""
+    layers = salora_layers(model)
+    inside = {id(p) for layer in layers.values() for p in layer.parameters()}
+    others = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside}
+    return {
+        "format": "salora-1",
+        "others": others,
+        "layers": {
+            name: {"r0": m.r0, "alpha": m.alpha, "A": m.A.detach(), "B": m.B.detach(),
+                   "log_theta": m.gate.log_theta.detach(), "fixed": m.gate.fixed}
+            for name, m in layers.items()
+        },
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def load_adapter_state(model, state):
+    """Give a model, plain or adapted, the layers and weights of `adapter_state`. Returns the model, otherwise frozen.
+
+    Raises ValueError, before anything changes, where a name or a shape does not fit the model.
+    """
+    if not isinstance(state, dict) or state.get("format") != "salora-1":
+        raise ValueError("not a SaLoRA adapter: no 'format': 'salora-1' in it")
+    modules, parameters, new = dict(model.named_modules()), dict(model.named_parameters()), {}
+    for name, saved in state["layers"].items():
+        old = modules.get(name)
+        base = old.base if isinstance(old, SaLoRALinear) else old
+        shape = (saved["B"].shape[0], saved["A"].shape[1])
+        if type(base) is not nn.Linear or base.weight.shape != shape:
+            raise ValueError(f"the adapter has a layer {name} of shape {shape}, but the model has {base} there")
+        new[id(old)] = layer = SaLoRALinear(base, saved["r0"], saved["alpha"]).train(old.training)
+        device = base.weight.device
+        layer.A, layer.B = nn.Parameter(saved["A"].to(device)), nn.Parameter(saved["B"].to(device))
+        layer.gate.log_theta = nn.Parameter(saved["log_theta"].to(device))
+        layer.gate.u = torch.full_like(layer.gate.log_theta, 0.5)
+        layer.gate.fixed = None if saved["fixed"] is None else saved["fixed"].to(device)
+    for name, value in state["others"].items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            raise ValueError(f"the adapter has a weight {name} of shape {tuple(value.shape)} that the model lacks")
+    model.requires_grad_(False)
+    for name, value in state["others"].items():
+        parameters[name].copy_(value).requires_grad_(True)
+    return _replace(model, new)
+
+
+def save_adapter(model, path):
+    """Write `adapter_state` to a file, whole or not at all. `base` weights are not in it."""
+    torch.save(adapter_state(model), f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def load_adapter(model, path):
+    """Read a file of `save_adapter` into a model of the same shape. Returns the model."""
+    return load_adapter_state(model, torch.load(path, map_location="cpu", weights_only=True))

@@ -1,0 +1,250 @@
+"""A RoBERTa encoder in one file, small enough to train on a laptop and exact enough to hold real checkpoints.
+
+Post-LN Transformer encoder: x = norm(x + f(x)) after attention and after the feed-forward net, exact GELU, learned
+positions that start at pad + 1. BERT is the same network: its position table gets pad + 1 unused rows in front.
+Two heads: `MaskedLM` for pre-training, `SequenceClassifier` for tasks. Left out: decoders, caches, relative positions.
+Names of parameters are ours; `hub_name` translates them to those of published checkpoints.
+"""
+
+import json
+import pickle
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class TransformerConfig:
+    """Sizes of an encoder, under the keys of a published config.json; the defaults are RoBERTa-base's."""
+
+    vocab_size: int = 50265
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 514  # rows of the table; the first pad + 1 are never used
+    type_vocab_size: int = 1
+    pad_token_id: int = 1
+    layer_norm_eps: float = 1e-5
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads")
+
+    @property
+    def max_length(self):
+        """The longest input, in tokens."""
+        return self.max_position_embeddings - self.pad_token_id - 1
+
+
+class Block(nn.Module):
+    """Self-attention and a feed-forward net, each with a residual and a LayerNorm after it."""
+
+    def __init__(self, config):
+        super().__init__()
+        d, m, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
+        self.query, self.key, self.value, self.out = (nn.Linear(d, d) for _ in range(4))
+        self.up, self.down = nn.Linear(d, m), nn.Linear(m, d)
+        self.norm1, self.norm2 = nn.LayerNorm(d, eps), nn.LayerNorm(d, eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.heads, self.attention_dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+
+    def attention(self, x, mask):
+        batch, seq, d = x.shape
+        q, k, v = (f(x).view(batch, seq, self.heads, -1).transpose(1, 2) for f in (self.query, self.key, self.value))
+        p = self.attention_dropout if self.training else 0.0
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)  # (batch, heads, seq, d / heads)
+        return self.out(h.transpose(1, 2).reshape(batch, seq, d))
+
+    def forward(self, x, mask):
+        """x (batch, seq, d), mask (batch, 1, 1, seq) True where a token may be looked at -> (batch, seq, d)."""
+        x = self.norm1(x + self.dropout(self.attention(x, mask)))
+        return self.norm2(x + self.dropout(self.down(F.gelu(self.up(x)))))
+
+
+class TinyTransformer(nn.Module):
+    """Token ids (batch, seq) -> hidden states (batch, seq, d)."""
+
+    def __init__(self, config):
+        super().__init__()
+        d = config.hidden_size
+        self.config = config
+        self.word = nn.Embedding(config.vocab_size, d, padding_idx=config.pad_token_id)
+        self.position = nn.Embedding(config.max_position_embeddings, d, padding_idx=config.pad_token_id)
+        self.token_type = nn.Embedding(config.type_vocab_size, d)
+        self.norm = nn.LayerNorm(d, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        init_weights(self, config)
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None):
+        """input_ids (batch, seq); attention_mask (batch, seq), 1 = look at it, by default all that is not padding;
+        token_type_ids (batch, seq), by default 0. Returns (batch, seq, d)."""
+        real = input_ids != self.config.pad_token_id
+        if attention_mask is None:
+            attention_mask = real
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        positions = real.cumsum(1) * real + self.config.pad_token_id  # the first token stands at pad + 1
+        x = self.word(input_ids) + self.position(positions) + self.token_type(token_type_ids)  # (batch, seq, d)
+        x = self.dropout(self.norm(x))
+        mask = attention_mask.bool()[:, None, None, :]  # (batch, 1, 1, seq)
+        for block in self.layers:
+            x = block(x, mask)
+        return x
+
+
+class SequenceClassifier(nn.Module):
+    """RoBERTa's head on the first token: dense, tanh, out_proj. One label means regression."""
+
+    def __init__(self, encoder, num_labels):
+        super().__init__()
+        d = encoder.config.hidden_size
+        self.encoder, self.num_labels = encoder, num_labels
+        self.classifier = nn.ModuleDict({"dense": nn.Linear(d, d), "out_proj": nn.Linear(d, num_labels)})
+        self.dropout = nn.Dropout(encoder.config.hidden_dropout_prob)
+        init_weights(self.classifier, encoder.config)
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None):
+        """Token ids (batch, seq) -> logits, or for one label scores, (batch, num_labels)."""
+        x = self.encoder(input_ids, attention_mask, token_type_ids)[:, 0]  # (batch, d)
+        x = torch.tanh(self.classifier["dense"](self.dropout(x)))
+        return self.classifier["out_proj"](self.dropout(x))
+
+
+class MaskedLM(nn.Module):
+    """Scores of every word at every place: dense, GELU, norm, then the transposed word embedding plus a bias."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        config = encoder.config
+        self.encoder = encoder
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        init_weights(self.dense, config)
+
+    def forward(self, x):
+        """Hidden states (..., d), all or only those of masked places -> logits (..., vocab)."""
+        return F.linear(self.norm(F.gelu(self.dense(x))), self.encoder.word.weight, self.bias)
+
+
+def init_weights(model, config):
+    """RoBERTa's start: weights normal with deviation `initializer_range`, biases and padding rows 0."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.zeros_(module.weight.data[module.padding_idx])
+
+
+HUB_NAMES = {  # ours -> the published name, a prefix "roberta." or "bert." aside
+    "word": "embeddings.word_embeddings",
+    "position": "embeddings.position_embeddings",
+    "token_type": "embeddings.token_type_embeddings",
+    "norm": "embeddings.LayerNorm",
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "out": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "norm2": "output.LayerNorm",
+}
+
+
+def hub_name(name):
+    """The published name of one of TinyTransformer's parameters: layers.3.up.bias -> encoder.layer.3.intermediate..."""
+    *front, module, kind = name.split(".")
+    return ".".join([*(["encoder", "layer", front[1]] if front else []), HUB_NAMES[module], kind])
+
+
+def load_pretrained(folder):
+    """Read config.json and model.safetensors or pytorch_model.bin of a RoBERTa- or BERT-family model.
+
+    Returns (encoder, config), in float32 and eval mode, and prints which tensors it had no use for: heads, mostly.
+    Raises FileNotFoundError for a missing file and ValueError for a foreign architecture or a tensor that is missing
+    or has another shape, by name.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no config.json in {folder}; expected the folder of a RoBERTa or BERT checkpoint")
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for key, allowed in SUPPORTED.items():
+        if raw.get(key, allowed[0]) not in allowed:
+            raise ValueError(f"{folder}/config.json has {key} {raw[key]!r}, expected one of {', '.join(allowed)}")
+    tensors = {re.sub(r"^(roberta|bert)\.", "", name): value for name, value in read_tensors(folder).items()}
+    tensors = {re.sub(r"gamma$", "weight", re.sub(r"beta$", "bias", n)): v for n, v in tensors.items()}  # as in 2018
+    if raw.get("model_type", "bert") == "bert":  # BERT counts positions from 0: put unused rows in front
+        pad = raw["pad_token_id"] = raw.get("pad_token_id", 0)
+        raw["max_position_embeddings"] += pad + 1
+        table = "embeddings.position_embeddings.weight"
+        if table in tensors:
+            tensors[table] = F.pad(tensors[table], (0, 0, pad + 1, 0))
+    config = TransformerConfig(**{f.name: raw[f.name] for f in fields(TransformerConfig) if f.name in raw})
+
+    encoder = TinyTransformer(config).eval()
+    wanted = {hub_name(name): parameter for name, parameter in encoder.named_parameters()}
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise ValueError(f"the checkpoint in {folder} lacks {len(missing)} tensors: {', '.join(missing[:4])}")
+    for name, parameter in wanted.items():
+        if tensors[name].shape != parameter.shape:
+            found, expected = tuple(tensors[name].shape), tuple(parameter.shape)
+            raise ValueError(f"{name} in {folder} has shape {found}, but config.json asks for {expected}")
+        parameter.data.copy_(tensors[name])
+    unused = sorted(set(tensors) - set(wanted))
+    if unused:
+        print(f"{folder}: {len(unused)} tensors not used: {', '.join(unused)}")
+    return encoder, config
+
+
+SUPPORTED = {
+    "model_type": ("bert", "roberta", "xlm-roberta", "camembert"),
+    "hidden_act": ("gelu",),
+    "position_embedding_type": ("absolute",),
+}
+
+
+def read_tensors(folder):
+    """{published name: tensor} of a checkpoint folder. safetensors is an optional package, needed for its files."""
+    if (folder / "model.safetensors").is_file():
+        try:
+            import safetensors.torch
+        except ImportError:
+            raise FileNotFoundError(f"{folder}/model.safetensors needs a package: pip install safetensors") from None
+        try:
+            return safetensors.torch.load_file(folder / "model.safetensors")
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{folder}/model.safetensors cannot be read: {error}") from None
+    if (folder / "pytorch_model.bin").is_file():
+        return read_torch(folder / "pytorch_model.bin")
+    raise FileNotFoundError(f"no model.safetensors or pytorch_model.bin in {folder}")
+
+
+def read_torch(path):
+    """torch.load of tensors and plain values to the CPU; ValueError for a file that is damaged or holds more."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        raise ValueError(f"{path} is damaged or not a PyTorch file of plain tensors") from None
+
+
+def save_pretrained(encoder, folder):
+    """Write an encoder as a checkpoint folder that `load_pretrained` and others read as RoBERTa."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {"roberta." + hub_name(name): p.detach().cpu() for name, p in encoder.named_parameters()}
+    torch.save(tensors, folder / "pytorch_model.bin")
+    raw = {"model_type": "roberta", "hidden_act": "gelu", **asdict(encoder.config)}
+    (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
