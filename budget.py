@@ -26,20 +26,16 @@ def expected_density(layers):
     return spent / total
 
 
-def kept_parameters(layers):
-    """How many adapter parameters belong to triplets whose settled gate is open: an int."""
-    return sum(int((layer.gate.settled() > 0).sum()) * layer.triplet_size for layer in layers)
-
-
 def total_parameters(layers):
     """How many adapter parameters there were at creation, the 1 of every density: an int."""
     return sum(layer.r0 * layer.triplet_size for layer in layers)
 
 
 def kept_density(layers):
-    """What `expected_density` promises, counted: kept_parameters / total_parameters, a float in [0, 1]."""
+    """What `expected_density` promises, counted: the share of parameters in triplets whose settled gate is open."""
     layers = list(layers)
-    return kept_parameters(layers) / total_parameters(layers)
+    kept = sum(int((layer.gate.settled() > 0).sum()) * layer.triplet_size for layer in layers)
+    return kept / total_parameters(layers)
 
 
 def resample(layers, generator=None):

@@ -25,7 +25,14 @@ GOOD = "good great brilliant charming funny moving superb lovely".split()
 BAD = "bad awful dull boring silly tedious dreadful ugly".split()
 GLUE_WORDS = ". ? the this these which in near by was not but and although animal person area".split()
 
-SLOTS = {"agent_is": QUALITIES, "agent": NOUNS, "act": VERBS, "patient_is": QUALITIES, "patient": NOUNS, "place": PLACES}
+SLOTS = {
+    "agent_is": QUALITIES,
+    "agent": NOUNS,
+    "act": VERBS,
+    "patient_is": QUALITIES,
+    "patient": NOUNS,
+    "place": PLACES,
+}
 ASKABLE = ["agent", "patient", "place"]
 
 
@@ -62,10 +69,9 @@ def say(scene, rng, ask=None, general=0.0, specific=()):
             word[slot] = more_general(scene[slot])
     if ask:
         the[ask] = "which"
-    return (
-        f"{the['agent']} {word['agent_is']} {word['agent']} {past(word['act'])} "
-        f"{the['patient']} {word['patient_is']} {word['patient']} in {the['place']} {word['place']} {'?' if ask else '.'}"
-    )
+    subject = f"{the['agent']} {word['agent_is']} {word['agent']}"
+    patient = f"{the['patient']} {word['patient_is']} {word['patient']}"
+    return f"{subject} {past(word['act'])} {patient} in {the['place']} {word['place']} {'?' if ask else '.'}"
 
 
 def change(scene, slots, rng):

@@ -70,12 +70,13 @@ def pretrain(device="cpu", steps=STEPS):
     tokenizer = MiniTokenizer()
     lm = MaskedLM(TinyTransformer(mini_config())).to(device)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=LR, betas=(0.9, 0.98), fused=True)
-    texts = sorted(tokenizer.encode(mini.corpus(TEXTS)), key=lambda text: len(text[0]))  # equal lengths: no padding
+    texts = tokenizer.encode([(*text, 0) for text in mini.corpus(TEXTS)])
+    texts.sort(key=lambda text: len(text[0]))  # texts of equal length meet in a batch: no padding
     batches = [collate(texts[i : i + BATCH], tokenizer.pad) for i in range(0, TEXTS, BATCH)]
     started, order = time.time(), []
     for step in range(steps):
         order = order or torch.randperm(len(batches), generator=generator).tolist()
-        ids, _, types = batches[order.pop()]
+        ids, _, types, _ = batches[order.pop()]
         seen, hidden = corrupt(ids, types, tokenizer, generator)
         for group in optimizer.param_groups:
             group["lr"] = LR * min(1, (step + 1) / WARMUP) * (1 - step / steps)

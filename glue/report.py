@@ -1,11 +1,12 @@
 """What the main job prints and draws: status lines, tables, training.png and ranks.png."""
 
 import csv
+import json
 import os
 import re
 from statistics import mean, stdev
 
-COLUMNS = ["step", "phase", "loss", "C", "kept", "triplets", "lambda"]  # of log.csv
+COLUMNS = ["step", "phase", "loss", "C", "kept", "lam", "triplets"]  # of log.csv
 
 
 def whole(path, write):
@@ -13,6 +14,17 @@ def whole(path, write):
     part = path.with_name(path.name + ".part")
     write(part)
     os.replace(part, path)
+
+
+def write_run(out, log, summary, rank):
+    """log.csv, training.png, ranks.png where there are ranks, and last, as the sign of a finished run, summary.json."""
+    run = f"{summary['task']}, {summary['method']}, seed {summary['seed']}"
+    title = f"{run}: {summary['metric']} {summary['score']:.3f}"
+    whole(out / "log.csv", lambda path: write_log(log, path))
+    whole(out / "training.png", lambda path: draw_training(log, path, summary["density_target"], title))
+    if summary["ranks"]:
+        whole(out / "ranks.png", lambda path: draw_ranks(summary["ranks"], rank, path, title))
+    whole(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1) + "\n"))
 
 
 def write_log(log, path):
@@ -26,7 +38,7 @@ def status_line(row, steps, density, rows_per_second):
     """step 0050/0400 | loss .512 | C .71 -> .50 | lambda .33 | kept 37/96 | 812 rows/s | eta 12 s"""
     parts = [f"step {row['step']:0{len(str(steps))}d}/{steps}", f"loss {row['loss']:.3f}"]
     if row["phase"] == "window":
-        parts += [f"C {row['C']:.3f} -> {density}", f"lambda {row['lambda']:.2f}"]
+        parts += [f"C {row['C']:.3f} -> {density}", f"lambda {row['lam']:.2f}"]
     if row["triplets"]:
         parts += [f"kept {row['triplets']}"]
     return " | ".join(parts + [f"{rows_per_second:.0f} rows/s"])
@@ -48,7 +60,8 @@ def rank_table(ranks):
     """The rank of every matrix as text: a line a block, a column a matrix."""
     matrices, blocks, cells = rank_grid(ranks)
     lines = ["rank     " + " ".join(f"{m:>6}" for m in matrices)]
-    return "\n".join(lines + [f"block {b:<3}" + " ".join(f"{cells.get((m, b), '-'):>6}" for m in matrices) for b in blocks])
+    lines += [f"block {b:<3}" + " ".join(f"{cells.get((m, b), '-'):>6}" for m in matrices) for b in blocks]
+    return "\n".join(lines)
 
 
 def score_table(summaries):
@@ -78,11 +91,12 @@ def draw_training(log, path, density, title):
     axes[0].set(ylabel="task loss", title=title)
     if gated:
         axes[1].plot(steps, [row["C"] for row in log], color="tab:orange", label="expected density C, Eq. (11)")
-        axes[1].plot(steps, [row["kept"] for row in log], color="tab:green", ls="--", label="density with settled gates")
+        kept = [row["kept"] for row in log]
+        axes[1].plot(steps, kept, color="tab:green", ls="--", label="density of settled gates")
         axes[1].axhline(density, color="gray", lw=1, label=f"target b = {density}")
         axes[1].set(ylabel="density", ylim=(0, 1.05))
         axes[1].legend(fontsize=8)
-        axes[2].plot(steps, [row["lambda"] for row in log], color="tab:red")
+        axes[2].plot(steps, [row["lam"] for row in log], color="tab:red")
         axes[2].set(ylabel="lambda")
         for axis in axes:
             axis.axvspan(window[0], window[-1], color="tab:orange", alpha=0.12, lw=0)

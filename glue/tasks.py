@@ -22,6 +22,7 @@ class Task:
     also: str = ""  # a second metric that GLUE reports
     dev: str = "dev.tsv"
     header: tuple = ()  # the columns of a file without a header line
+    broken_lines: bool = False  # the official file has a few, which are left out
 
     @property
     def num_labels(self):
@@ -32,7 +33,7 @@ TASKS = {
     "cola": Task("CoLA", ("sentence",), "label", BINARY, "matthews", header=("source", "label", "star", "sentence")),
     "sst2": Task("SST-2", ("sentence",), "label", BINARY, "accuracy"),
     "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", BINARY, "accuracy", "f1"),
-    "qqp": Task("QQP", ("question1", "question2"), "is_duplicate", BINARY, "accuracy", "f1"),
+    "qqp": Task("QQP", ("question1", "question2"), "is_duplicate", BINARY, "accuracy", "f1", broken_lines=True),
     "stsb": Task("STS-B", ("sentence1", "sentence2"), "score", (), "pearson", "spearman"),
     "mnli": Task(
         "MNLI",
@@ -83,6 +84,8 @@ def read_rows(path, task, labelled=True):
     absent = [column for column in wanted if column not in header]
     if absent:
         raise ValueError(f"{path} has no column {', '.join(absent)}; its header is {', '.join(header) or 'empty'}")
+    if task.broken_lines:
+        table = [(i, cells) for i, cells in table if len(cells) == len(header)]
     columns, rows = [header.index(column) for column in wanted], []
     for i, cells in table:
         if len(cells) != len(header):

@@ -1,7 +1,7 @@
 """Words to numbers: one tokeniser for the generated tasks, and those of real checkpoints.
 
-A tokeniser has `encode(pairs, max_length)`: for rows (sentence, sentence or None, ...) it returns a list of
-(ids, type_ids), special tokens included, the longer sentence cut first where a row is longer than max_length tokens.
+A tokeniser has `encode(rows, max_length)`: rows (sentence, sentence or None, label) become (ids, type_ids, label),
+special tokens included, the longer sentence cut first where a row is longer than max_length tokens.
 """
 
 import json
@@ -23,9 +23,9 @@ class MiniTokenizer:
         self.start, self.pad, self.stop, self.unknown, self.mask = range(len(SPECIAL))
 
     def encode(self, rows, max_length=64):
-        return [self.encode_row(row[0], row[1], max_length) for row in rows]
+        return [(*self.encode_pair(first, second, max_length), label) for first, second, label in rows]
 
-    def encode_row(self, first, second, max_length):
+    def encode_pair(self, first, second, max_length):
         a, b = ([self.ids.get(word, self.unknown) for word in (text or "").split()] for text in (first, second))
         while len(a) + len(b) + (3 if second else 2) > max_length:
             (a if len(a) > len(b) else b).pop()
@@ -43,7 +43,8 @@ class RealTokenizer:
     def encode(self, rows, max_length):
         self.tokenizer.enable_truncation(max_length, strategy="longest_first")
         texts = [row[0] if row[1] is None else (row[0], row[1]) for row in rows]
-        return [(e.ids, e.type_ids) for e in self.tokenizer.encode_batch(texts)]
+        encodings = self.tokenizer.encode_batch(texts)
+        return [(e.ids, e.type_ids, row[2]) for e, row in zip(encodings, rows)]
 
 
 def load_tokenizer(folder):
@@ -71,10 +72,10 @@ def load_tokenizer(folder):
     return RealTokenizer(tokenizers.BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=lower)._tokenizer)
 
 
-def collate(encoded, pad, device="cpu"):
-    """A list of (ids, type_ids) -> input_ids, attention_mask, token_type_ids, each (batch, longest) int64."""
-    longest = max(len(ids) for ids, _ in encoded)
-    ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in encoded])
-    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in encoded])
-    types = torch.tensor([types + [0] * (longest - len(types)) for _, types in encoded])
-    return ids.to(device), mask.to(device), types.to(device)
+def collate(rows, pad):
+    """Encoded rows -> input_ids, attention_mask, token_type_ids, each (batch, longest) int64, and labels (batch,)."""
+    longest = max(len(ids) for ids, _, _ in rows)
+    ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _, _ in rows])
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _, _ in rows])
+    types = torch.tensor([types + [0] * (longest - len(types)) for _, types, _ in rows])
+    return ids, mask, types, torch.tensor([label for _, _, label in rows])

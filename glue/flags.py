@@ -1,0 +1,148 @@
+"""The command line of the main job: flags, the defaults that depend on each other, and the runs that they ask for."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from budget import GateSchedule, Lagrangian
+from glue.mini import TASKS as MINI_TASKS
+from glue.tasks import NAMES, TASKS
+from tiny_transformer import read_torch
+
+ABOUT = "Fine-tune an encoder on a GLUE task, or on a generated stand-in for one, with SaLoRA."
+RECIPES = {  # decisions that go together; a single flag overrides its part
+    "exact": {"rule": "budget", "survivors": "one", "canonical": True, "beta": 0.0, "controller": "quadratic"},
+    "paper": {"rule": "median", "survivors": "median", "canonical": False, "beta": 0.1, "controller": "quadratic"},
+}
+LR = {"salora": (3e-3, 1e-3), "lora": (3e-3, 1e-3), "full": (1e-3, 5e-5), "head": (3e-3, 1e-3)}  # mini, official
+
+
+GATE_FLAGS = ["recipe", "density", "rule", "survivors", "canonical", "beta", "controller", "gate_lr", "window"]
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")  # one line, without the usage
+
+
+def positive(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def above_zero(text, what="a number above 0"):
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
+    return value
+
+
+def zero_or_above(text):
+    return 0.0 if text.strip("0.") == "" else above_zero(text, "a number, 0 or above")
+
+
+def auto_or_above_zero(text):
+    return None if text == "auto" else above_zero(text, "auto or a number above 0")
+
+
+def build_parser():
+    """Every flag with its help. None stands for a default that depends on other flags: see `settle`."""
+    p = Parser(prog="train_glue_mini.py", description=ABOUT)
+    g = p.add_argument_group("what to train")
+    g.add_argument("--task", choices=[*NAMES, "all"], default="mini-cola", metavar="TASK",
+                   help="mini-cola (default), all (the eight generated tasks), or one of " + ", ".join(NAMES[1:]))
+    g.add_argument("--method", choices=list(LR), default="salora", metavar="METHOD",
+                   help="salora (default); lora: the same with all gates open; full: every weight; head: only the head")
+    g.add_argument("--data", metavar="DIR", help="folder with GLUE's official files, for an official task")
+    g.add_argument("--weights", metavar="DIR", help="checkpoint folder of a RoBERTa- or BERT-family encoder; "
+                   "without it a tiny encoder is pre-trained on first use")
+    g.add_argument("--rows", type=positive, metavar="N", help="use only the first N training rows")
+    g = p.add_argument_group("adapters and their budget")
+    g.add_argument("--rank", type=positive, default=8, metavar="R", help="triplets a matrix at the start (default 8)")
+    g.add_argument("--alpha", type=above_zero, default=16.0, help="an update's scale is alpha / rank (default 16)")
+    g.add_argument("--recipe", choices=list(RECIPES), help="exact (default): what measures best; "
+                   "paper: as published; the flags below override parts of it")
+    g.add_argument("--density", type=float, metavar="B", help="share of the adapter parameters to keep (default 0.5)")
+    g.add_argument("--rule", choices=["budget", "median"], help="which triplets stay: the best that fit the budget, "
+                   "or those whose median gate is positive")
+    g.add_argument("--survivors", choices=["one", "median"], help="what a kept gate becomes")
+    g.add_argument("--canonical", action=argparse.BooleanOptionalAction,
+                   help="rotate the triplets into their singular basis when the gates' window opens")
+    g.add_argument("--beta", type=zero_or_above, help="weight of the orthogonal regulariser")
+    g.add_argument("--controller", choices=["quadratic", "sgd", "linear"], help="how lambda drives C to the density: "
+                   "quadratic penalty by Adam, the same by plain SGD, or linear + quadratic with target warm-up")
+    g.add_argument("--gate-lr", type=auto_or_above_zero, metavar="ETA", help="step length of log theta and lambda; "
+                   "auto (default): max(0.01, 14 / steps in the window)")
+    g.add_argument("--window", type=float, nargs=2, metavar=("START", "END"), help="the gates train between these "
+                   "fractions of all steps (default 0.2 0.5)")
+    g = p.add_argument_group("training")
+    g.add_argument("--epochs", type=positive, metavar="N", help="passes over the training rows (default 8 on a "
+                   "generated task, 3 on an official one)")
+    g.add_argument("--steps", type=positive, metavar="N", help="optimiser steps, instead of --epochs")
+    g.add_argument("--batch-size", type=positive, default=32, metavar="N", help="rows a step (default 32)")
+    g.add_argument("--lr", type=above_zero, help="learning rate of A, B and the head (default by method)")
+    g.add_argument("--max-length", type=positive, default=128, metavar="N", help="tokens a row at most (default 128)")
+    g.add_argument("--seed", type=int, nargs="+", default=[0], metavar="S", help="one or several runs (default 0)")
+    g.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    g = p.add_argument_group("output")
+    g.add_argument("--out", metavar="DIR", help="a new folder for the run (default runs/TASK-METHOD-sSEED)")
+    g.add_argument("--resume", metavar="RUN", help="go on with an interrupted run; its other settings come from there")
+    return p  # fmt: skip
+
+
+def settle(args):
+    """Fill in the defaults that depend on other flags. Raises ValueError where flags do not go together."""
+    given = [flag for flag in GATE_FLAGS if getattr(args, flag) is not None]
+    if args.method != "salora" and given:
+        flag = "--" + given[0].replace("_", "-")
+        raise ValueError(f"{flag} is about trained gates, which --method {args.method} has not: drop one of them")
+    for flag, value in {**RECIPES[args.recipe or "exact"], "density": 0.5, "window": [0.2, 0.5]}.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
+    if args.method != "salora":  # the gates, if any, stay open to the end, and all triplets are kept
+        args.density, args.window, args.beta = 1.0, [1.0, 1.0], 0.0
+    official = args.task in TASKS
+    args.lr = args.lr or LR[args.method][official]
+    args.epochs = args.epochs or (3 if official else 8)
+    Lagrangian(args.density), GateSchedule(1, *args.window)  # they check their values
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"no device {args.device!r} here; use --device auto, cpu, or another that is there") from None
+    return args
+
+
+def plan(args, parser):
+    """The runs that the command line asks for: a list of (settings, folder, checkpoint or None)."""
+    if args.resume:
+        more = [k for k, v in vars(args).items() if v != parser.get_default(k) and k != "resume"]
+        if more:
+            raise ValueError(f"--resume takes its settings from the run: drop --{more[0].replace('_', '-')}")
+        path = Path(args.resume) / "checkpoint.pt"
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path}: expected the folder of an interrupted run (a finished one has none)")
+        saved = read_torch(path)
+        if not isinstance(saved, dict) or saved.get("format") != "salora-run-1":
+            raise ValueError(f"{path} is not a checkpoint of this program")
+        return [(argparse.Namespace(**saved["settings"]), path.parent, saved)]
+    settle(args)
+    tasks = list(MINI_TASKS) if args.task == "all" else [args.task]
+    many = len(tasks) * len(args.seed) > 1
+    name = f"{args.task}-{args.method}" + ("" if many else f"-s{args.seed[0]}")
+    folders = [Path(args.out)] if args.out else (Path("runs") / (name + (f"-{i}" if i else "")) for i in range(10**6))
+    folder = next((folder for folder in folders if not folder.exists() or not any(folder.iterdir())), None)
+    if folder is None:
+        raise FileExistsError(f"{args.out} is not empty: choose another --out, or --resume an interrupted run")
+    jobs = []
+    for task in tasks:
+        for seed in args.seed:
+            settings = argparse.Namespace(**{**vars(args), "task": task, "seed": seed})
+            jobs.append((settings, folder / f"{task}-s{seed}" if many else folder, None))
+    return jobs

@@ -1,0 +1,283 @@
+"""The budget: closed-form C, the rule that never overspends, the controller, the schedule."""
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+
+from budget import (
+    EPS,
+    GateSchedule,
+    Lagrangian,
+    expected_density,
+    freeze_gates,
+    kept_density,
+    resample,
+    total_parameters,
+)
+from hard_concrete import sample_gate
+from salora import SaLoRALinear, prune
+from strategies import banks, generator, layers, make_layer, seeds
+
+densities = st.floats(0.01, 1) | st.sampled_from([0.125, 0.25, 0.5, 0.75, 1.0])
+
+
+def sizes_of(bank):
+    """[(parameters of a triplet, log theta), ...] of all triplets in order, as plain numbers."""
+    return [(sum(layer.base.weight.shape), value) for layer in bank for value in layer.gate.log_theta.tolist()]
+
+
+def mask_of(bank):
+    return [bool(g > 0) for layer in bank for g in layer.gate.fixed.tolist()]
+
+
+# Eq. (11)
+
+
+@given(banks())
+def test_expected_density_is_eq_11_by_hand(bank):
+    """A ratio of sums over the matrices, weighted by parameters: not a sum or a mean of ratios."""
+    spent = sum(cost / (1 + math.exp(-(x - math.log(0.1 / 1.1)))) for cost, x in sizes_of(bank))
+    total = sum(cost for cost, _ in sizes_of(bank))
+    assert float(expected_density(iter(bank)).detach()) == pytest.approx(spent / total, rel=1e-5), "Eq. (11)"
+
+
+@given(banks(), seeds)
+def test_expected_density_is_the_mean_of_what_samples_keep(bank, seed):
+    """E||G||_0 over a stratified grid of noise: each gate sees every cell once, in an order of its own."""
+    n, g = 4000, generator(seed)
+    kept = torch.zeros(n, dtype=torch.float64)
+    for layer in bank:
+        for x in layer.gate.log_theta.detach().double():
+            u = (torch.randperm(n, generator=g) + 0.5) / n
+            kept += (sample_gate(x, u.double()) > 0) * float(layer.triplet_size)
+    share = float(kept.mean()) / total_parameters(bank)
+    assert float(expected_density(bank).detach()) == pytest.approx(share, abs=2 / n)
+
+
+@given(banks(), seeds)
+def test_the_order_of_layers_does_not_matter_to_densities(bank, seed):
+    shuffled = random.Random(seed).sample(bank, len(bank))
+    assert float(expected_density(bank).detach()) == pytest.approx(float(expected_density(shuffled).detach()), rel=1e-5)
+    assert kept_density(bank) == pytest.approx(kept_density(shuffled))
+
+
+def test_fresh_roberta_shapes_cost_what_the_paper_says():
+    for d, blocks, budgeted, gates in ((768, 12, 1_327_104, 576), (1024, 24, 3_538_944, 1152)):
+        with torch.device("meta"):
+            shapes = [(d, d)] * 4 + [(4 * d, d), (d, 4 * d)]
+            bank = [SaLoRALinear(nn.Linear(k, m), 8, 16) for m, k in shapes * blocks]
+        assert total_parameters(bank) == budgeted, "1.33 M and 3.54 M in the paper"
+        assert sum(layer.r for layer in bank) == gates
+    bank = [SaLoRALinear(nn.Linear(k, m), 8, 16) for m, k in ((12, 12), (48, 12), (12, 48))]
+    assert float(expected_density(bank).detach()) == pytest.approx(11 / 12, abs=1e-6), "Fig. 6 starts at 0.92"
+
+
+def test_gradient_reaches_log_theta_through_the_sample_and_through_c():
+    layer = make_layer(4, 3, 3, seed=1)
+    layer.gate.log_theta.data.zero_()
+    layer.gate.u.fill_(0.5)
+    layer(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
+    through_sample = layer.gate.log_theta.grad.clone()
+    layer.gate.log_theta.grad = None
+    expected_density([layer]).backward()
+    assert through_sample.all() and (layer.gate.log_theta.grad > 0).all()
+
+
+# Noise
+
+
+@given(banks(), seeds)
+def test_noise_is_one_draw_for_all_layers_and_stays_inside_the_unit_interval(bank, seed):
+    resample(bank, generator(seed))
+    u = torch.cat([layer.gate.u for layer in bank])
+    again = torch.rand(len(u), generator=generator(seed)).clamp(EPS, 1 - EPS)
+    assert torch.equal(u, again) and float(u.min()) >= EPS and float(u.max()) < 1
+    assert torch.isfinite(torch.logit(u)).all()
+    if len(bank) > 1 and bank[0].r == bank[1].r:
+        assert not torch.equal(bank[0].gate.u, bank[1].gate.u), "two layers never share noise"
+
+
+def test_noise_changes_only_when_it_is_drawn_anew():
+    layer = make_layer(4, 4, 6, seed=1, dtype=torch.float32)
+    layer.gate.log_theta.data.zero_()
+    x, g = torch.randn(2, 4), generator(5)
+    resample([layer], g)
+    first, same = layer(x), layer(x)
+    resample([layer], g)
+    assert torch.equal(first, same) and not torch.equal(first, layer(x))
+
+
+# Which triplets stay
+
+
+@given(banks() | banks(ties=True), densities)
+def test_budget_rule_never_overspends_wastes_no_room_and_respects_the_order(bank, density):
+    freeze_gates(iter(bank), density)
+    costs, mask = [cost for cost, _ in sizes_of(bank)], mask_of(bank)
+    limit = density * total_parameters(bank)
+    spent = sum(cost for cost, kept in zip(costs, mask) if kept)
+    assert spent <= limit, f"kept {spent} parameters, but should keep at most {limit}"
+    assert all(spent + cost > limit for cost, kept in zip(costs, mask) if not kept), "a closed triplet would still fit"
+
+    order = sorted(range(len(mask)), key=lambda i: (-sizes_of(bank)[i][1], i))  # ties: the earlier triplet
+    room = limit
+    for i in order:  # a triplet is closed only if those before it in the order left too little room
+        assert mask[i] == (costs[i] <= room), f"triplet {i} of {order}"
+        room -= costs[i] if mask[i] else 0
+    assert kept_density(bank) == spent / total_parameters(bank)
+
+
+@given(banks(), densities, seeds)
+def test_without_ties_the_budget_rule_does_not_depend_on_the_order_of_layers(bank, density, seed):
+    values = [value for _, value in sizes_of(bank)]
+    assume(len(set(values)) == len(values))
+    freeze_gates(bank, density)
+    before = [layer.gate.fixed.clone() for layer in bank]
+    freeze_gates(random.Random(seed).sample(bank, len(bank)), density)
+    assert all(torch.equal(a, layer.gate.fixed) for a, layer in zip(before, bank))
+
+
+@given(banks())
+def test_budget_rule_at_density_one_keeps_everything_and_at_almost_zero_nothing(bank):
+    freeze_gates(bank, 1.0)
+    assert all(mask_of(bank)) and kept_density(bank) == float(expected_density(bank)) == 1
+    freeze_gates(bank, 1e-6)
+    assert not any(mask_of(bank)) and kept_density(bank) == 0
+
+
+@given(banks(), densities)
+def test_median_rule_keeps_the_gates_that_are_open_more_often_than_closed(bank, density):
+    freeze_gates(bank, density, rule="median")
+    threshold = -math.log(11)
+    assert mask_of(bank) == [x > threshold for _, x in sizes_of(bank)], "log theta > -tau log(zeta / -gamma)"
+
+
+@given(banks(), densities, st.sampled_from(["budget", "median"]))
+def test_survivors_are_worth_one_or_their_median(bank, density, rule):
+    freeze_gates(bank, density, rule, survivors="one")
+    ones = [layer.gate.fixed for layer in bank]
+    assert all(set(fixed.tolist()) <= {0.0, 1.0} for fixed in ones)
+    freeze_gates(bank, density, rule, survivors="median")
+    for layer, mask in zip(bank, ones):
+        u = torch.full_like(layer.gate.u, 0.5)
+        assert torch.equal(layer.gate.fixed, mask * sample_gate(layer.gate.log_theta, u))
+
+
+@given(banks(), densities)
+def test_densities_are_counted_against_the_rank_at_creation(bank, density):
+    freeze_gates(bank, density)
+    before, expected = kept_density(bank), float(expected_density(bank))
+    for layer in bank:
+        prune(layer)
+    assert kept_density(bank) == before and float(expected_density(bank)) == expected
+    assert sum(layer.r * layer.triplet_size for layer in bank) == round(before * total_parameters(bank))
+
+
+@pytest.mark.parametrize("density", [0, -0.5, 1.5, math.nan])
+def test_impossible_densities_are_refused(density):
+    for use in (lambda: freeze_gates([make_layer(2, 2, 1, seed=0)], density), lambda: Lagrangian(density)):
+        with pytest.raises(ValueError, match=rf"density must be in \(0, 1\], got {density}"):
+            use()
+
+
+def test_unknown_rules_are_refused():
+    with pytest.raises(ValueError, match="got 'best' and 'one'"):
+        freeze_gates([make_layer(2, 2, 1, seed=0)], 0.5, rule="best")
+    with pytest.raises(ValueError, match="got 'budget' and 'two'"):
+        freeze_gates([make_layer(2, 2, 1, seed=0)], 0.5, survivors="two")
+    with pytest.raises(ValueError, match="controller must be"):
+        Lagrangian(0.5, controller="pid")
+
+
+# Eq. (12)
+
+
+@given(st.floats(0, 1), st.floats(0.05, 1), st.floats(0, 9))
+def test_quadratic_penalty_is_eq_12(C, target, lam):
+    for controller in ("quadratic", "sgd"):
+        lagrangian = Lagrangian(target, controller=controller)
+        lagrangian.lam.data.fill_(lam)
+        assert float(lagrangian(torch.tensor(C)).detach()) == pytest.approx(lam * (C - target) ** 2, abs=1e-5)
+
+
+@given(st.floats(0, 1), st.floats(0.05, 1), st.floats(0, 9), st.floats(0, 9), st.floats(0, 1))
+def test_linear_penalty_has_two_multipliers_and_a_target_that_warms_up(C, target, lam1, lam2, progress):
+    lagrangian = Lagrangian(target, controller="linear")
+    lagrangian.lam.data = torch.tensor([lam1, lam2])
+    aim = lagrangian.target_at(progress)
+    gap = C - aim
+    assert float(lagrangian(torch.tensor(C), progress).detach()) == pytest.approx(lam1 * gap + lam2 * gap**2, abs=1e-4)
+    assert lagrangian.target_at(0) == pytest.approx(max(target, 11 / 12)) and lagrangian.target_at(0.5) == target
+    assert target <= lagrangian.target_at(min(1.0, progress + 0.1)) <= aim, "it only falls, to b"
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.sampled_from(["quadratic", "sgd", "linear"]))
+def test_multipliers_climb_the_penalty_and_are_never_negative(densities_seen, controller):
+    lagrangian = Lagrangian(0.5, lr=0.3, controller=controller)
+    for C in densities_seen:
+        before = lagrangian.lam.detach().clone()
+        lagrangian(torch.tensor(C)).backward()
+        lagrangian.ascend()
+        assert (lagrangian.lam >= 0).all() and lagrangian.lam.grad is None
+        if controller != "linear":
+            assert (lagrangian.lam >= before).all(), "(C - b)^2 is never negative: lambda only grows"
+
+
+def test_literal_sgd_ascent_is_one_gradient_step():
+    lagrangian = Lagrangian(0.5, lr=0.1, controller="sgd")
+    lagrangian(torch.tensor(0.9)).backward()
+    lagrangian.ascend()
+    assert float(lagrangian.lam.detach()) == pytest.approx(0.1 * 0.4**2)
+
+
+@pytest.mark.parametrize("controller", ["quadratic", "linear"])
+@pytest.mark.parametrize("target", [0.125, 0.25, 0.5, 0.75, 0.9])
+def test_controller_drives_c_to_the_target_on_a_bare_problem(controller, target):
+    """No task, only gates of unequal cost: gradient descent on log theta, ascent on lambda."""
+    bank = [make_layer(d, k, 8, seed=d, dtype=torch.float32) for d, k in ((4, 4), (16, 4), (4, 16))]
+    for layer in bank:
+        layer.gate.log_theta.data.zero_()
+    lagrangian = Lagrangian(target, lr=0.05, controller=controller)
+    descent = torch.optim.Adam([layer.gate.log_theta for layer in bank], lr=0.05)
+    for step in range(300):
+        lagrangian(expected_density(bank), step / 300).backward()
+        descent.step()
+        descent.zero_grad()
+        lagrangian.ascend()
+    C = float(expected_density(bank).detach())
+    assert abs(C - target) <= 0.02, f"C is {C:.3f}, but should be {target}"
+
+
+# The schedule
+
+
+@given(st.integers(0, 500), st.floats(0, 1), st.floats(0, 1))
+def test_phases_partition_the_steps_in_order(total, a, b):
+    schedule = GateSchedule(total, min(a, b), max(a, b))
+    phases = [schedule.phase(step) for step in range(total)]
+    assert phases == sorted(phases, key=["open", "window", "frozen"].index)
+    assert phases.count("window") == schedule.window == schedule.T_end - schedule.T_start
+    assert phases.count("open") == schedule.T_start and 0 <= schedule.T_start <= schedule.T_end <= total
+
+
+def test_schedule_is_the_papers_by_default_and_can_be_empty_or_everything():
+    schedule = GateSchedule(1000)
+    assert (schedule.T_start, schedule.T_end) == (200, 500), "App. B: 0.2 T and 0.5 T"
+    assert GateSchedule(10, 0.5, 0.5).window == 0 and GateSchedule(10, 0, 1).window == 10
+
+
+@pytest.mark.parametrize("window", [(-0.1, 0.5), (0.5, 0.4), (0.5, 1.1)])
+def test_impossible_windows_are_refused(window):
+    with pytest.raises(ValueError, match="0 <= start <= end <= 1"):
+        GateSchedule(100, *window)
+
+
+@given(layers())
+def test_a_free_gate_counts_by_probability_and_a_fixed_one_by_what_it_is(layer):
+    layer.gate.fixed = torch.tensor([float(j % 2) for j in range(layer.r)])
+    assert float(expected_density([layer])) == pytest.approx((layer.r // 2) / layer.r)

@@ -1,0 +1,389 @@
+"""The main job as a user meets it, in process, at tiny size: outputs, budget, resume, flags, bad input."""
+
+import csv
+import json
+import warnings
+
+import pytest
+import torch
+
+import train_glue_mini
+from budget import freeze_gates
+from glue import report
+from glue.flags import build_parser, settle
+from glue.mini import TASKS as MINI_TASKS
+from glue.tasks import NAMES
+from train_glue_mini import main
+
+KEYS = {
+    "task", "method", "metric", "score", "density_target", "density_expected", "density_kept", "adapter_params_total",
+    "adapter_params_kept", "ranks", "steps", "seconds", "seed", "device",
+}  # fmt: skip
+FILES = ["adapter.pt", "log.csv", "ranks.png", "summary.json", "training.png"]
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(request, monkeypatch):
+    """Drawing takes longer than these runs: only the test that is about pictures draws them."""
+    if "pictures" not in request.node.name:
+        for name in ("draw_training", "draw_ranks"):
+            monkeypatch.setattr(report, name, lambda *values: next(v for v in values if hasattr(v, "touch")).touch())
+
+
+@pytest.fixture
+def go(tiny_weights, tmp_path, monkeypatch):
+    """Run the main job on the tiny random encoder: go("--flag", value ...) -> summary."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags):
+        small = {"--weights": tiny_weights, "--rows": 48, "--batch-size": 8, "--steps": 20, "--device": "cpu"}
+        given = [str(flag) for flag in flags]
+        rest = [] if "--resume" in given else [str(x) for k, v in small.items() if k not in given for x in (k, v)]
+        return main(given + rest)
+
+    return call
+
+
+def log_of(folder):
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# What a run leaves behind
+
+
+@pytest.mark.parametrize("task", MINI_TASKS)
+def test_every_task_runs_within_its_budget_and_writes_its_files(go, tmp_path, task):
+    summary = go("--task", task, "--out", tmp_path / "run")
+    assert set(summary) == KEYS
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == FILES, "and no checkpoint or temporary file"
+    total, kept = summary["adapter_params_total"], summary["adapter_params_kept"]
+    assert total - 48 <= 2 * kept <= total, "kept parameters: at most half, and within one triplet (16 + 32) of it"
+    assert summary["density_kept"] == kept / total and summary["density_target"] == 0.5
+    assert len(summary["ranks"]) == 12 and summary["steps"] == 20 and summary["task"] == task
+    sizes = {"up": 48, "down": 48}
+    assert kept == sum(rank * sizes.get(name.split(".")[-1], 32) for name, rank in summary["ranks"].items())
+    phases = [row["phase"] for row in log_of(tmp_path / "run")]
+    assert phases == ["open"] * 4 + ["window"] * 6 + ["frozen"] * 10
+
+
+@pytest.mark.parametrize("method,pictures", [("salora", 2), ("lora", 2), ("full", 1)])
+def test_pictures_are_drawn(go, tmp_path, method, pictures):
+    go("--method", method, "--steps", 6, "--out", tmp_path / "run")
+    drawn = [path for path in (tmp_path / "run").glob("*.png") if path.read_bytes().startswith(b"\x89PNG")]
+    assert len(drawn) == pictures and all(path.stat().st_size > 5000 for path in drawn)
+
+
+@pytest.mark.parametrize("method", ["salora", "lora", "full"])
+def test_loss_falls(go, tmp_path, method):
+    flags = ["--steps", 120, "--rows", 16, "--batch-size", 16, "--lr", 3e-3, "--out", tmp_path / "run"]
+    go("--task", "mini-sst2", "--method", method, *flags)
+    losses = [float(row["loss"]) for row in log_of(tmp_path / "run")]
+    assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
+
+
+def test_methods_train_what_they_say(go, tmp_path):
+    lora = go("--method", "lora")
+    assert lora["density_kept"] == lora["density_expected"] == lora["density_target"] == 1
+    assert set(lora["ranks"].values()) == {8}
+    for method in ("full", "head"):
+        summary = go("--method", method)
+        assert set(summary) == KEYS and summary["ranks"] == {} and summary["adapter_params_total"] == 0
+        assert summary["density_kept"] is summary["density_expected"] is summary["density_target"] is None
+        folder = tmp_path / "runs" / f"mini-cola-{method}-s0"
+        state = torch.load(folder / "adapter.pt", weights_only=True)["others"]
+        assert any(name.startswith("encoder") for name in state) == (method == "full")
+        assert any(name.startswith("classifier") for name in state)
+
+
+def test_lora_is_salora_with_its_gates_open(go, tmp_path):
+    """The same code path: an empty window at the end and a density of 1 change nothing else."""
+    lora = go("--method", "lora", "--out", tmp_path / "a")
+    same = go("--density", 1, "--window", 1, 1, "--no-canonical", "--out", tmp_path / "b")
+    assert (same["score"], same["ranks"]) == (lora["score"], lora["ranks"])
+    assert adapter_of(tmp_path / "a") == adapter_of(tmp_path / "b")
+
+
+def adapter_of(folder):
+    """All numbers of a saved adapter, as nested lists, so that == compares exactly."""
+    state = torch.load(folder / "adapter.pt", weights_only=True)
+    plain = {name: value.tolist() for name, value in state["others"].items()}
+    for name, layer in state["layers"].items():
+        plain[name] = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in layer.items()}
+    return plain
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not(go, tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        go("--seed", seed, "--out", tmp_path / name)
+    assert adapter_of(tmp_path / "a") == adapter_of(tmp_path / "b") != adapter_of(tmp_path / "c")
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
+
+
+def test_several_tasks_and_seeds_are_summed_up_in_a_table(go, tmp_path, capsys):
+    result = go("--task", "all", "--seed", 0, 1, "--steps", 3, "--rows", 8)
+    assert [run["task"] for run in result["runs"]] == [task for task in MINI_TASKS for _ in range(2)]
+    table = capsys.readouterr().out.splitlines()[-10:]
+    assert table[0].split()[:3] == ["task", "metric", "score"] and table[-1].startswith("average")
+    assert (tmp_path / "runs" / "all-salora" / "mini-rte-s1" / "summary.json").is_file()
+
+
+def test_default_folders_are_numbered_on_and_a_given_one_is_never_overwritten(go, tmp_path, capsys):
+    for _ in range(2):
+        go()
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["mini-cola-salora-s0", "mini-cola-salora-s0-1"]
+    before = (tmp_path / "runs" / "mini-cola-salora-s0" / "summary.json").read_bytes()
+    message = refused(capsys, go, "--out", "runs/mini-cola-salora-s0")
+    assert "is not empty: choose another --out" in message
+    assert (tmp_path / "runs" / "mini-cola-salora-s0" / "summary.json").read_bytes() == before
+
+
+def test_the_status_line_and_the_start_say_what_is_going_on(go, capsys):
+    go()
+    out = capsys.readouterr().out
+    assert "mini-cola, salora, seed 0 on cpu: 48 training rows, 1000 dev" in out
+    assert "11,346 parameters, 3,986 trained, 3,584 budgeted" in out  # 2 blocks of (4 x 32 + 2 x 48) x 8
+    assert "step 10/20 | loss 0." in out and " | C 0." in out and " -> 0.5 | lambda " in out and "/96 | " in out
+    assert "kept 1,792 of 3,584 adapter parameters: 0.5000" in out
+
+
+# Phases
+
+
+def test_noise_is_drawn_once_a_step_of_the_window_and_gates_move_only_there(go, monkeypatch):
+    draws, seen = [], []
+    resample, orthogonality = train_glue_mini.resample, train_glue_mini.orthogonality
+
+    def counted(layers, generator):
+        resample(layers, generator)
+        draws.append(torch.cat([layer.gate.u for layer in layers]))
+
+    def spy(layers):
+        seen.append(torch.cat([layer.gate.log_theta.detach().clone() for layer in layers]))
+        return orthogonality(layers)
+
+    monkeypatch.setattr(train_glue_mini, "resample", counted)
+    monkeypatch.setattr(train_glue_mini, "orthogonality", spy)
+    go("--recipe", "paper")
+    assert len(draws) == 6 and all(not torch.equal(a, b) for a, b in zip(draws, draws[1:], strict=False))
+    assert all(not theta.any() for theta in seen[:5]), "log theta stays 0 until the window's first step is done"
+    assert all(not torch.equal(a, b) for a, b in zip(seen[4:10], seen[5:10], strict=False))
+
+
+def test_frozen_weights_stay_bitwise_and_survivors_are_plain_lora(go, monkeypatch, tiny_weights):
+    kept = {}
+    fine_tune = train_glue_mini.fine_tune
+
+    def watched(args, model, *rest):
+        before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+        result = fine_tune(args, model, *rest)
+        after = dict(model.named_parameters())
+        assert before and all(torch.equal(value, after[name]) for name, value in before.items())
+        kept["model"] = model
+        return result
+
+    monkeypatch.setattr(train_glue_mini, "fine_tune", watched)
+    go()
+    layers = train_glue_mini.salora_layers(kept["model"]).values()
+    assert all(torch.equal(layer.gate.fixed, torch.ones(layer.r)) and layer.scale == 2 for layer in layers)
+
+
+def test_pruning_cuts_the_moments_of_adam_with_the_parameters():
+    from strategies import make_layer
+
+    layer = make_layer(5, 4, 6, seed=1)
+    other = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([other, layer.A, layer.B], lr=0.1)
+    (layer(torch.ones(2, 4, dtype=torch.float64)).sum() + other.sum()).backward()
+    optimizer.step()
+    moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in (("A", layer.A), ("B", layer.B))}
+    layer.gate.log_theta.data = torch.tensor([5.0, -5, 4, -4, 3, -3], dtype=torch.float64)
+    freeze_gates([layer], 0.5)
+    train_glue_mini.prune_with_state(layer, optimizer)
+    assert torch.equal(optimizer.state[layer.A]["exp_avg"], moments["A"][::2])
+    assert torch.equal(optimizer.state[layer.B]["exp_avg"], moments["B"][:, ::2])
+    assert [p is q for p, q in zip(optimizer.param_groups[0]["params"], (other, layer.A, layer.B), strict=True)]
+    assert len(optimizer.state) == 3, "nothing is kept for parameters that are gone"
+    optimizer.zero_grad()
+    layer(torch.ones(2, 4, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+
+
+# Resume
+
+
+@pytest.mark.parametrize("stop", [8, 16, 31], ids=["open", "window", "frozen"])
+@pytest.mark.parametrize("flags", [[], ["--recipe", "paper", "--controller", "linear"], ["--method", "full"]])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(go, tmp_path, monkeypatch, stop, flags):
+    flags = ["--steps", 40, *flags]  # 6 steps an epoch; the window is 8 to 20
+    whole = go(*flags, "--out", tmp_path / "whole")
+    task_loss, calls = train_glue_mini.task_loss, []
+
+    def interrupted(outputs, labels):
+        calls.append(1)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return task_loss(outputs, labels)
+
+    monkeypatch.setattr(train_glue_mini, "task_loss", interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        go(*flags, "--out", tmp_path / "part")
+    assert exit_.value.code == 130 and [p.name for p in (tmp_path / "part").iterdir()] == ["checkpoint.pt"]
+    resumed = go("--resume", tmp_path / "part")
+    assert len(calls) == stop + 40 - (stop - 1) // 6 * 6, "only what was lost is done again"
+    assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
+    assert adapter_of(tmp_path / "part") == adapter_of(tmp_path / "whole")
+    assert log_of(tmp_path / "part") == log_of(tmp_path / "whole")
+
+
+# Flags
+
+CHANGES = {
+    "--task": ["mini-sst2"], "--method": ["lora"], "--rows": [32], "--rank": [4], "--alpha": [8], "--recipe": ["paper"],
+    "--density": [0.25], "--rule": ["median"], "--survivors": ["median"], "--no-canonical": [], "--beta": [0.1],
+    "--controller": ["sgd"], "--gate-lr": [0.02], "--window": [0.1, 0.4], "--epochs": [2], "--steps": [24],
+    "--batch-size": [4], "--lr": [1e-4], "--max-length": [6], "--seed": [1],
+}  # fmt: skip
+
+
+def run_of(tmp_path_factory, weights, **flags):
+    """The adapter that 3 epochs of 6 steps with these flags leave behind."""
+    folder = tmp_path_factory.mktemp("flags") / "run"
+    flags = {"--weights": weights, "--rows": [48], "--batch-size": [8], "--epochs": [3], "--out": [folder], **flags}
+    main([str(x) for flag, values in flags.items() for x in (flag, *values)])
+    return adapter_of(folder)
+
+
+@pytest.fixture(scope="module")
+def baseline(tiny_weights, tmp_path_factory):
+    return run_of(tmp_path_factory, [tiny_weights])
+
+
+@pytest.mark.parametrize("flag", CHANGES)
+def test_every_flag_changes_the_run(flag, baseline, tiny_weights, tmp_path_factory):
+    assert run_of(tmp_path_factory, [tiny_weights], **{flag: CHANGES[flag]}) != baseline, f"{flag} changes nothing"
+
+
+def test_every_flag_has_help_and_is_either_tried_above_or_about_files():
+    elsewhere = {"--data", "--weights", "--device", "--out", "--resume", "--canonical", "--help"}
+    actions = build_parser()._actions
+    assert all(action.help for action in actions)
+    flags = {option for action in actions for option in action.option_strings if option.startswith("--")}
+    assert flags - elsewhere == set(CHANGES)
+
+
+def test_recipes_are_the_published_one_and_the_default():
+    parser = build_parser()
+    paper, exact = (settle(parser.parse_args(["--recipe", name])) for name in ("paper", "exact"))
+    assert (paper.rule, paper.survivors, paper.canonical, paper.beta) == ("median", "median", False, 0.1)
+    assert (exact.rule, exact.survivors, exact.canonical) == ("budget", "one", True)
+    assert settle(parser.parse_args([])).__dict__ == {**exact.__dict__, "recipe": None}
+    assert settle(parser.parse_args(["--recipe", "paper", "--rule", "budget"])).rule == "budget"
+
+
+def test_help_and_public_names():
+    text = build_parser().format_help()
+    assert all(name in text for name in NAMES)
+    assert callable(main) and callable(train_glue_mini.build_parser)
+
+
+# Bad input
+
+
+def refused(capsys, call, *flags):
+    """The call must end with one line on standard error, exit status 2 and no traceback; returns the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        call(*flags)
+    assert exit_.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("train_glue_mini.py: error: "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--task", "mini-snli"], "invalid choice: 'mini-snli'"),
+        (["--density", 0], "density must be in (0, 1], got 0.0"),
+        (["--density", 1.5], "density must be in (0, 1], got 1.5"),
+        (["--window", 0.6, 0.5], "0 <= start <= end <= 1, got start=0.6, end=0.5"),
+        (["--rank", 0], "argument --rank: expected a whole number above 0, got '0'"),
+        (["--steps", "many"], "argument --steps: expected a whole number above 0, got 'many'"),
+        (["--gate-lr", "fast"], "argument --gate-lr: expected auto or a number above 0, got 'fast'"),
+        (["--lr", -1], "argument --lr: expected a number above 0, got '-1'"),
+        (["--beta", "nan"], "argument --beta: expected a number, 0 or above, got 'nan'"),
+        (["--device", "cuda:99"], "no device 'cuda:99' here"),
+        (["--device", "abacus"], "no device 'abacus' here"),
+        (["--method", "lora", "--density", 0.5], "--density is about trained gates, which --method lora has not"),
+        (["--method", "full", "--no-canonical"], "--canonical is about trained gates"),
+        (["--weights", "nowhere"], "no config.json in nowhere"),
+        (["--task", "cola"], "task cola needs --data DIR"),
+        (["--task", "cola", "--data", "nowhere"], "no file nowhere/train.tsv"),
+        (["--resume", "nowhere"], "no nowhere/checkpoint.pt: expected the folder of an interrupted run"),
+        (["--resume", "nowhere", "--lr", 1], "--resume takes its settings from the run: drop --lr"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(go, tmp_path, capsys, flags, message):
+    assert message in refused(capsys, go, *flags)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_without_cuda_is_refused(go, capsys):
+    assert "no device 'cuda' here" in refused(capsys, go, "--device", "cuda")
+
+
+def test_an_official_task_without_an_encoder_is_refused(tmp_path, capsys):
+    (tmp_path / "train.tsv").write_text("s\t1\t\ta\n")
+    (tmp_path / "dev.tsv").write_text("s\t1\t\ta\n")
+    call = lambda *flags: main([str(flag) for flag in flags])  # noqa: E731
+    message = refused(capsys, call, "--task", "cola", "--data", tmp_path)
+    assert "task cola needs --weights DIR" in message
+
+
+def test_damaged_and_foreign_checkpoints_are_refused_and_left_alone(go, tmp_path, capsys):
+    path = tmp_path / "run" / "checkpoint.pt"
+    path.parent.mkdir()
+    for content in (b"", b"noise", b"PK\x03\x04 half a zip file"):
+        path.write_bytes(content)
+        assert "checkpoint.pt is damaged" in refused(capsys, go, "--resume", path.parent)
+        assert path.read_bytes() == content
+    torch.save({"format": "another"}, path)
+    assert "checkpoint.pt is not a checkpoint of this program" in refused(capsys, go, "--resume", path.parent)
+    torch.save([1], path)
+    assert "is not a checkpoint of this program" in refused(capsys, go, "--resume", path.parent)
+
+
+def test_an_encoder_without_room_for_the_words_is_refused(go, tmp_path, tiny_weights, capsys):
+    from tiny_transformer import TinyTransformer, TransformerConfig, save_pretrained
+
+    config = TransformerConfig(20, 8, 1, 1, 8, 48, 2)
+    save_pretrained(TinyTransformer(config), tmp_path / "small")
+    assert "no tokenizer.json, vocab.json or vocab.txt in" in refused(capsys, go, "--weights", tmp_path / "small")
+
+
+# Official files with a checkpoint of the usual layout
+
+
+def test_an_official_task_runs_with_a_bert_checkpoint(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] a good bad film . very".split()
+    config = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words) + "\n")
+    words = [(f"{'very ' * (i % 3)}{word}", label) for i in range(20) for word, label in (("good", 1), ("bad", 0))]
+    rows = ["sentence\tlabel"] + [f"a {text} film .\t{label}" for text, label in words]
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.tsv").write_text("\n".join(rows) + "\n")
+    flags = ["--task", "sst2", "--data", ".", "--weights", "bert", "--lr", "0.02", "--epochs", "12", "--device", "cpu"]
+    summary = main([*flags, "--batch-size", "8"])
+    assert summary["score"] == 1.0 and summary["density_kept"] <= 0.5
+    assert "tensors not used: classifier.bias" in capsys.readouterr().out

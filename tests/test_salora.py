@@ -1,0 +1,350 @@
+"""The gated linear layer and what is done to it, against naive loops in float64."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import salora
+from budget import freeze_gates
+from hard_concrete import sample_gate
+from salora import SaLoRALinear, adapt, canonicalize, merge, orthogonality, prune, salora_layers
+from strategies import assert_close, layers, make_layer, naive_forward, normal, seeds, sizes
+
+
+class Net(nn.Module):
+    """A model that is not ours: one linear layer used under two names, one inside a list, and others."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleList([nn.Linear(6, 10), nn.Linear(10, 6, bias=False)])
+        self.shared = nn.Linear(6, 6)
+        self.alias = nn.Sequential(self.shared, nn.Tanh())
+        self.conv = nn.Conv1d(1, 1, 3)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.body[1](torch.tanh(self.body[0](x)))
+        return self.head(self.alias(self.shared(x)))
+
+
+def opened(layer, value):
+    layer.gate.fixed = torch.full((layer.r,), value, dtype=layer.A.dtype)
+    return layer
+
+
+def randomize(model, seed=0):
+    """Give every adapter of a model a B and gates at random: nothing is at its start."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in salora_layers(model).values():
+            layer.B.copy_(torch.randn(layer.B.shape, generator=g))
+            layer.gate.log_theta.copy_(2 * torch.randn(layer.r, generator=g))
+    return model
+
+
+# Exact identities
+
+
+@given(layers())
+def test_closed_gates_leave_exactly_the_frozen_layer(layer):
+    x = normal(3, layer.A.shape[1], seed=1)
+    assert torch.equal(opened(layer, 0.0)(x), layer.base(x)), "g = 0: h = W x"
+
+
+@given(layers())
+def test_open_gates_are_exactly_plain_lora(layer):
+    x = normal(3, layer.A.shape[1], seed=1)
+    scale = layer.alpha / layer.r0
+    lora = layer.base(x) + (x @ layer.A.T) @ (layer.B * scale).T
+    assert torch.equal(opened(layer, 1.0)(x), lora), "g = 1: h = W x + alpha / r B A x"
+
+
+def test_a_fresh_layer_changes_nothing_and_a_is_drawn_so_that_aat_is_the_identity_on_average():
+    base = nn.Linear(4096, 16)
+    layer = SaLoRALinear(base, 8, 16)
+    x = torch.randn(2, 4096)
+    assert torch.equal(layer(x), base(x)), "B = 0 at the start"
+    assert (layer.A @ layer.A.T - torch.eye(8)).abs().max() < 0.1, "A ~ N(0, 1/k)"
+    assert abs(float(layer.A.std()) * 64 - 1) < 0.02
+
+
+# The layer itself
+
+
+@given(layers(), seeds)
+def test_forward_is_eq_5_by_naive_loops(layer, seed):
+    x = normal(2, layer.A.shape[1], seed=seed)
+    gates = sample_gate(layer.gate.log_theta, layer.gate.u).tolist()
+    assert_close(layer(x), naive_forward(layer, x, gates), layer.A.shape[1] + layer.r)
+
+
+@given(layers(), seeds)
+def test_eval_mode_uses_median_gates_and_ignores_the_noise(layer, seed):
+    x = normal(2, layer.A.shape[1], seed=seed)
+    layer.eval()
+    expected = naive_forward(layer, x, sample_gate(layer.gate.log_theta, torch.full_like(layer.gate.u, 0.5)).tolist())
+    assert_close(layer(x), expected, layer.A.shape[1] + layer.r)
+    before = layer(x)
+    layer.gate.u.fill_(0.123)
+    assert torch.equal(layer(x), before)
+
+
+@given(layers(), st.integers(1, 3), st.integers(1, 3))
+def test_leading_axes_are_free(layer, n, m):
+    x = normal(n, m, layer.A.shape[1], seed=3)
+    flat = layer(x.reshape(n * m, -1))
+    assert_close(layer(x), flat.reshape(n, m, -1), layer.A.shape[1])
+
+
+def test_gradients_agree_with_finite_differences():
+    layer = make_layer(4, 3, 2, seed=5)
+    layer.gate.log_theta.data = torch.tensor([0.3, -0.4], dtype=torch.float64)
+    layer.gate.u.copy_(torch.tensor([0.45, 0.55]))
+    x = normal(2, 3, seed=6).requires_grad_()
+
+    def f(x, A, B, log_theta):
+        names = {"A": A, "B": B, "gate.log_theta": log_theta}
+        return torch.func.functional_call(layer, names, (x,))
+
+    inputs = [p.detach().clone().requires_grad_() for p in (layer.A, layer.B, layer.gate.log_theta)]
+    assert torch.autograd.gradcheck(f, (x, *inputs))
+
+
+def test_only_triplets_and_gates_have_gradients_and_the_frozen_weight_stays_bitwise():
+    layer = make_layer(5, 4, 3, seed=1)
+    layer.gate.u.fill_(0.5)
+    layer.gate.log_theta.data.zero_()
+    before = copy.deepcopy(layer.base.state_dict())
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(normal(2, 4, seed=2)).square().sum().backward()
+    optimizer.step()
+    assert all(p.grad is None for p in layer.base.parameters())
+    assert all(p.grad is not None and p.grad.any() for p in (layer.A, layer.B, layer.gate.log_theta))
+    assert all(torch.equal(before[name], value) for name, value in layer.base.state_dict().items())
+
+
+# Eq. (9)
+
+
+@given(st.lists(layers(), min_size=1, max_size=3))
+def test_orthogonality_is_eq_9_by_naive_loops(bank):
+    total = 0.0
+    for layer in bank:
+        A, B = layer.A.tolist(), layer.B.T.tolist()
+        for rows in (A, B):  # rows of A, columns of B: their Gram matrices against the identity
+            for i, p in enumerate(rows):
+                for j, q in enumerate(rows):
+                    total += (sum(a * b for a, b in zip(p, q)) - (i == j)) ** 2
+    assert_close(orthogonality(iter(bank)), torch.tensor(total, dtype=torch.float64), 200)
+
+
+def test_orthogonality_is_zero_for_orthonormal_factors_and_its_gradient_is_zero_at_b_0():
+    layer = make_layer(6, 5, 3, seed=0)
+    layer.B.data, layer.A.data = torch.eye(6, dtype=torch.float64)[:, :3], torch.eye(5, dtype=torch.float64)[2:]
+    assert float(orthogonality([layer])) == 0
+    layer.B.data.zero_()
+    orthogonality([layer]).backward()
+    assert not layer.B.grad.any() and float(orthogonality([layer])) == 3, "||0 - I||^2 = r"
+
+
+# Canonical triplets
+
+
+@given(sizes, sizes, st.integers(1, 8), seeds)
+def test_canonical_triplets_keep_the_product_and_are_a_singular_basis(d, k, r, seed):
+    layer = make_layer(d, k, r, seed)
+    product = layer.B @ layer.A
+    canonicalize(layer)
+    assert_close(layer.B @ layer.A, product, 64)
+    singular = torch.linalg.svdvals(product)
+    expected = torch.zeros(r, dtype=torch.float64)
+    n = min(r, d, k)
+    expected[:n] = singular[:n]
+    for gram in (layer.B.T @ layer.B, layer.A @ layer.A.T):
+        assert_close(gram, torch.diag(expected), 256)  # orthogonal, sorted, and S shared evenly between A and B
+
+
+def test_canonical_triplets_of_an_untrained_layer_are_left_alone():
+    layer = SaLoRALinear(nn.Linear(5, 4), 3, 16)
+    before = layer.A.clone()
+    canonicalize(layer)
+    assert torch.equal(layer.A, before) and not layer.B.any(), "A must not be lost while B = 0"
+
+
+# Pruning and merging
+
+
+@given(layers(), seeds)
+def test_pruned_layer_equals_the_masked_one(layer, seed):
+    x = normal(2, layer.A.shape[1], seed=seed)
+    layer.eval()
+    masked, settled = layer(x), layer.gate.settled()
+    kept = prune(layer)
+    assert torch.equal(kept, settled.nonzero().flatten()) and layer.r == len(kept)
+    assert_close(layer(x), masked, layer.A.shape[1] + 8)
+    assert len(prune(layer)) == layer.r == len(kept), "pruning twice is pruning once"
+
+
+@given(layers(), st.floats(0.05, 1), st.sampled_from(["budget", "median"]), st.sampled_from(["one", "median"]))
+def test_freeze_prune_merge_all_give_the_frozen_models_outputs(layer, density, rule, survivors):
+    x = normal(2, layer.A.shape[1], seed=4)
+    freeze_gates([layer], density, rule, survivors)
+    expected = layer(x)
+    scale = layer.scale
+    prune(layer)
+    assert layer.scale == scale, "survivors keep alpha / r0"
+    assert_close(layer(x), expected, layer.A.shape[1] + 8)
+    merged = merge(layer)
+    assert type(merged) is nn.Linear
+    assert_close(merged(x), expected, layer.A.shape[1] + 8)
+
+
+def test_triplets_can_be_removed_in_any_order():
+    x = normal(3, 4, seed=9)
+    once, bit_by_bit = make_layer(5, 4, 6, seed=3), make_layer(5, 4, 6, seed=3)
+    mask = torch.tensor([1.0, 0, 0, 1, 0, 1], dtype=torch.float64)
+    once.gate.fixed = mask
+    prune(once)
+    for closed in (4, 1, 1):  # positions in the layer as it then is: triplets 4, 1, 2
+        bit_by_bit.gate.fixed = torch.ones(bit_by_bit.r, dtype=torch.float64)
+        bit_by_bit.gate.fixed[closed] = 0
+        prune(bit_by_bit)
+    assert torch.equal(once(x), bit_by_bit(x)) and once.r == bit_by_bit.r == 3
+
+
+def test_a_layer_with_every_triplet_closed_is_the_frozen_layer():
+    layer = opened(make_layer(5, 4, 3, seed=2), 0.0)
+    prune(layer)
+    x = normal(2, 4, seed=1)
+    assert layer.r == 0 and torch.equal(layer(x), layer.base(x)) and not layer.delta().any()
+    assert float(orthogonality([layer])) == 0
+
+
+def test_merged_model_equals_the_adapted_one_and_merging_twice_changes_nothing():
+    net = randomize(adapt(Net().double(), [r"body\.\d", "shared"], r=2).double()).eval()
+    x = normal(4, 6, seed=1)
+    expected = net(x)
+    merged = merge(net)
+    assert merged is net and not salora_layers(merged)
+    assert all(type(m) is not SaLoRALinear for m in merged.modules())
+    assert_close(merged(x), expected, 64)
+    again = merged(x)
+    assert torch.equal(merge(merged)(x), again)
+
+
+def test_nothing_merges_when_the_mode_changes():
+    layer = make_layer(4, 4, 2, seed=1)
+    before = layer.base.weight.clone()
+    layer.eval(), layer.train(), layer.eval()
+    assert torch.equal(layer.base.weight, before)
+
+
+# Adapting models
+
+
+def test_adapt_replaces_by_suffix_and_by_pattern_and_freezes_the_rest():
+    net = adapt(Net(), ["shared", r"body\.1"], r=2, alpha=4)
+    assert list(salora_layers(net)) == ["body.1", "shared"]
+    assert net.alias[0] is net.shared, "a module with two parents stays one module"
+    trainable = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert trainable == {f"{m}.{p}" for m in ("body.1", "shared") for p in ("A", "B", "gate.log_theta")}
+    assert net.shared.r == 2 and net.shared.scale == 2
+
+
+def test_a_target_is_a_whole_name_or_a_suffix_after_a_dot():
+    net = adapt(Net(), "body.0")
+    assert list(salora_layers(net)) == ["body.0"]
+    with pytest.raises(ValueError, match="'hared' matches no module"):
+        adapt(Net(), ["hared"])
+
+
+def test_adapt_refuses_targets_without_a_linear_layer_and_lists_candidates():
+    with pytest.raises(ValueError, match="'quary' matches no module; nn.Linear layers here: .*head, shared"):
+        adapt(Net(), ["quary"])
+    with pytest.raises(ValueError, match="'conv' matches only Conv1d"):
+        adapt(Net(), ["conv"])
+    net = Net()
+    with pytest.raises(ValueError, match="matches no module"):
+        adapt(net, ["shared", "nothing"])
+    assert not salora_layers(net) and all(p.requires_grad for p in net.parameters()), "nothing is half done"
+
+
+def test_adapt_refuses_linear_layers_whose_parent_bypasses_them():
+    attention = nn.MultiheadAttention(8, 2)  # it reads out_proj.weight itself and would ignore an adapter
+    with pytest.raises(ValueError, match="only nn.Linear can be adapted"):
+        adapt(attention, ["out_proj"])
+
+
+def test_adapting_twice_is_refused_rather_than_nested():
+    net = adapt(Net(), ["shared"])
+    with pytest.raises(ValueError, match="'shared' matches only SaLoRALinear"):
+        adapt(net, ["shared"])
+    assert list(salora_layers(adapt(net, [".*"]))) == ["body.0", "body.1", "shared", "head"]
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_rank_below_one_is_refused(rank):
+    with pytest.raises(ValueError, match=f"rank must be at least 1, got {rank}"):
+        adapt(Net(), ["shared"], r=rank)
+
+
+def test_equal_seeds_give_equal_starts():
+    first, second = (adapt(_seeded_net(), ["shared"]) for _ in range(2))
+    assert torch.equal(first.shared.A, second.shared.A)
+
+
+def _seeded_net():
+    torch.manual_seed(1)
+    return Net()
+
+
+# Adapter files
+
+
+@pytest.mark.parametrize("stage", ["fresh", "window", "frozen", "pruned", "closed"])
+@pytest.mark.parametrize("training", [True, False])
+def test_saved_adapters_come_back_exactly(tmp_path, stage, training):
+    net = randomize(adapt(_seeded_net(), ["shared", r"body\.\d"], r=3))
+    net.head.requires_grad_(True)
+    net.head.weight.data.add_(1)
+    bank = list(salora_layers(net).values())
+    if stage in ("frozen", "pruned", "closed"):
+        freeze_gates(bank, 0.4 if stage != "closed" else 1e-9, survivors="median" if stage == "frozen" else "one")
+    if stage in ("pruned", "closed"):
+        for layer in bank:
+            prune(layer)
+    net.train(training)
+    salora.save_adapter(net, tmp_path / "adapter.pt")
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter.pt"], "no temporary file stays behind"
+
+    x = torch.randn(5, 6)
+    for target in (_seeded_net(), adapt(_seeded_net(), ["shared", r"body\.\d"], r=3)):
+        loaded = salora.load_adapter(target.train(training), tmp_path / "adapter.pt")
+        assert torch.equal(loaded(x), net(x))
+        assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
+            n for n, p in net.named_parameters() if p.requires_grad
+        }
+
+
+def test_an_adapter_that_does_not_fit_is_refused_by_name_and_leaves_the_model_alone(tmp_path):
+    net = adapt(_seeded_net(), ["shared"])
+    salora.save_adapter(net, tmp_path / "a.pt")
+    other = Net()
+    other.shared = nn.Linear(6, 7)
+    with pytest.raises(ValueError, match="shared of shape"):
+        salora.load_adapter(other, tmp_path / "a.pt")
+    assert type(other.shared) is nn.Linear and other.shared.weight.requires_grad
+    net.head.requires_grad_(True)
+    salora.save_adapter(net, tmp_path / "b.pt")
+    other = Net()
+    other.head = nn.Linear(6, 3)
+    with pytest.raises(ValueError, match="head.weight of shape"):
+        salora.load_adapter(other, tmp_path / "b.pt")
+    assert type(other.shared) is nn.Linear
+    torch.save({"some": "thing"}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="not a SaLoRA adapter"):
+        salora.load_adapter(Net(), tmp_path / "c.pt")

@@ -1,0 +1,267 @@
+"""The encoder: against a naive one in plain loops, and against `transformers` where that package is installed."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from salora import adapt, salora_layers
+from tiny_transformer import (
+    MaskedLM,
+    SequenceClassifier,
+    TinyTransformer,
+    TransformerConfig,
+    hub_name,
+    load_pretrained,
+    save_pretrained,
+)
+
+SMALL = dict(
+    vocab_size=40,
+    hidden_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=20,
+    max_position_embeddings=20,
+    type_vocab_size=2,
+    pad_token_id=1,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    initializer_range=0.3,
+)
+
+
+def small_encoder(**changes):
+    torch.manual_seed(0)
+    encoder = TinyTransformer(TransformerConfig(**{**SMALL, **changes}))
+    for p in encoder.parameters():  # no LayerNorm and no bias at its neutral start
+        p.data.add_(0.1 * torch.randn_like(p))
+    return encoder.eval()
+
+
+def batch(pad=1, vocab=40):
+    """Two rows, the second padded, with types: (ids, mask, types)."""
+    ids = torch.randint(5, vocab, (2, 7), generator=torch.Generator().manual_seed(3))
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    types = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0, 0]])
+    return ids.masked_fill(mask == 0, pad), mask, types
+
+
+def naive_encoder(encoder, ids, types):
+    """One unpadded row (seq,) through the encoder, written out without a library attention or norm."""
+    c, p = encoder.config, dict(encoder.named_parameters())
+
+    def norm(x, name):
+        mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+        return (x - mean) / (var + c.layer_norm_eps).sqrt() * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    positions = [c.pad_token_id + 1 + i for i in range(len(ids))]
+    x = norm(p["word.weight"][ids] + p["position.weight"][positions] + p["token_type.weight"][types], "norm")
+    size = c.hidden_size // c.num_attention_heads
+    for i in range(c.num_hidden_layers):
+        q, k, v = (linear(x, f"layers.{i}.{name}") for name in ("query", "key", "value"))
+        heads = []
+        for h in range(c.num_attention_heads):
+            part = slice(h * size, (h + 1) * size)
+            scores = q[:, part] @ k[:, part].T / math.sqrt(size)
+            weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+            heads.append(weights @ v[:, part])
+        x = norm(x + linear(torch.cat(heads, -1), f"layers.{i}.out"), f"layers.{i}.norm1")
+        u = linear(x, f"layers.{i}.up")
+        gelu = u * 0.5 * (1 + torch.erf(u / math.sqrt(2)))  # the exact one
+        x = norm(x + linear(gelu, f"layers.{i}.down"), f"layers.{i}.norm2")
+    return x
+
+
+def test_encoder_equals_the_naive_one_and_padding_changes_nothing():
+    encoder = small_encoder().double()
+    ids, mask, types = batch()
+    hidden = encoder(ids, mask, types)
+    assert torch.allclose(hidden[0], naive_encoder(encoder, ids[0], types[0]), atol=1e-12)
+    assert torch.allclose(hidden[1, :4], naive_encoder(encoder, ids[1, :4], types[1, :4]), atol=1e-12)
+    assert torch.equal(hidden, encoder(ids, None, types)), "without a mask, padding is not looked at"
+
+
+def test_masked_tokens_are_not_looked_at():
+    encoder = small_encoder()
+    ids, mask, types = batch()
+    other = ids.clone()
+    other[1, 5] = 17  # behind the mask, but not padding
+    changed = encoder(other, mask, types)[1, :4]
+    assert torch.allclose(changed, encoder(ids, mask, types)[1, :4], atol=1e-6)
+    assert not torch.allclose(encoder(other, None, types)[1, :4], changed, atol=1e-3)
+
+
+def test_positions_start_at_pad_plus_one_and_padding_keeps_the_padding_position():
+    encoder = small_encoder(pad_token_id=3, vocab_size=40)
+    seen = []
+    encoder.position.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    encoder(torch.tensor([[7, 8, 9, 3, 3]]))
+    assert seen[0].tolist() == [[4, 5, 6, 3, 3]]
+    assert encoder.config.max_length == 20 - 3 - 1
+
+
+def test_masked_lm_head_is_dense_gelu_norm_and_the_tied_embedding():
+    lm = MaskedLM(small_encoder())
+    x = torch.randn(4, 12)
+    h = nn.functional.layer_norm(nn.functional.gelu(lm.dense(x)), (12,), eps=1e-5)
+    lm.bias.data.normal_()
+    assert torch.allclose(lm(x), h @ lm.encoder.word.weight.T + lm.bias, atol=1e-5)
+
+
+def test_classifier_reads_the_first_token_through_dense_tanh_out_proj():
+    model = SequenceClassifier(small_encoder(), 3).eval()
+    ids, mask, types = batch()
+    head = model.classifier
+    expected = head["out_proj"](torch.tanh(head["dense"](model.encoder(ids, mask, types)[:, 0])))
+    assert torch.equal(model(ids, mask, types), expected) and expected.shape == (2, 3)
+
+
+def test_roberta_base_has_the_published_number_of_parameters():
+    with torch.device("meta"):
+        encoder = TinyTransformer(TransformerConfig())
+        total = sum(p.numel() for p in encoder.parameters())
+        assert total == 124_055_040, "RoBERTa-base without its pooler"
+        adapt(encoder, ["query", "key", "value", "out", "up", "down"], 8, 16)
+    layers = salora_layers(encoder).values()
+    assert len(layers) == 72 and sum(layer.r * layer.triplet_size for layer in layers) == 1_327_104
+
+
+def test_heads_must_divide_the_hidden_size():
+    with pytest.raises(ValueError, match="hidden_size 12 is no multiple of 5 heads"):
+        TransformerConfig(hidden_size=12, num_attention_heads=5)
+
+
+# Checkpoint folders
+
+
+def test_saved_encoder_loads_exactly(tmp_path, capsys):
+    encoder = small_encoder()
+    save_pretrained(encoder, tmp_path)
+    loaded, config = load_pretrained(tmp_path)
+    assert config == encoder.config and not loaded.training
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), loaded.parameters(), strict=True))
+    assert capsys.readouterr().out == "", "nothing was left unused, so nothing is said"
+
+
+def edit(folder, config=None, tensors=None):
+    """Change a saved checkpoint: update its config, replace or drop (None) tensors."""
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, **(config or {})}))
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    state.update(tensors or {})
+    torch.save({k: v for k, v in state.items() if v is not None}, folder / "pytorch_model.bin")
+
+
+def test_loading_says_what_it_did_not_use(tmp_path, capsys):
+    save_pretrained(small_encoder(), tmp_path)
+    edit(tmp_path, tensors={"lm_head.bias": torch.zeros(3), "roberta.pooler.dense.weight": torch.zeros(3, 3)})
+    load_pretrained(tmp_path)
+    assert "2 tensors not used: lm_head.bias, pooler.dense.weight" in capsys.readouterr().out
+
+
+def test_loading_refuses_missing_and_misshapen_tensors_by_name(tmp_path):
+    save_pretrained(small_encoder(), tmp_path)
+    edit(tmp_path, tensors={"roberta.encoder.layer.1.output.dense.bias": torch.zeros(5)})
+    with pytest.raises(ValueError, match=r"encoder.layer.1.output.dense.bias .*has shape \(5,\).*asks for \(12,\)"):
+        load_pretrained(tmp_path)
+    edit(tmp_path, tensors={"roberta.encoder.layer.1.output.dense.bias": None})
+    with pytest.raises(ValueError, match="lacks 1 tensors: encoder.layer.1.output.dense.bias"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_act": "gelu_new"}, {"position_embedding_type": "relative_key"}, {"model_type": "gpt2"}]
+)
+def test_loading_refuses_foreign_architectures(tmp_path, change):
+    save_pretrained(small_encoder(), tmp_path)
+    edit(tmp_path, config=change)
+    key, value = next(iter(change.items()))
+    with pytest.raises(ValueError, match=f"{key} '{value}', expected one of"):
+        load_pretrained(tmp_path)
+
+
+def test_loading_refuses_missing_and_damaged_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no config.json in"):
+        load_pretrained(tmp_path)
+    save_pretrained(small_encoder(), tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="pytorch_model.bin is damaged"):
+        load_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="no model.safetensors or pytorch_model.bin"):
+        load_pretrained(tmp_path)
+
+
+def test_every_parameter_has_its_own_published_name():
+    names = [name for name, _ in small_encoder().named_parameters()]
+    assert len({hub_name(name) for name in names}) == len(names)
+    assert hub_name("layers.3.up.bias") == "encoder.layer.3.intermediate.dense.bias"
+
+
+# Against the reference implementation
+
+
+def reference(family, folder, **changes):
+    """A random model of `transformers`, saved in the usual layout; returns it."""
+    transformers = pytest.importorskip("transformers")
+    changes = {k: v for k, v in {**SMALL, **changes}.items()}
+    torch.manual_seed(1)
+    if family == "bert":
+        model = transformers.BertModel(transformers.BertConfig(**{**changes, "pad_token_id": 0}))
+    else:
+        model = transformers.RobertaModel(transformers.RobertaConfig(**changes))
+    for p in model.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    model.eval().save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("family", ["roberta", "bert"])
+def test_encoder_equals_transformers_on_a_random_checkpoint(family, tmp_path):
+    pytest.importorskip("safetensors")
+    model = reference(family, tmp_path)
+    encoder, config = load_pretrained(tmp_path)
+    ids, mask, types = batch(pad=config.pad_token_id)
+    expected = model(input_ids=ids, attention_mask=mask, token_type_ids=types).last_hidden_state
+    difference = ((encoder(ids, mask, types) - expected).abs() * mask[..., None]).max()
+    assert difference < 1e-5, f"differs by {difference:.2e}, but should by at most 1e-5"
+
+
+def test_encoder_equals_transformers_at_the_longest_input(tmp_path):
+    pytest.importorskip("safetensors")
+    model = reference("roberta", tmp_path)
+    encoder, config = load_pretrained(tmp_path)
+    ids = torch.randint(5, 40, (1, config.max_length))
+    assert (encoder(ids) - model(input_ids=ids).last_hidden_state).abs().max() < 1e-5
+
+
+def test_classifier_equals_transformers_with_the_same_head(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("safetensors")
+    config = transformers.RobertaConfig(**SMALL, num_labels=3)
+    other = transformers.RobertaForSequenceClassification(config).eval()
+    other.save_pretrained(tmp_path)
+    model = SequenceClassifier(load_pretrained(tmp_path)[0], 3).eval()
+    for name in ("dense", "out_proj"):
+        model.classifier[name].load_state_dict(getattr(other.classifier, name).state_dict())
+    ids, mask, types = batch()
+    expected = other(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
+    assert (model(ids, mask, types) - expected).abs().max() < 1e-5
+
+
+def test_real_encoder_equals_transformers(encoder_dir):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModel.from_pretrained(encoder_dir).eval()
+    encoder, config = load_pretrained(encoder_dir)
+    ids, mask, types = batch(pad=config.pad_token_id, vocab=config.vocab_size)
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask, token_type_ids=types).last_hidden_state
+        difference = ((encoder(ids, mask, types) - expected).abs() * mask[..., None]).max()
+    print(f"largest difference to transformers on real weights: {difference:.2e}")
+    assert difference < 1e-5
