@@ -116,14 +116,14 @@ class Lagrangian(nn.Module):
     target: b in (0, 1]. lr: eta_c, the length of an ascent step. Multipliers start at 0 and are never negative.
     """
 
-    def __init__(self, target, lr=0.01, controller="quadratic"):
+    def __init__(self, target, lr=0.01, controller="quadratic", device="cpu"):
         super().__init__()
         check_density(target)
         if controller not in ("quadratic", "sgd", "linear"):
             raise ValueError(f"controller must be quadratic, sgd or linear, got {controller!r}")
         self.target, self.controller = target, controller
-        self.start = float(prob_open(torch.tensor(0.0)))  # C of fresh gates, 11/12
-        self.lam = nn.Parameter(torch.zeros(2 if controller == "linear" else 1))
+        self.start = 11 / 12  # C of fresh gates: Eq. (8) at log_theta = 0
+        self.lam = nn.Parameter(torch.zeros(2 if controller == "linear" else 1, device=device))
         Optimizer = torch.optim.SGD if controller == "sgd" else torch.optim.Adam
         self.optimizer = Optimizer([self.lam], lr=lr, maximize=True)
 

@@ -9,6 +9,7 @@ their defaults are in glue/flags.py. Left out: hyper-parameter search, choosing 
 """
 
 import math
+import random
 import time
 
 import torch
@@ -88,7 +89,7 @@ def fine_tune(args, model, train, dev, out, saved=None):
     optimizer = torch.optim.AdamW(weights, lr=args.lr)
     GateOptimizer = torch.optim.SGD if args.controller == "sgd" else torch.optim.Adam
     gate_optimizer = GateOptimizer(thetas, lr=eta) if thetas else None
-    lagrangian = Lagrangian(args.density, eta, args.controller).to(args.device)
+    lagrangian = Lagrangian(args.density, eta, args.controller, args.device)
     parts = {"optimizer": optimizer, "gates": gate_optimizer, "lagrangian": lagrangian, "ascent": lagrangian.optimizer}
     first, log, C_end, seconds = 0, [], None, 0.0
     if saved:
@@ -96,7 +97,8 @@ def fine_tune(args, model, train, dev, out, saved=None):
         for name, state in saved["parts"].items():
             parts[name].load_state_dict(state)
     else:
-        freeze_gates(layers, 1.0)  # open until T_start: plain LoRA
+        for layer in layers:
+            layer.gate.fixed = torch.ones_like(layer.gate.log_theta)  # open until T_start: plain LoRA
 
     model.train()
     started, every = time.time(), max(1, total // 200)
@@ -108,9 +110,10 @@ def fine_tune(args, model, train, dev, out, saved=None):
                      "C_end": C_end, "seconds": seconds + time.time() - started}  # fmt: skip
             report.whole(out / "checkpoint.pt", lambda path, state=state: torch.save(state, path))
         if place == 0:
-            generator = torch.Generator().manual_seed(1000 * args.seed + epoch)  # this epoch's order and noise
-            torch.manual_seed(1000 * args.seed + epoch)  # and its dropout: nothing else is needed to resume here
-            order = torch.randperm(len(train), generator=generator).tolist()
+            seed = 1000 * args.seed + epoch  # an epoch draws from its own seed: nothing more is needed to resume here
+            order = random.Random(seed).sample(range(len(train)), len(train))
+            noise = torch.Generator().manual_seed(seed)  # for the gates
+            torch.manual_seed(seed)  # for dropout
             running, counted = 0.0, 0
 
         if step == schedule.T_start and args.method == "salora":
@@ -130,7 +133,7 @@ def fine_tune(args, model, train, dev, out, saved=None):
         rows = [train[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]]
         inputs, labels = batch_of(rows, model, args.device)
         if phase == "window":
-            resample(layers, generator)  # one draw an optimiser step
+            resample(layers, noise)  # one draw an optimiser step
         loss = task_loss(model(*inputs), labels)
         objective = loss
         if args.beta:
@@ -151,7 +154,7 @@ def fine_tune(args, model, train, dev, out, saved=None):
 
         running, counted = running + loss.detach(), counted + 1
         if (step + 1) % every == 0 or step + 1 == total:
-            log.append(log_row(step + 1, phase, running.item() / counted, layers, lagrangian))
+            log.append(log_row(step + 1, phase, running / counted, layers, lagrangian))
             running, counted = 0.0, 0
             if len(log) % 10 == 0 or step + 1 == total:
                 pace = (time.time() - started) / (step + 1 - first)  # seconds a step
@@ -162,7 +165,7 @@ def fine_tune(args, model, train, dev, out, saved=None):
 
 def log_row(step, phase, loss, layers, lagrangian):
     """One row of log.csv, the only place where training waits for the device."""
-    row = {"step": step, "phase": phase, "loss": loss, "C": None, "kept": None, "lam": None, "triplets": ""}
+    row = {"step": step, "phase": phase, "loss": loss.item(), "C": None, "kept": None, "lam": None, "triplets": ""}
     if layers:
         kept = sum(int((layer.gate.settled() > 0).sum()) for layer in layers)
         row.update(C=expected_density(layers).item(), kept=kept_density(layers), lam=lagrangian.lam.sum().item())

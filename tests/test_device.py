@@ -1,0 +1,88 @@
+"""Device discipline without a device: training steps under fake tensors on the meta device, where a tensor made on the
+wrong device, or a value read back in the middle of a step, is an error. With CUDA: the same numbers as on the CPU."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import train_glue_mini
+from budget import Lagrangian, expected_density, resample
+from glue import report
+from glue.flags import build_parser, settle
+from glue.mini import examples
+from glue.tokens import MiniTokenizer
+from salora import adapt, canonicalize, merge, orthogonality, prune, salora_layers
+from strategies import generator, make_layer
+from tiny_transformer import SequenceClassifier, TinyTransformer, TransformerConfig
+from train_glue_mini import TARGETS, fine_tune
+
+SMALL = dict(vocab_size=130, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+
+
+class Done(Exception):
+    pass
+
+
+@pytest.mark.parametrize("controller", ["quadratic", "sgd", "linear"])
+@pytest.mark.parametrize("window", [(0, 1), (1, 1)], ids=["window", "open"])
+def test_steps_stay_on_their_device_and_read_nothing_back(monkeypatch, window, controller):
+    """`fine_tune` itself runs its steps on fake tensors, up to its first report."""
+    flags = ["--steps", "600", "--batch-size", "4", "--no-canonical", "--beta", "0.1", "--controller", controller]
+    args = settle(build_parser().parse_args([*flags, "--device", "cpu", "--window", *map(str, window)]))
+    args.device, args.seed = "meta", 0
+    rows = MiniTokenizer().encode(examples("mini-mnli", 40))
+
+    def stop(*values):
+        raise Done
+
+    monkeypatch.setattr(train_glue_mini, "log_row", stop)
+    monkeypatch.setattr(report, "whole", stop)
+    model = SequenceClassifier(TinyTransformer(TransformerConfig(**SMALL, type_vocab_size=2)), 3)
+    adapt(model, TARGETS).classifier.requires_grad_(True)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(Done):  # after 3 whole steps
+        fine_tune(args, model.to("meta"), rows, rows, None)
+
+
+def test_the_fake_device_notices_a_tensor_on_the_wrong_device():
+    """The test above can fail: a layer whose gate forgot to move is caught, and so is reading a value back."""
+    layer = make_layer(4, 3, 2, seed=0).to("meta")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer.gate.u = torch.rand(2)
+        with pytest.raises(Exception, match="device"):
+            layer(torch.ones(1, 3, device="meta", dtype=torch.float64))
+        layer.gate.u = torch.rand(2, device="meta")
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            float(layer(torch.ones(1, 3, device="meta", dtype=torch.float64)).sum())
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@needs_cuda
+def test_cuda_gives_the_cpus_numbers_in_float64():
+    torch.backends.cuda.matmul.allow_tf32 = False
+    values = []
+    for device in ("cpu", "cuda"):
+        layer = make_layer(24, 16, 8, seed=3).to(device)
+        resample([layer], generator(1))
+        x = torch.linspace(-1, 1, 32, dtype=torch.float64, device=device).view(2, 16)
+        lagrangian = Lagrangian(0.5, device=device)
+        loss = layer(x).square().sum() + orthogonality([layer]) + lagrangian(expected_density([layer]))
+        loss.backward()
+        values.append([loss.detach().cpu(), layer.A.grad.cpu(), layer.gate.log_theta.grad.cpu()])
+        product = layer.B @ layer.A
+        canonicalize(layer)
+        assert torch.allclose(layer.B @ layer.A, product, atol=1e-10)
+        prune(layer)
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*values, strict=True))
+
+
+@needs_cuda
+def test_main_job_on_cuda_keeps_the_same_triplets_shape_and_merges(tiny_weights, tmp_path):
+    flags = ["--weights", str(tiny_weights), "--rows", "48", "--batch-size", "8", "--steps", "20", "--device", "cuda"]
+    summary = train_glue_mini.main([*flags, "--out", str(tmp_path / "run")])
+    assert summary["device"] == "cuda" and 0.4 < summary["density_kept"] <= 0.5
+    model = adapt(SequenceClassifier(TinyTransformer(TransformerConfig(**SMALL)), 2), TARGETS).cuda().eval()
+    ids = torch.randint(5, 100, (2, 6), device="cuda")
+    before = model(ids)
+    assert torch.allclose(merge(model)(ids), before, atol=1e-5) and not salora_layers(model)
