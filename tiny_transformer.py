@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -33,6 +34,7 @@ class TransformerConfig:
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     initializer_range: float = 0.02
+    model_type: str = "roberta"  # or "bert": whose names and whose count of positions a checkpoint has
 
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads:
@@ -82,6 +84,7 @@ class TinyTransformer(nn.Module):
         self.norm = nn.LayerNorm(d, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.recompute = False  # activation checkpointing: time for memory
         init_weights(self, config)
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None):
@@ -97,7 +100,8 @@ class TinyTransformer(nn.Module):
         x = self.dropout(self.norm(x))
         mask = attention_mask.bool()[:, None, None, :]  # (batch, 1, 1, seq)
         for block in self.layers:
-            x = block(x, mask)
+            again = self.recompute and self.training
+            x = checkpoint(block, x, mask, use_reentrant=False) if again else block(x, mask)
         return x
 
 
@@ -125,15 +129,16 @@ class MaskedLM(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         config = encoder.config
-        self.encoder = encoder
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        init_weights(self.dense, config)
+        self.encoder, self.lm_head = encoder, nn.Module()
+        self.lm_head.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.lm_head.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.lm_head.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        init_weights(self.lm_head, config)
 
     def forward(self, x):
         """Hidden states (..., d), all or only those of masked places -> logits (..., vocab)."""
-        return F.linear(self.norm(F.gelu(self.dense(x))), self.encoder.word.weight, self.bias)
+        x = self.lm_head.norm(F.gelu(self.lm_head.dense(x)))
+        return F.linear(x, self.encoder.word.weight, self.lm_head.bias)
 
 
 def init_weights(model, config):
@@ -147,7 +152,7 @@ def init_weights(model, config):
             nn.init.zeros_(module.weight.data[module.padding_idx])
 
 
-HUB_NAMES = {  # ours -> the published name, a prefix "roberta." or "bert." aside
+ENCODER_NAMES = {  # ours -> the published ones
     "word": "embeddings.word_embeddings",
     "position": "embeddings.position_embeddings",
     "token_type": "embeddings.token_type_embeddings",
@@ -161,18 +166,51 @@ HUB_NAMES = {  # ours -> the published name, a prefix "roberta." or "bert." asid
     "down": "output.dense",
     "norm2": "output.LayerNorm",
 }
+HEAD_NAMES = {
+    "roberta": {
+        "classifier.dense": "classifier.dense",
+        "classifier.out_proj": "classifier.out_proj",
+        "lm_head.dense": "lm_head.dense",
+        "lm_head.norm": "lm_head.layer_norm",
+        "lm_head": "lm_head",
+    },
+    "bert": {
+        "classifier.dense": "bert.pooler.dense",
+        "classifier.out_proj": "classifier",
+        "lm_head.dense": "cls.predictions.transform.dense",
+        "lm_head.norm": "cls.predictions.transform.LayerNorm",
+        "lm_head": "cls.predictions",
+    },
+}
 
 
-def hub_name(name):
-    """The published name of one of TinyTransformer's parameters: layers.3.up.bias -> encoder.layer.3.intermediate..."""
-    *front, module, kind = name.split(".")
-    return ".".join([*(["encoder", "layer", front[1]] if front else []), HUB_NAMES[module], kind])
+def hub_name(name, model_type="roberta"):
+    """The published name of one of our modules: encoder.layers.3.up -> roberta.encoder.layer.3.intermediate.dense."""
+    if name in HEAD_NAMES[model_type]:
+        return HEAD_NAMES[model_type][name]
+    *front, module = name.removeprefix("encoder.").split(".")
+    return ".".join([model_type, *(["encoder", "layer", front[1]] if front else []), ENCODER_NAMES[module]])
 
 
-def load_pretrained(folder):
-    """Read config.json and model.safetensors or pytorch_model.bin of a RoBERTa- or BERT-family model.
+def hub_parameters(model, config):
+    """{published name: parameter} of an encoder, or of one with a head."""
+    split = ((*name.rsplit(".", 1), parameter) for name, parameter in model.named_parameters())
+    return {f"{hub_name(module, config.model_type)}.{kind}": parameter for module, kind, parameter in split}
 
-    Returns (encoder, config), in float32 and eval mode, and prints which tensors it had no use for: heads, mostly.
+
+POSITIONS = "embeddings.position_embeddings.weight"
+SUPPORTED = {
+    "model_type": ("bert", "roberta", "xlm-roberta", "camembert"),
+    "hidden_act": ("gelu",),
+    "position_embedding_type": ("absolute",),
+}
+
+
+def load_pretrained(folder, head=None):
+    """Read config.json and the weights of a RoBERTa- or BERT-family model.
+
+    head: None, or what to build around the encoder and fill as well: MaskedLM, partial(SequenceClassifier, ...).
+    Returns (encoder or head(encoder), config), in float32 and eval mode, and prints which tensors it had no use for.
     Raises FileNotFoundError for a missing file and ValueError for a foreign architecture or a tensor that is missing
     or has another shape, by name.
     """
@@ -185,16 +223,17 @@ def load_pretrained(folder):
             raise ValueError(f"{folder}/config.json has {key} {raw[key]!r}, expected one of {', '.join(allowed)}")
     tensors = {re.sub(r"^(roberta|bert)\.", "", name): value for name, value in read_tensors(folder).items()}
     tensors = {re.sub(r"gamma$", "weight", re.sub(r"beta$", "bias", n)): v for n, v in tensors.items()}  # as in 2018
-    if raw.get("model_type", "bert") == "bert":  # BERT counts positions from 0: put unused rows in front
+    raw["model_type"] = "bert" if raw.get("model_type", "bert") == "bert" else "roberta"
+    if raw["model_type"] == "bert":  # counts positions from 0: put unused rows in front
         pad = raw["pad_token_id"] = raw.get("pad_token_id", 0)
         raw["max_position_embeddings"] += pad + 1
-        table = "embeddings.position_embeddings.weight"
-        if table in tensors:
-            tensors[table] = F.pad(tensors[table], (0, 0, pad + 1, 0))
+        if POSITIONS in tensors:
+            tensors[POSITIONS] = F.pad(tensors[POSITIONS], (0, 0, pad + 1, 0))
     config = TransformerConfig(**{f.name: raw[f.name] for f in fields(TransformerConfig) if f.name in raw})
 
-    encoder = TinyTransformer(config).eval()
-    wanted = {hub_name(name): parameter for name, parameter in encoder.named_parameters()}
+    model = TinyTransformer(config)
+    model = (head(model) if head else model).eval()
+    wanted = {re.sub(r"^(roberta|bert)\.", "", n): p for n, p in hub_parameters(model, config).items()}
     missing = [name for name in wanted if name not in tensors]
     if missing:
         raise ValueError(f"the checkpoint in {folder} lacks {len(missing)} tensors: {', '.join(missing[:4])}")
@@ -203,33 +242,36 @@ def load_pretrained(folder):
             found, expected = tuple(tensors[name].shape), tuple(parameter.shape)
             raise ValueError(f"{name} in {folder} has shape {found}, but config.json asks for {expected}")
         parameter.data.copy_(tensors[name])
-    unused = sorted(set(tensors) - set(wanted))
+    unused = sorted(set(tensors) - set(wanted) - {"embeddings.position_ids"})
     if unused:
         print(f"{folder}: {len(unused)} tensors not used: {', '.join(unused)}")
-    return encoder, config
-
-
-SUPPORTED = {
-    "model_type": ("bert", "roberta", "xlm-roberta", "camembert"),
-    "hidden_act": ("gelu",),
-    "position_embedding_type": ("absolute",),
-}
+    return model, config
 
 
 def read_tensors(folder):
-    """{published name: tensor} of a checkpoint folder. safetensors is an optional package, needed for its files."""
-    if (folder / "model.safetensors").is_file():
-        try:
-            import safetensors.torch
-        except ImportError:
-            raise FileNotFoundError(f"{folder}/model.safetensors needs a package: pip install safetensors") from None
-        try:
-            return safetensors.torch.load_file(folder / "model.safetensors")
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{folder}/model.safetensors cannot be read: {error}") from None
-    if (folder / "pytorch_model.bin").is_file():
-        return read_torch(folder / "pytorch_model.bin")
-    raise FileNotFoundError(f"no model.safetensors or pytorch_model.bin in {folder}")
+    """{published name: tensor} of a checkpoint folder, whole or in shards, as model.safetensors (which needs that
+    optional package) or pytorch_model.bin."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        read = read_safetensors if name.endswith("safetensors") else read_torch
+        if (folder / name).is_file():
+            return read(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            return {name: tensor for shard in shards for name, tensor in read(folder / shard).items()}
+    raise FileNotFoundError(f"no model.safetensors or pytorch_model.bin, nor an index of their shards, in {folder}")
+
+
+def read_safetensors(path):
+    """All tensors of a file; ValueError for one that is damaged."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise FileNotFoundError(f"{path} needs a package: pip install safetensors") from None
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def read_torch(path):
@@ -240,11 +282,20 @@ def read_torch(path):
         raise ValueError(f"{path} is damaged or not a PyTorch file of plain tensors") from None
 
 
-def save_pretrained(encoder, folder):
-    """Write an encoder as a checkpoint folder that `load_pretrained` and others read as RoBERTa."""
+def save_pretrained(model, folder):
+    """Write an encoder, or a SequenceClassifier, as a checkpoint folder that `load_pretrained` and others read."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {"roberta." + hub_name(name): p.detach().cpu() for name, p in encoder.named_parameters()}
+    classifier = isinstance(model, SequenceClassifier)
+    config = (model.encoder if classifier else model).config
+    tensors = {name: p.detach().cpu() for name, p in hub_parameters(model, config).items()}
+    raw = {"hidden_act": "gelu", **asdict(config)}
+    if config.model_type == "bert":
+        raw["max_position_embeddings"] = config.max_length
+        tensors["bert." + POSITIONS] = tensors["bert." + POSITIONS][config.pad_token_id + 1 :].clone()
+    if classifier:
+        family = {"bert": "Bert", "roberta": "Roberta"}[config.model_type]
+        raw |= {"architectures": [f"{family}ForSequenceClassification"]}
+        raw |= {"id2label": {i: f"LABEL_{i}" for i in range(model.num_labels)}}
     torch.save(tensors, folder / "pytorch_model.bin")
-    raw = {"model_type": "roberta", "hidden_act": "gelu", **asdict(encoder.config)}
     (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")

@@ -8,36 +8,40 @@
 their defaults are in glue/flags.py. Left out: hyper-parameter search, choosing an epoch by its dev score, ensembles.
 """
 
+import json
 import math
-import random
+import os
 import time
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from budget import GateSchedule, Lagrangian, expected_density, freeze_gates, kept_density, resample, total_parameters
 from glue import report
-from glue.flags import build_parser, plan
+from glue.flags import build_parser, finished, plan
 from glue.metrics import METRICS
 from glue.mini import TASKS as MINI_TASKS
 from glue.pretrain import mini_encoder
-from glue.tasks import load_task, task_of
-from glue.tokens import MiniTokenizer, collate, load_tokenizer
-from salora import adapt, adapter_state, canonicalize, load_adapter_state, orthogonality, prune, salora_layers
-from salora import save_adapter
+from glue.tasks import load_task, read_rows, task_of
+from glue.tokens import MiniTokenizer, batch_of, batches_of, load_tokenizer
+from salora import adapt, adapter_state, canonicalize, load_adapter, load_adapter_state, orthogonality, prune
+from salora import salora_layers, save_adapter
 from tiny_transformer import SequenceClassifier, load_pretrained
 
 TARGETS = ["query", "key", "value", "out", "up", "down"]  # all six matrices of a layer, as in the paper
 
 
-def prepare(args):
-    """Data, tokens and model of a run, everything that bad input can break. Returns (model, train, dev)."""
+def build(args):
+    """The model of a run, with its adapters, and `encode`: rows of sentences -> rows of token ids."""
     task, mini = task_of(args.task), args.task in MINI_TASKS
-    train, dev = load_task(args.task, args.data)
     if args.weights is None and not mini:
         raise ValueError(f"task {args.task} needs --weights DIR, the checkpoint folder of a RoBERTa or BERT encoder")
     folder = args.weights or mini_encoder(device=args.device)
     encoder, config = load_pretrained(folder)
+    encoder.recompute = args.recompute
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         tokenizer = MiniTokenizer()
@@ -50,34 +54,47 @@ def prepare(args):
     if args.method == "head":
         model.encoder.requires_grad_(False)
     length = min(args.max_length, config.max_length)
-    train, dev = (tokenizer.encode(rows, length) for rows in (train[: args.rows], dev))
-    return model.to(args.device), train, dev
+    return model.to(args.device), lambda rows: tokenizer.encode(rows, length)
+
+
+def prepare(args):
+    """Data, tokens and model of a run, everything that bad input can break. Returns (model, train, dev)."""
+    train, dev = load_task(args.task, args.data)
+    model, encode = build(args)
+    return model, encode(train[: args.rows]), encode(dev)
 
 
 def task_loss(outputs, labels):
-    """Cross-entropy for classes, squared error for scores."""
-    return F.mse_loss(outputs[:, 0], labels) if outputs.shape[1] == 1 else F.cross_entropy(outputs, labels)
-
-
-def batch_of(rows, model, device):
-    """Encoded rows -> (the model's inputs, labels), on the device."""
-    config = model.encoder.config
-    ids, mask, types, labels = (x.to(device) for x in collate(rows, config.pad_token_id))
-    return (ids, mask, types if config.type_vocab_size > 1 else None), labels
+    """Cross-entropy for class numbers, squared error for scores."""
+    if labels.is_floating_point():
+        return F.mse_loss(outputs.view_as(labels), labels)
+    return F.cross_entropy(outputs, labels)
 
 
 @torch.no_grad()
 def predict(model, rows, device):
     """A class number or a score for every row."""
     model.eval()
-    outputs = torch.cat([model(*batch_of(rows[i : i + 128], model, device)[0]) for i in range(0, len(rows), 128)])
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # rows of like length meet: little padding
+    batches = [order[i : i + 128] for i in range(0, len(rows), 128)]
+    outputs = torch.cat([model(*batch_of([rows[i] for i in batch], model, device)[0]) for batch in batches])
+    outputs = outputs[torch.tensor(order).argsort().to(device)].float()  # (rows, labels), as they came
     return (outputs[:, 0] if outputs.shape[1] == 1 else outputs.argmax(1)).tolist()
 
 
-def fine_tune(args, model, train, dev, out, saved=None):
-    """Algorithm 1. Leaves a checkpoint in `out` after every epoch. Returns (log: a list of rows, C at T_end)."""
+def workers():
+    """(the number of this process, how many train together): (0, 1) unless torchrun started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def fine_tune(args, model, train, out, saved=None, batch_of=batch_of):
+    """Algorithm 1. Leaves a checkpoint in `out` after every epoch. Returns (log: a list of rows, C at T_end, seconds).
+
+    `batch_of(rows, model, device)` makes what the model eats, (inputs, labels), of some rows of `train`.
+    """
     if saved:
         load_adapter_state(model, saved["adapter"])
+    me, many = workers()
     layers = list(salora_layers(model).values())
     per_epoch = math.ceil(len(train) / args.batch_size)
     total = args.steps or args.epochs * per_epoch
@@ -99,21 +116,24 @@ def fine_tune(args, model, train, dev, out, saved=None):
     else:
         for layer in layers:
             layer.gate.fixed = torch.ones_like(layer.gate.log_theta)  # open until T_start: plain LoRA
+    half = torch.autocast(torch.device(args.device).type, torch.bfloat16) if args.precision == "bf16" else nullcontext()
+    if args.compile:
+        model.compile()
 
     model.train()
     started, every = time.time(), max(1, total // 200)
     for step in range(first, total + 1):
         phase, (epoch, place) = schedule.phase(step), divmod(step, per_epoch)
-        if place == 0 and first < step < total:
-            state = {"format": "salora-run-1", "settings": vars(args), "step": step, "adapter": adapter_state(model),
+        if place == 0 and first < step < total and me == 0:
+            state = {"format": "salora-run-1", "step": step, "adapter": adapter_state(model),
                      "parts": {name: part.state_dict() for name, part in parts.items() if part}, "log": log,
                      "C_end": C_end, "seconds": seconds + time.time() - started}  # fmt: skip
             report.whole(out / "checkpoint.pt", lambda path, state=state: torch.save(state, path))
         if place == 0:
             seed = 1000 * args.seed + epoch  # an epoch draws from its own seed: nothing more is needed to resume here
-            order = random.Random(seed).sample(range(len(train)), len(train))
-            noise = torch.Generator().manual_seed(seed)  # for the gates
-            torch.manual_seed(seed)  # for dropout
+            batches = batches_of(train, args.batch_size, seed)
+            noise = torch.Generator().manual_seed(seed)  # for the gates, the same in all workers
+            torch.manual_seed(seed + 10**6 * me)  # for dropout
             running, counted = 0.0, 0
 
         if step == schedule.T_start and args.method == "salora":
@@ -130,29 +150,37 @@ def fine_tune(args, model, train, dev, out, saved=None):
         if step == total:
             break
 
-        rows = [train[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]]
-        inputs, labels = batch_of(rows, model, args.device)
-        if phase == "window":
-            resample(layers, noise)  # one draw an optimiser step
-        loss = task_loss(model(*inputs), labels)
-        objective = loss
-        if args.beta:
-            objective = objective + args.beta * orthogonality(layers)  # Eq. (9)
-        if phase == "window":
-            progress = (step - schedule.T_start) / schedule.window
-            objective = objective + lagrangian(expected_density(layers), progress)  # Eq. (12)
-
         for group in optimizer.param_groups:
             group["lr"] = args.lr * (1 - step / total)
         optimizer.zero_grad()
-        objective.backward()
+        if phase == "window":
+            resample(layers, noise)  # one draw an optimiser step
+            gate_optimizer.zero_grad()
+        rows, loss = batches[place], torch.zeros((), device=args.device)
+        for i in range(args.accumulate):
+            part = rows[me + many * i :: many * args.accumulate]  # this worker's i-th share of the batch
+            if part:
+                inputs, labels = batch_of(part, model, args.device)
+                with half:
+                    outputs = model(*inputs)
+                share = task_loss(outputs.float(), labels) * (len(part) / len(rows))
+                share.backward()
+                loss = loss + share.detach()
+        if many > 1:
+            loss = sum_over_workers(loss, [p for p in model.parameters() if p.requires_grad])
+        terms = [args.beta * orthogonality(layers)] if args.beta else []  # Eq. (9)
+        if phase == "window":
+            progress = (step - schedule.T_start) / schedule.window
+            terms.append(lagrangian(expected_density(layers), progress))  # Eq. (12)
+        if terms:
+            sum(terms).backward()
+
         optimizer.step()  # down: A, B, head
         if phase == "window":
             gate_optimizer.step()  # down: log theta
-            gate_optimizer.zero_grad()
             lagrangian.ascend()  # up: lambda
 
-        running, counted = running + loss.detach(), counted + 1
+        running, counted = running + loss, counted + 1
         if (step + 1) % every == 0 or step + 1 == total:
             log.append(log_row(step + 1, phase, running / counted, layers, lagrangian))
             running, counted = 0.0, 0
@@ -173,6 +201,17 @@ def log_row(step, phase, loss, layers, lagrangian):
     return row
 
 
+def sum_over_workers(loss, parameters):
+    """Each worker saw its share of the batch: add up their gradients, in place, and their losses."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([loss.view(1), *(grad.flatten() for grad in grads)])  # adapters are small: one message a step
+    dist.all_reduce(flat)
+    loss, *grads = flat.split([1, *(p.numel() for p in parameters)])
+    for p, grad in zip(parameters, grads):
+        p.grad = grad.view_as(p)
+    return loss[0]
+
+
 def prune_with_state(layer, optimizer):
     """`prune`, and the same cut through the optimiser's moments of A and B."""
     old = (layer.A, layer.B)
@@ -185,15 +224,21 @@ def prune_with_state(layer, optimizer):
 
 
 def run(args, out, model, train, dev, saved):
-    """Train, score, write the run's files; returns the summary."""
+    """Train, score, write the run's files; returns the summary, or None in all workers but the first."""
     task, layers = task_of(args.task), salora_layers(model)
     everything = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     budgeted = total_parameters(layers.values())
-    print(f"{args.task}, {args.method}, seed {args.seed} on {args.device}: {len(train)} training rows, {len(dev)} dev")
+    me, many = workers()
+    device = args.device + (f" and {many - 1} more" if many > 1 else "")
+    print(f"{args.task}, {args.method}, seed {args.seed} on {device}: {len(train)} training rows, {len(dev)} dev")
     print(f"{everything:,} parameters, {trained:,} trained, {budgeted:,} budgeted; run folder {out}", flush=True)
-    out.mkdir(parents=True, exist_ok=True)
-    log, C_end, seconds = fine_tune(args, model, train, dev, out, saved)
+    if me == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        report.whole(out / "settings.json", lambda path: path.write_text(json.dumps(vars(args), indent=1) + "\n"))
+    log, C_end, seconds = fine_tune(args, model, train, out, saved)
+    if me > 0:
+        return None
 
     layers = salora_layers(model)
     predicted, gold = predict(model, dev, args.device), [row[2] for row in dev]
@@ -213,9 +258,23 @@ def run(args, out, model, train, dev, saved):
         print(report.rank_table(ranks))
         kept = summary["adapter_params_kept"]
         print(f"kept {kept:,} of {budgeted:,} adapter parameters: {summary['density_kept']:.4f}")
-    also = f", {task.also} {METRICS[task.also](predicted, gold):.4f}" if task.also else ""
-    print(f"{args.task}: {task.metric} {summary['score']:.4f}{also} in {seconds:.1f} s; see {out}", flush=True)
+    print(f"{args.task}: {report.scores(task, predicted, gold)} in {seconds:.1f} s; see {out}", flush=True)
     return summary
+
+
+def evaluate(args, out, test=None):
+    """Score a finished run on its dev rows or, given a test file without labels, write what GLUE wants submitted."""
+    task = task_of(args.task)
+    rows = read_rows(Path(test), task, labelled=False) if test else load_task(args.task, args.data)[1]
+    model, encode = build(args)
+    predicted = predict(load_adapter(model, out / "adapter.pt"), encode(rows), args.device)
+    if test:
+        path = report.write_predictions(out, task, Path(test).name, predicted)
+        print(f"{args.task}: {len(rows)} rows of {test} labelled; see {path}")
+        return {"predictions": str(path)}
+    gold = [row[2] for row in rows]
+    print(f"{args.task}: {report.scores(task, predicted, gold)} on {len(rows)} dev rows with {out}")
+    return {"task": args.task, "metric": task.metric, "score": METRICS[task.metric](predicted, gold)}
 
 
 def main(argv=None):
@@ -229,17 +288,28 @@ def main(argv=None):
         except (ValueError, OSError) as error:
             parser.error(str(error))
 
-    summaries = []
+    if args.evaluate or args.predict:
+        return checked(evaluate, *checked(finished, args, parser))
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():  # torchrun started us
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    me, many = workers()
+    summaries, quiet = [], redirect_stdout(None) if me else nullcontext()
     jobs = checked(plan, args, parser)
-    for settings, out, saved in jobs:
-        prepared = checked(prepare, settings)
-        try:
-            summaries.append(run(settings, out, *prepared, saved))
-        except KeyboardInterrupt:
-            parser.exit(130, f"\ninterrupted; go on from the last whole epoch with --resume {out}\n")
+    with quiet:
+        for settings, out, saved in jobs:
+            for turn in range(many):  # one after the other: the first may have an encoder to pre-train
+                if turn == me:
+                    prepared = checked(prepare, settings)
+                if many > 1:
+                    dist.barrier()
+            try:
+                summaries.append(run(settings, out, *prepared, saved))
+            except KeyboardInterrupt:
+                parser.exit(130, f"\ninterrupted; go on from the last whole epoch with --resume {out}\n")
     if len(jobs) == 1:
         return summaries[0]
-    print(report.score_table(summaries))
+    if me == 0:
+        print(report.score_table(summaries))
     return {"runs": summaries}
 
 

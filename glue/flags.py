@@ -1,6 +1,8 @@
 """The command line of the main job: flags, the defaults that depend on each other, and the runs that they ask for."""
 
 import argparse
+import json
+import os
 from pathlib import Path
 
 import torch
@@ -88,11 +90,36 @@ def build_parser():
     g.add_argument("--lr", type=above_zero, help="learning rate of A, B and the head (default by method)")
     g.add_argument("--max-length", type=positive, default=128, metavar="N", help="tokens a row at most (default 128)")
     g.add_argument("--seed", type=int, nargs="+", default=[0], metavar="S", help="one or several runs (default 0)")
-    g.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    g = p.add_argument_group("hardware")
+    g.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps; several processes "
+                   "share a batch under torchrun --nproc-per-node=N train_glue_mini.py ...")
+    g.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the model's matrix products; "
+                   "weights, gates and penalties stay in fp32 (default fp32)")
+    g.add_argument("--accumulate", type=positive, default=1, metavar="N", help="take a batch in N parts, for memory")
+    g.add_argument("--recompute", action="store_true", help="activation checkpointing: forget what a block computed "
+                   "and compute it again for its gradient, for memory")
+    g.add_argument("--compile", action="store_true", help="torch.compile the model")
     g = p.add_argument_group("output")
     g.add_argument("--out", metavar="DIR", help="a new folder for the run (default runs/TASK-METHOD-sSEED)")
     g.add_argument("--resume", metavar="RUN", help="go on with an interrupted run; its other settings come from there")
+    g = p.add_argument_group("afterwards")
+    g.add_argument("--evaluate", metavar="RUN", help="score a finished run; goes with --data and --device")
+    g.add_argument("--predict", metavar="FILE", help="with --evaluate: label the rows of a test file in GLUE's format "
+                   "and write the submission file into the run's folder")
     return p  # fmt: skip
+
+
+def device_of(name):
+    """A device that is there, under torchrun the one of this process. Raises ValueError for one that is not."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"no device {name!r} here; use --device auto, cpu, or another that is there") from None
+    return name
 
 
 def settle(args):
@@ -110,28 +137,52 @@ def settle(args):
     args.lr = args.lr or LR[args.method][official]
     args.epochs = args.epochs or (3 if official else 8)
     Lagrangian(args.density), GateSchedule(1, *args.window)  # they check their values
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"no device {args.device!r} here; use --device auto, cpu, or another that is there") from None
+    args.device = device_of(args.device)
     return args
+
+
+def read_run(args, parser, flag, *allowed):
+    """(settings, folder) of the run that `flag` names; no other flag but the allowed ones may stand beside it."""
+    more = [k for k, v in vars(args).items() if v != parser.get_default(k) and k not in (flag, *allowed)]
+    if more:
+        raise ValueError(f"--{flag} takes its settings from the run: drop --{more[0].replace('_', '-')}")
+    folder = Path(getattr(args, flag))
+    try:
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        known = set(settings) == set(vars(args))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no settings.json in {folder}; expected the folder of a run") from None
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError(f"{folder}/settings.json is damaged, or of another version of this program")
+    settings = argparse.Namespace(**settings)
+    settings.device = device_of(args.device if args.device != "auto" else settings.device)
+    return settings, folder
+
+
+def finished(args, parser):
+    """What --evaluate and --predict ask for: (settings, folder, test file or None)."""
+    if not args.evaluate:
+        raise ValueError("--predict needs --evaluate RUN, the finished run whose model is to label the rows")
+    settings, folder = read_run(args, parser, "evaluate", "predict", "data", "device")
+    if not (folder / "summary.json").is_file():
+        raise FileNotFoundError(f"the run in {folder} is not finished: go on with --resume {folder}")
+    settings.data = args.data or settings.data
+    return settings, folder, args.predict
 
 
 def plan(args, parser):
     """The runs that the command line asks for: a list of (settings, folder, checkpoint or None)."""
     if args.resume:
-        more = [k for k, v in vars(args).items() if v != parser.get_default(k) and k != "resume"]
-        if more:
-            raise ValueError(f"--resume takes its settings from the run: drop --{more[0].replace('_', '-')}")
-        path = Path(args.resume) / "checkpoint.pt"
+        settings, folder = read_run(args, parser, "resume", "device")
+        path = folder / "checkpoint.pt"
         if not path.is_file():
-            raise FileNotFoundError(f"no {path}: expected the folder of an interrupted run (a finished one has none)")
+            raise FileNotFoundError(f"no {path}: the run is finished, or did not get through its first epoch")
         saved = read_torch(path)
         if not isinstance(saved, dict) or saved.get("format") != "salora-run-1":
             raise ValueError(f"{path} is not a checkpoint of this program")
-        return [(argparse.Namespace(**saved["settings"]), path.parent, saved)]
+        return [(settings, folder, saved)]
     settle(args)
     tasks = list(MINI_TASKS) if args.task == "all" else [args.task]
     many = len(tasks) * len(args.seed) > 1

@@ -1,7 +1,7 @@
 """The tasks: what each is scored by, what its labels are called, and how to read its official files.
 
 Official GLUE files are UTF-8 with one row a line, tab-separated, without quoting. Columns are found by name in the
-header line; CoLA alone has no header. A byte-order mark and Windows line ends are accepted.
+header line; CoLA's train and dev files alone have no header. A byte-order mark and Windows line ends are accepted.
 """
 
 from dataclasses import dataclass
@@ -74,24 +74,25 @@ def load_task(name, folder=None):
 
 
 def read_rows(path, task, labelled=True):
-    """The rows of one official file; `labelled=False` reads a test file, whose labels become None."""
+    """The rows of one official file; `labelled=False` reads a test file, which has a header and no labels."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; expected GLUE's {task.folder} in its official layout")
     lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: sentences hold odd line separators
     table = [(i, line.rstrip("\r").split("\t")) for i, line in enumerate(lines, 1) if line.strip()]
-    header = list(task.header) or (table.pop(0)[1] if table else [])
+    header = list(task.header) if labelled else []
+    header = header or (table.pop(0)[1] if table else [])
     wanted = [*task.sentences, *([task.label] if labelled else [])]
     absent = [column for column in wanted if column not in header]
     if absent:
         raise ValueError(f"{path} has no column {', '.join(absent)}; its header is {', '.join(header) or 'empty'}")
-    if task.broken_lines:
+    if task.broken_lines and labelled:
         table = [(i, cells) for i, cells in table if len(cells) == len(header)]
     columns, rows = [header.index(column) for column in wanted], []
     for i, cells in table:
         if len(cells) != len(header):
             raise ValueError(f"{path}, line {i}: {len(cells)} columns, expected {len(header)} ({', '.join(header)})")
         texts = [cells[column] for column in columns]
-        label = parse_label(texts.pop(), task, f"{path}, line {i}") if labelled else None
+        label = parse_label(texts.pop(), task, f"{path}, line {i}") if labelled else 0
         rows.append((texts[0], texts[1] if len(texts) == 2 else None, label))
     if not rows:
         raise ValueError(f"{path} holds no rows")

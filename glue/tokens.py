@@ -1,10 +1,11 @@
-"""Words to numbers: one tokeniser for the generated tasks, and those of real checkpoints.
+"""Words to numbers: one tokeniser for the generated tasks, those of real checkpoints, and the way into batches.
 
 A tokeniser has `encode(rows, max_length)`: rows (sentence, sentence or None, label) become (ids, type_ids, label),
 special tokens included, the longer sentence cut first where a row is longer than max_length tokens.
 """
 
 import json
+import random
 from pathlib import Path
 
 import torch
@@ -79,3 +80,22 @@ def collate(rows, pad):
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _, _ in rows])
     types = torch.tensor([types + [0] * (longest - len(types)) for _, types, _ in rows])
     return ids, mask, types, torch.tensor([label for _, _, label in rows])
+
+
+def batch_of(rows, model, device):
+    """Encoded rows -> (the model's inputs, labels), on the device."""
+    tensors = collate(rows, model.encoder.config.pad_token_id)
+    if torch.device(device).type == "cuda":
+        tensors = [x.pin_memory() for x in tensors]  # so that the copy need not wait
+    ids, mask, types, labels = (x.to(device, non_blocking=True) for x in tensors)
+    return (ids, mask, types if model.encoder.config.type_vocab_size > 1 else None), labels
+
+
+def batches_of(rows, size, seed):
+    """The rows of an epoch, shuffled, in lists of `size`; rows of like length meet, to save padding."""
+    rng = random.Random(seed)
+    rows = rng.sample(rows, len(rows))
+    pools = [rows[i : i + 16 * size] for i in range(0, len(rows), 16 * size)]
+    rows = [row for pool in pools for row in sorted(pool, key=lambda row: len(row[0]))]
+    batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return rng.sample(batches, len(batches))

@@ -40,7 +40,7 @@ def test_steps_stay_on_their_device_and_read_nothing_back(monkeypatch, window, c
     model = SequenceClassifier(TinyTransformer(TransformerConfig(**SMALL, type_vocab_size=2)), 3)
     adapt(model, TARGETS).classifier.requires_grad_(True)
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(Done):  # after 3 whole steps
-        fine_tune(args, model.to("meta"), rows, rows, None)
+        fine_tune(args, model.to("meta"), rows, None)
 
 
 def test_the_fake_device_notices_a_tensor_on_the_wrong_device():

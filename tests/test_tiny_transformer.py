@@ -2,18 +2,20 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from salora import adapt, salora_layers
+from salora import adapt, merge, salora_layers
 from tiny_transformer import (
     MaskedLM,
     SequenceClassifier,
     TinyTransformer,
     TransformerConfig,
     hub_name,
+    hub_parameters,
     load_pretrained,
     save_pretrained,
 )
@@ -109,9 +111,9 @@ def test_positions_start_at_pad_plus_one_and_padding_keeps_the_padding_position(
 def test_masked_lm_head_is_dense_gelu_norm_and_the_tied_embedding():
     lm = MaskedLM(small_encoder())
     x = torch.randn(4, 12)
-    h = nn.functional.layer_norm(nn.functional.gelu(lm.dense(x)), (12,), eps=1e-5)
-    lm.bias.data.normal_()
-    assert torch.allclose(lm(x), h @ lm.encoder.word.weight.T + lm.bias, atol=1e-5)
+    h = nn.functional.layer_norm(nn.functional.gelu(lm.lm_head.dense(x)), (12,), eps=1e-5)
+    lm.lm_head.bias.data.normal_()
+    assert torch.allclose(lm(x), h @ lm.encoder.word.weight.T + lm.lm_head.bias, atol=1e-5)
 
 
 def test_classifier_reads_the_first_token_through_dense_tanh_out_proj():
@@ -199,9 +201,48 @@ def test_loading_refuses_missing_and_damaged_files(tmp_path):
 
 
 def test_every_parameter_has_its_own_published_name():
-    names = [name for name, _ in small_encoder().named_parameters()]
-    assert len({hub_name(name) for name in names}) == len(names)
-    assert hub_name("layers.3.up.bias") == "encoder.layer.3.intermediate.dense.bias"
+    for model in (SequenceClassifier(small_encoder(), 2), MaskedLM(small_encoder())):
+        for model_type in ("roberta", "bert"):
+            names = hub_parameters(model, replace(model.encoder.config, model_type=model_type))
+            assert len(names) == len(list(model.parameters()))
+    assert hub_name("layers.3.up") == hub_name("encoder.layers.3.up") == "roberta.encoder.layer.3.intermediate.dense"
+    assert hub_name("classifier.dense", "bert") == "bert.pooler.dense"
+
+
+def test_recomputing_activations_changes_no_gradient():
+    """With dropout: what is computed again must draw the same."""
+    ids, mask, types = batch()
+    grads = []
+    for again in (False, True):
+        encoder = small_encoder(hidden_dropout_prob=0.5).train()
+        encoder.recompute = again
+        torch.manual_seed(5)
+        encoder(ids, mask, types).square().sum().backward()
+        grads.append([p.grad for p in encoder.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("form", ["bin", "safetensors"])
+def test_shards_and_half_precision_load_like_one_file_of_floats(tmp_path, form):
+    encoder = small_encoder()
+    save_pretrained(encoder, tmp_path)
+    state = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    (tmp_path / "pytorch_model.bin").unlink()
+    names, shards = sorted(state), {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        tensors = {name: state[name].to(torch.bfloat16).contiguous() for name in part}
+        if form == "bin":
+            file, save = f"pytorch_model-{i}.bin", torch.save
+        else:
+            safetensors = pytest.importorskip("safetensors.torch")
+            file, save = f"model-{i}.safetensors", safetensors.save_file
+        save(tensors, tmp_path / file)
+        shards |= {name: file for name in part}
+    index = "pytorch_model.bin" if form == "bin" else "model.safetensors"
+    (tmp_path / f"{index}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    loaded, _ = load_pretrained(tmp_path)
+    for a, b in zip(encoder.parameters(), loaded.parameters(), strict=True):
+        assert b.dtype == torch.float32 and torch.equal(a.to(torch.bfloat16).float(), b)
 
 
 # Against the reference implementation
@@ -253,6 +294,45 @@ def test_classifier_equals_transformers_with_the_same_head(tmp_path):
     ids, mask, types = batch()
     expected = other(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
     assert (model(ids, mask, types) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["Roberta", "Bert"])
+def test_lm_head_equals_transformers(tmp_path, family):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{family}Config")(**SMALL)
+    torch.manual_seed(2)
+    other = getattr(transformers, f"{family}ForMaskedLM")(config).eval()
+    for p in other.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    other.save_pretrained(tmp_path)
+    lm, config = load_pretrained(tmp_path, MaskedLM)
+    ids, mask, types = batch(pad=config.pad_token_id)
+    expected = other(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
+    difference = ((lm(lm.encoder(ids, mask, types)) - expected).abs() * mask[..., None]).max()
+    print(f"{family} LM head: largest difference {difference:.2e}")
+    assert difference < 1e-5
+
+
+@pytest.mark.parametrize("family", ["Roberta", "Bert"])
+def test_merged_classifier_opens_in_transformers(tmp_path, family):
+    """From a checkpoint through training's parts to a folder that AutoModelForSequenceClassification opens."""
+    transformers = pytest.importorskip("transformers")
+    getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**SMALL)).save_pretrained(tmp_path)
+    encoder, config = load_pretrained(tmp_path)
+    model = adapt(SequenceClassifier(encoder, 3), ["query", "down"], r=4).eval()
+    for layer in salora_layers(model).values():
+        layer.B.data.normal_()
+    merge(model)
+    save_pretrained(model, tmp_path / "merged")
+    other = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert type(other).__name__ == f"{family}ForSequenceClassification"
+    ids, mask, types = batch(pad=config.pad_token_id)
+    expected = other(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
+    difference = (model(ids, mask, types) - expected).abs().max()
+    print(f"{family} merged classifier: largest difference {difference:.2e}")
+    assert difference < 1e-5
+    again, _ = load_pretrained(tmp_path / "merged", lambda encoder: SequenceClassifier(encoder, 3))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_real_encoder_equals_transformers(encoder_dir):
