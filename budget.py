@@ -12,6 +12,7 @@ from torch import nn
 
 from hard_concrete import median_gate, prob_open
 
+C_START = 11 / 12  # C of fresh gates: Eq. (8) at log_theta = 0
 EPS = 1e-6  # noise stays in [EPS, 1 - EPS]: float32 could draw an exact 0, whose logit is -inf
 
 
@@ -52,6 +53,38 @@ def resample(layers, generator=None):
 
 
 @torch.no_grad()
+def start_gates(layers, spread):
+    """Give gates better odds where triplets are worth more (not in the paper): log_theta = spread log(s) + constant.
+
+    s = |B[:, i]| |A[i, :]| / sqrt(d + k): s squared is the update's energy per parameter, if the layers are canonical.
+    The constant makes C = 11/12, its value in the paper, where all gates start at log_theta = 0.
+    """
+    layers = list(layers)
+    for layer in layers:
+        s = layer.B.norm(dim=0) * layer.A.norm(dim=1) / layer.triplet_size**0.5
+        layer.gate.log_theta.copy_(spread * torch.log(s.clamp_min(1e-6)))
+    project(layers, C_START)
+
+
+@torch.no_grad()
+def project(layers, density):
+    """Add one number to every log_theta, the one with which C = density in (0, 1) (not in the paper).
+
+    C grows with that number, so bisection finds it: 60 halvings of an interval that holds it, to float32's last digit.
+    """
+    layers = list(layers)
+    log_theta = torch.cat([layer.gate.log_theta for layer in layers])
+    cost = torch.cat([torch.full_like(layer.gate.log_theta, layer.triplet_size) for layer in layers])
+    low, high = -log_theta.max() - 30, -log_theta.min() + 30  # all gates closed, all gates open
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = (prob_open(log_theta + middle) * cost).sum() / cost.sum() < density
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    for layer in layers:
+        layer.gate.log_theta += middle
+
+
+@torch.no_grad()
 def freeze_gates(layers, density, rule="budget", survivors="one"):
     """Section 3.5: decide which triplets stay, and fix all gates for good. `prune` then removes the closed ones.
 
@@ -85,6 +118,9 @@ def check_density(density):
         raise ValueError(f"density must be in (0, 1], got {density}")
 
 
+CONTROLLERS = ("quadratic", "sgd", "linear", "projection")
+
+
 class GateSchedule:
     """Algorithm 1's three phases over `total_steps`: the gates train while T_start <= step < T_end.
 
@@ -109,29 +145,29 @@ class GateSchedule:
 class Lagrangian(nn.Module):
     """The penalty of Eq. (12) with its multipliers: call it on C, backpropagate, then `ascend`.
 
-    controller "quadratic": lam[0] (C - b)^2, ascent by Adam
-               "sgd":       the same with plain gradient steps, the paper to the letter: it hardly moves
-               "linear":    lam[0] (C - b_t) + lam[1] (C - b_t)^2, ascent by Adam; b_t falls from `start` to b during
-                            the first half of the window, since a linear pull towards b at once overshoots it
+    controller "quadratic":  lam[0] (C - b)^2, ascent by Adam
+               "sgd":        the same with plain gradient steps, the paper to the letter: it hardly moves
+               "linear":     lam[0] (C - b_t) + lam[1] (C - b_t)^2, ascent by Adam
+               "projection": none, lam stays 0; instead `project` puts C on b_t after every step
+    b_t falls from C's start to b during the first half of the window.
     target: b in (0, 1]. lr: eta_c, the length of an ascent step. Multipliers start at 0 and are never negative.
     """
 
     def __init__(self, target, lr=0.01, controller="quadratic", device="cpu"):
         super().__init__()
         check_density(target)
-        if controller not in ("quadratic", "sgd", "linear"):
-            raise ValueError(f"controller must be quadratic, sgd or linear, got {controller!r}")
+        if controller not in CONTROLLERS:
+            raise ValueError(f"controller must be one of {', '.join(CONTROLLERS)}, got {controller!r}")
         self.target, self.controller = target, controller
-        self.start = 11 / 12  # C of fresh gates: Eq. (8) at log_theta = 0
         self.lam = nn.Parameter(torch.zeros(2 if controller == "linear" else 1, device=device))
         Optimizer = torch.optim.SGD if controller == "sgd" else torch.optim.Adam
         self.optimizer = Optimizer([self.lam], lr=lr, maximize=True)
 
     def target_at(self, progress):
         """The density aimed at when the fraction `progress` in [0, 1] of the window has passed."""
-        if self.controller != "linear":
+        if self.controller in ("quadratic", "sgd"):
             return self.target
-        return self.target + max(0.0, 1 - 2 * progress) * max(0.0, self.start - self.target)
+        return self.target + max(0.0, 1 - 2 * progress) * max(0.0, C_START - self.target)
 
     def forward(self, C, progress=1.0):
         """The penalty for density C, a scalar: Eq. (12)'s last term."""

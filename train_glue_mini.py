@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from budget import GateSchedule, Lagrangian, expected_density, freeze_gates, kept_density, resample, total_parameters
+from budget import GateSchedule, Lagrangian, expected_density, freeze_gates, kept_density, project
+from budget import resample, start_gates, total_parameters
 from glue import report
 from glue.flags import build_parser, finished, plan
 from glue.metrics import METRICS
@@ -131,7 +132,7 @@ def fine_tune(args, model, train, out, saved=None, batch_of=batch_of):
             report.whole(out / "checkpoint.pt", lambda path, state=state: torch.save(state, path))
         if place == 0:
             seed = 1000 * args.seed + epoch  # an epoch draws from its own seed: nothing more is needed to resume here
-            batches = batches_of(train, args.batch_size, seed)
+            batches = batches_of(train, args.batch_size, args.pool, seed)
             noise = torch.Generator().manual_seed(seed)  # for the gates, the same in all workers
             torch.manual_seed(seed + 10**6 * me)  # for dropout
             running, counted = 0.0, 0
@@ -142,6 +143,8 @@ def fine_tune(args, model, train, out, saved=None, batch_of=batch_of):
                 if args.canonical:
                     canonicalize(layer)
                     optimizer.state.pop(layer.A, None), optimizer.state.pop(layer.B, None)
+            if args.spread:
+                start_gates(layers, args.spread)
         if step == schedule.T_end and layers:
             C_end = expected_density(layers).item()
             freeze_gates(layers, args.density, args.rule, args.survivors)
@@ -150,8 +153,9 @@ def fine_tune(args, model, train, out, saved=None, batch_of=batch_of):
         if step == total:
             break
 
+        since = step - max((t for t in (schedule.T_start, schedule.T_end) if t <= step), default=-total)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * (1 - step / total)
+            group["lr"] = args.lr * (1 - step / total) * min(1, (since + 1) / (args.rewarm * total + 1))
         optimizer.zero_grad()
         if phase == "window":
             resample(layers, noise)  # one draw an optimiser step
@@ -169,7 +173,7 @@ def fine_tune(args, model, train, out, saved=None, batch_of=batch_of):
         if many > 1:
             loss = sum_over_workers(loss, [p for p in model.parameters() if p.requires_grad])
         terms = [args.beta * orthogonality(layers)] if args.beta else []  # Eq. (9)
-        if phase == "window":
+        if phase == "window" and args.controller != "projection":
             progress = (step - schedule.T_start) / schedule.window
             terms.append(lagrangian(expected_density(layers), progress))  # Eq. (12)
         if terms:
@@ -178,7 +182,10 @@ def fine_tune(args, model, train, out, saved=None, batch_of=batch_of):
         optimizer.step()  # down: A, B, head
         if phase == "window":
             gate_optimizer.step()  # down: log theta
-            lagrangian.ascend()  # up: lambda
+            if args.controller == "projection":
+                project(layers, lagrangian.target_at((step + 1 - schedule.T_start) / schedule.window))
+            else:
+                lagrangian.ascend()  # up: lambda
 
         running, counted = running + loss, counted + 1
         if (step + 1) % every == 0 or step + 1 == total:

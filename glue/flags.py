@@ -7,20 +7,22 @@ from pathlib import Path
 
 import torch
 
-from budget import GateSchedule, Lagrangian
+from budget import CONTROLLERS, GateSchedule, Lagrangian
 from glue.mini import TASKS as MINI_TASKS
 from glue.tasks import NAMES, TASKS
 from tiny_transformer import read_torch
 
 ABOUT = "Fine-tune an encoder on a GLUE task, or on a generated stand-in for one, with SaLoRA."
 RECIPES = {  # decisions that go together; a single flag overrides its part
-    "exact": {"rule": "budget", "survivors": "one", "canonical": True, "beta": 0.0, "controller": "quadratic"},
-    "paper": {"rule": "median", "survivors": "median", "canonical": False, "beta": 0.1, "controller": "quadratic"},
-}
+    "exact": {"canonical": True, "spread": 8.0, "rewarm": 0.03, "beta": 0.0, "controller": "projection",
+              "rule": "budget", "survivors": "one", "window": [0.2, 0.5]},
+    "paper": {"canonical": False, "spread": 0.0, "rewarm": 0.0, "beta": 0.1, "controller": "quadratic",
+              "rule": "median", "survivors": "median", "window": [0.2, 0.5]},
+}  # fmt: skip
 LR = {"salora": (3e-3, 1e-3), "lora": (3e-3, 1e-3), "full": (1e-3, 5e-5), "head": (3e-3, 1e-3)}  # mini, official
 
 
-GATE_FLAGS = ["recipe", "density", "rule", "survivors", "canonical", "beta", "controller", "gate_lr", "window"]
+GATE_FLAGS = ["recipe", "density", "gate_lr", *RECIPES["paper"]]
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,9 +77,13 @@ def build_parser():
     g.add_argument("--survivors", choices=["one", "median"], help="what a kept gate becomes")
     g.add_argument("--canonical", action=argparse.BooleanOptionalAction,
                    help="rotate the triplets into their singular basis when the gates' window opens")
+    g.add_argument("--spread", type=zero_or_above, metavar="X", help="how much better the odds of large triplets are "
+                   "at the start: log theta = X log(size / sqrt(parameters)) + constant; 0: all the same")
+    g.add_argument("--rewarm", type=zero_or_above, metavar="F", help="the learning rate rises anew from 0 over this "
+                   "fraction of all steps where the window opens and where triplets are removed")
     g.add_argument("--beta", type=zero_or_above, help="weight of the orthogonal regulariser")
-    g.add_argument("--controller", choices=["quadratic", "sgd", "linear"], help="how lambda drives C to the density: "
-                   "quadratic penalty by Adam, the same by plain SGD, or linear + quadratic with target warm-up")
+    g.add_argument("--controller", choices=CONTROLLERS, help="what drives C to the density: a quadratic penalty by "
+                   "Adam, the same by SGD, linear + quadratic with target warm-up, or a common shift of all log theta")
     g.add_argument("--gate-lr", type=auto_or_above_zero, metavar="ETA", help="step length of log theta and lambda; "
                    "auto (default): max(0.01, 14 / steps in the window)")
     g.add_argument("--window", type=float, nargs=2, metavar=("START", "END"), help="the gates train between these "
@@ -88,6 +94,8 @@ def build_parser():
     g.add_argument("--steps", type=positive, metavar="N", help="optimiser steps, instead of --epochs")
     g.add_argument("--batch-size", type=positive, default=32, metavar="N", help="rows a step (default 32)")
     g.add_argument("--lr", type=above_zero, help="learning rate of A, B and the head (default by method)")
+    g.add_argument("--pool", type=positive, metavar="N", help="cut N batches at a time from rows sorted by length, to "
+                   "pad less (default 16; for a generated task, whose lengths tell its labels, 1: not sorted)")
     g.add_argument("--max-length", type=positive, default=128, metavar="N", help="tokens a row at most (default 128)")
     g.add_argument("--seed", type=int, nargs="+", default=[0], metavar="S", help="one or several runs (default 0)")
     g = p.add_argument_group("hardware")
@@ -128,14 +136,15 @@ def settle(args):
     if args.method != "salora" and given:
         flag = "--" + given[0].replace("_", "-")
         raise ValueError(f"{flag} is about trained gates, which --method {args.method} has not: drop one of them")
-    for flag, value in {**RECIPES[args.recipe or "exact"], "density": 0.5, "window": [0.2, 0.5]}.items():
+    for flag, value in {**RECIPES[args.recipe or "exact"], "density": 0.5}.items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
     if args.method != "salora":  # the gates, if any, stay open to the end, and all triplets are kept
-        args.density, args.window, args.beta = 1.0, [1.0, 1.0], 0.0
+        args.density, args.window, args.beta, args.rewarm = 1.0, [1.0, 1.0], 0.0, 0.0
     official = args.task in TASKS
     args.lr = args.lr or LR[args.method][official]
     args.epochs = args.epochs or (3 if official else 8)
+    args.pool = args.pool or (16 if official else 1)
     Lagrangian(args.density), GateSchedule(1, *args.window)  # they check their values
     args.device = device_of(args.device)
     return args

@@ -43,6 +43,16 @@ def write_predictions(out, task, test, predicted):
     return out / f"{task.folder}{part}.tsv"
 
 
+def append(path, row):
+    """Add a row, {column: value}, to a CSV file, with a header line if the file is new."""
+    new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
 def write_log(log, path):
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)

@@ -91,11 +91,12 @@ def batch_of(rows, model, device):
     return (ids, mask, types if model.encoder.config.type_vocab_size > 1 else None), labels
 
 
-def batches_of(rows, size, seed):
-    """The rows of an epoch, shuffled, in lists of `size`; rows of like length meet, to save padding."""
+def batches_of(rows, size, pool, seed):
+    """The rows of an epoch, shuffled, in lists of `size`. Every `pool` batches are cut from rows sorted by length, so
+    that rows of like length meet and little is padded; pool 1 changes nothing."""
     rng = random.Random(seed)
     rows = rng.sample(rows, len(rows))
-    pools = [rows[i : i + 16 * size] for i in range(0, len(rows), 16 * size)]
-    rows = [row for pool in pools for row in sorted(pool, key=lambda row: len(row[0]))]
+    pools = [rows[i : i + pool * size] for i in range(0, len(rows), pool * size)]
+    rows = [row for some in pools for row in sorted(some, key=lambda row: len(row[0]))]
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
     return rng.sample(batches, len(batches))

@@ -1,18 +1,88 @@
-"""One Hypothesis profile for all tests, and the fixtures that several files share."""
+"""What all tests share: whose implementation is tested, where a failed test points, Hypothesis profiles, fixtures.
 
+    SALORA_IMPL=folder python -m pytest        files in `folder` replace ours one by one; ours serve for those it lacks
+"""
+
+import importlib.util
+import inspect
 import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
-from tiny_transformer import TinyTransformer, TransformerConfig, save_pretrained
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = ["hard_concrete", "salora", "budget", "tiny_transformer", "train_glue_mini"]
+
+IMPL = os.environ.get("SALORA_IMPL") and Path(os.environ["SALORA_IMPL"]).resolve()
+if IMPL:
+    sys.path.insert(0, str(IMPL))
+    os.environ["PYTHONPATH"], os.environ["PYTHONSAFEPATH"] = f"{IMPL}{os.pathsep}{ROOT}", "1"  # for child processes
 
 COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.register_profile("default", max_examples=50, **COMMON)
 settings.register_profile("thorough", max_examples=1000, **COMMON)
+settings.register_profile("mutants", max_examples=50, derandomize=True, phases=[Phase.generate], **COMMON)
 settings.load_profile("default")
+
+
+def pytest_configure(config):
+    if IMPL and not any((IMPL / f"{name}.py").is_file() for name in MODULES):
+        lack = "holds none of " + ", ".join(f"{name}.py" for name in MODULES) if IMPL.is_dir() else "is not a folder"
+        raise pytest.UsageError(f"SALORA_IMPL: {IMPL} {lack}")
+
+
+def pytest_report_header():
+    if IMPL:
+        return [f"{name} from {importlib.util.find_spec(name).origin}" for name in MODULES]
+
+
+EQUATIONS = [  # words in the name of a test, and the place where what it states is written; the first that fits counts
+    ("main_loop|_step|micro_batch|moments", "train_glue_mini.py, fine_tune, Alg. 1: a step down for A, B and Theta, "
+     "one up for lambda; gates free from T_start on, fixed and pruned at T_end"),
+    ("penalty|multiplier|ascent|controller", "budget.py, Eq. (12): loss + beta R_orth + lambda (C - b)^2, lambda >= 0"),
+    ("phases|schedule|windows", "budget.py, Alg. 1: open before T_start, window before T_end, then frozen"),
+    ("noise_(is|changes|that)", "budget.py, resample, Alg. 1: u ~ U(0, 1), drawn once a step for all layers"),
+    ("projection", "budget.py, Eq. (11): one shift of every log theta, the one with which C = b"),
+    ("odds|start_alike", "budget.py: log theta = spread log(|B[:, i]| |A[i, :]|) + a constant with which C = 11/12"),
+    ("budget_rule|median_rule|unknown_rule|impossible_densit|survivors", "budget.py, section 3.5: which triplets stay"),
+    ("densit|counts|what_the_paper|gradient_reaches",
+     "budget.py, Eq. (11): C = sum_i E||G_i||_0 (d_i + k_i) / sum_i r_i (d_i + k_i)"),
+    ("orthogonality", "salora.py, Eq. (9): sum over layers of ||B^T B - I||^2_F + ||A A^T - I||^2_F"),
+    ("canonical", "salora.py, canonicalize: B <- U S^1/2 and A <- S^1/2 V^T with U S V^T = B A"),
+    ("prune|pruning|merg|removed", "salora.py, Eq. (5): W <- W + (alpha / r0) B diag(g) A; triplets with g = 0 go"),
+    ("adapt|target|rank_below|equal_seeds", "salora.py, Eq. (3): W stays as it is; A ~ N(0, 1/k) and B = 0 come in"),
+    ("forward|lora|closed_gates|closed_is|fresh_layer|triplets_and_gates|leading_axes|differences$",
+     "salora.py, Eqs. (3) and (5): h = W x + (alpha / r0) B diag(g) A x"),
+    ("open_prob|is_open|likelier|closed_half",
+     "hard_concrete.py, Eq. (8): P(g > 0) = sigmoid(log theta - tau log(-gamma / zeta))"),
+    ("probability_of_one", "hard_concrete.py: P(g = 1) = sigmoid(log theta - tau log((1 - gamma) / (zeta - 1)))"),
+    ("mean", "hard_concrete.py: E[g] = integral of P(g > t) over t in (0, 1)"),
+    ("median|without_noise", "hard_concrete.py, Eq. (7) at u = 1/2: the median gate, which evaluation uses"),
+    ("sample|gate|everything_grows|constants|kinks",
+     "hard_concrete.py, Eq. (7): g = clamp(sigmoid((logit(u) + log theta) / tau) (zeta - gamma) + gamma)"),
+    ("encoder|attention|positions|masked",
+     "tiny_transformer.py: x = norm(x + f(x)), exact GELU, positions start at pad + 1"),
+]  # fmt: skip
+
+
+def equation_of(test):
+    """The entry of EQUATIONS that fits a test's name, or None."""
+    return next((place for words, place in EQUATIONS if re.search(words, test)), None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """A failed test says in words what it states and where in the code and in the paper that is."""
+    report = yield
+    if report.when == "call" and report.failed:
+        name = item.originalname.removeprefix("test_")
+        lines = [name.replace("_", " "), inspect.getdoc(item.function), equation_of(name)]
+        report.sections.append(("What this test states", "\n".join(filter(None, lines))))
+    return report
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +94,8 @@ def one_seed():
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory):
     """A checkpoint folder with a random encoder, large enough for the words of the generated tasks."""
+    from tiny_transformer import TinyTransformer, TransformerConfig, save_pretrained
+
     torch.manual_seed(0)
     config = TransformerConfig(
         vocab_size=130,

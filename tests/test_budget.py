@@ -16,7 +16,9 @@ from budget import (
     expected_density,
     freeze_gates,
     kept_density,
+    project,
     resample,
+    start_gates,
     total_parameters,
 )
 from hard_concrete import sample_gate
@@ -75,6 +77,34 @@ def test_fresh_roberta_shapes_cost_what_the_paper_says():
         assert sum(layer.r for layer in bank) == gates
     bank = [SaLoRALinear(nn.Linear(k, m), 8, 16) for m, k in ((12, 12), (48, 12), (12, 48))]
     assert float(expected_density(bank).detach()) == pytest.approx(11 / 12, abs=1e-6), "Fig. 6 starts at 0.92"
+
+
+@given(banks(), densities)
+def test_projection_puts_c_on_the_target_by_one_shift_for_all(bank, density):
+    before = [layer.gate.log_theta.detach().clone() for layer in bank]
+    project(iter(bank), density)
+    assert float(expected_density(bank).detach()) == pytest.approx(density, abs=2e-6), "Eq. (11) = b"
+    shifts = torch.cat([layer.gate.log_theta.detach() - old for layer, old in zip(bank, before)])
+    assert float(shifts.max() - shifts.min()) <= 2e-5, "differences between gates stay"
+
+
+@given(banks(), st.floats(0, 8))
+def test_gates_start_at_odds_that_grow_with_energy_per_parameter_and_c_as_in_the_paper(bank, spread):
+    start_gates(iter(bank), spread)
+    assert float(expected_density(bank).detach()) == pytest.approx(11 / 12, abs=2e-6)
+    energies = [layer.B.square().sum(0) * layer.A.square().sum(1) / layer.triplet_size for layer in bank]
+    sizes = torch.cat(energies).detach().sqrt()
+    values = torch.cat([layer.gate.log_theta.detach() for layer in bank])
+    expected = spread * (sizes / sizes[0]).log()
+    assert torch.allclose(values - values[0], expected, atol=1e-3)
+    if spread == 0:
+        assert values.abs().max() < 1e-4, "without spread all start at log theta = 0"
+
+
+def test_gates_of_untrained_layers_start_alike():
+    layer = SaLoRALinear(nn.Linear(5, 4), 3, 16)
+    start_gates([layer], 4.0)
+    assert layer.gate.log_theta.abs().max() < 1e-4
 
 
 def test_gradient_reaches_log_theta_through_the_sample_and_through_c():

@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_glue_mini
-from budget import Lagrangian, expected_density, resample
+from budget import CONTROLLERS, Lagrangian, expected_density, resample
 from glue import report
 from glue.flags import build_parser, settle
 from glue.mini import examples
@@ -23,7 +23,7 @@ class Done(Exception):
     pass
 
 
-@pytest.mark.parametrize("controller", ["quadratic", "sgd", "linear"])
+@pytest.mark.parametrize("controller", CONTROLLERS)
 @pytest.mark.parametrize("window", [(0, 1), (1, 1)], ids=["window", "open"])
 def test_steps_stay_on_their_device_and_read_nothing_back(monkeypatch, window, controller):
     """`fine_tune` itself runs its steps on fake tensors, up to its first report."""

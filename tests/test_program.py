@@ -104,7 +104,7 @@ def test_methods_train_what_they_say(go, tmp_path):
 def test_lora_is_salora_with_its_gates_open(go, tmp_path):
     """The same code path: an empty window at the end and a density of 1 change nothing else."""
     lora = go("--method", "lora", "--out", tmp_path / "a")
-    same = go("--density", 1, "--window", 1, 1, "--no-canonical", "--out", tmp_path / "b")
+    same = go("--density", 1, "--window", 1, 1, "--no-canonical", "--spread", 0, "--out", tmp_path / "b")
     assert (same["score"], same["ranks"]) == (lora["score"], lora["ranks"])
     assert adapter_of(tmp_path / "a") == adapter_of(tmp_path / "b")
 
@@ -345,6 +345,7 @@ CHANGES = {
     "--density": [0.25], "--rule": ["median"], "--survivors": ["median"], "--no-canonical": [], "--beta": [0.1],
     "--controller": ["sgd"], "--gate-lr": [0.02], "--window": [0.1, 0.4], "--epochs": [2], "--steps": [24],
     "--batch-size": [4], "--lr": [1e-4], "--max-length": [6], "--seed": [1], "--precision": ["bf16"],
+    "--pool": [4], "--spread": [1], "--rewarm": [0.2],
 }  # fmt: skip
 
 

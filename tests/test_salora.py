@@ -348,3 +348,17 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name_and_leaves_the_model_al
     torch.save({"some": "thing"}, tmp_path / "c.pt")
     with pytest.raises(ValueError, match="not a SaLoRA adapter"):
         salora.load_adapter(Net(), tmp_path / "c.pt")
+
+
+def test_the_name_of_a_container_is_not_a_pattern_for_what_it_holds():
+    with pytest.raises(ValueError, match="'body' matches only ModuleList"):
+        adapt(Net(), ["body"])
+
+
+def test_a_layer_with_two_names_is_adapted_under_both():
+    net = Net()
+    net.second = net.shared  # twice in one parent
+    adapt(net, ["alias.0"])
+    assert net.second is net.shared is net.alias[0] and list(salora_layers(net)) == ["shared"]
+    merged = net.shared.base
+    assert merge(net).second is net.shared is net.alias[0] is merged

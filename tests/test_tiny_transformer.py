@@ -345,3 +345,42 @@ def test_real_encoder_equals_transformers(encoder_dir):
         difference = ((encoder(ids, mask, types) - expected).abs() * mask[..., None]).max()
     print(f"largest difference to transformers on real weights: {difference:.2e}")
     assert difference < 1e-5
+
+
+@pytest.mark.parametrize("eps", [1e-12, 0.1])
+def test_encoder_uses_the_layer_norm_eps_of_its_config_and_no_dropout_in_eval_mode(eps):
+    drop = dict(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    encoder = small_encoder(layer_norm_eps=eps, **drop).double()
+    ids, mask, types = batch()
+    expected = naive_encoder(encoder, ids[0], types[0])
+    assert torch.allclose(encoder(ids, mask, types)[0], expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("rate", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_encoder_drops_out_in_train_mode(rate):
+    ids, mask, types = batch()
+    encoder = small_encoder(**{rate: 0.5}).train()
+    assert not torch.allclose(encoder(ids, mask, types), encoder.eval()(ids, mask, types), atol=1e-3)
+
+
+def test_encoder_starts_with_the_deviation_of_its_config_zero_biases_and_zero_padding_rows():
+    encoder = TinyTransformer(TransformerConfig(hidden_size=60, num_attention_heads=2, num_hidden_layers=1))
+    for name, p in encoder.named_parameters():
+        if p.dim() == 2:
+            pad = encoder.config.pad_token_id
+            if name in ("word.weight", "position.weight"):
+                assert not p[pad].any() and p[pad - 1].any(), name
+            assert abs(float(p.detach().std()) / 0.02 - 1) < 0.2, name
+        else:
+            assert torch.equal(p, torch.full_like(p, float("norm" in name and name.endswith("weight")))), name
+
+
+def test_bert_positions_lose_their_unused_rows_in_a_file_and_get_them_back(tmp_path):
+    encoder = small_encoder(model_type="bert", pad_token_id=2)
+    save_pretrained(encoder, tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert raw["max_position_embeddings"] == 20 - 3, "published tables count from 0"
+    loaded, config = load_pretrained(tmp_path)
+    ids, mask, types = batch(pad=2)
+    real = mask.bool()
+    assert torch.equal(loaded(ids, mask, types)[real], encoder(ids, mask, types)[real]) and config.max_length == 17

@@ -1,0 +1,202 @@
+"""Does SaLoRA find the ranks that are there? A student must copy a teacher = the same frozen network + known updates.
+
+    python experiments/planted_ranks.py --seeds 0 1 2          a bank of 16 linear maps of 32 x 32
+    python experiments/planted_ranks.py --network transformer  the tiny encoder with its word scores
+
+Every matrix gets an update of a planted rank from 0 to 8. The student has rank 8 everywhere, sees only the teacher's
+outputs, and may keep exactly the parameters that the teacher's updates need. Compared are
+    exact, paper   SaLoRA by those recipes
+    svd            LoRA of rank 8, cut by singular values to the same budget when it is trained
+    uniform        LoRA of one rank for all matrices, the largest that fits the budget
+One row a seed, noise and method is added to a CSV file in --out; table and picture come from all its rows.
+"""
+
+import argparse
+import copy
+import csv
+import json
+import sys
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from budget import freeze_gates, total_parameters
+from glue.flags import build_parser, settle
+from glue.metrics import spearman
+from glue.pretrain import mini_encoder
+from glue.report import append, whole
+from salora import adapt, canonicalize, prune, salora_layers
+from tiny_transformer import MaskedLM, load_pretrained
+from train_glue_mini import TARGETS, fine_tune
+
+RANK, COLUMNS = 8, ["network", "method", "noise", "seed", "right", "correlation", "share", "loss", "planted", "learned"]
+METHODS = ["exact", "paper", "svd", "uniform"]
+
+
+class Bank(nn.ModuleList):
+    """Independent linear maps: x (batch, maps, k) -> (batch, maps, d)."""
+
+    def forward(self, x):
+        return torch.stack([f(x[:, i]) for i, f in enumerate(self)], dim=1)
+
+
+class WordScores(MaskedLM):
+    """Token ids (batch, seq) -> the scores of every word at every place (batch, seq, vocab)."""
+
+    def forward(self, ids):
+        return super().forward(self.encoder(ids))
+
+
+def bank(seed, rows):
+    """(a fresh network, its targets, inputs)"""
+    torch.manual_seed(seed)
+    return Bank(nn.Linear(32, 32, bias=False) for _ in range(16)), [r"\d+"], torch.randn(rows, 16, 32)
+
+
+def transformer(seed, rows):
+    torch.manual_seed(seed)
+    network, config = load_pretrained(mini_encoder(), WordScores)
+    return network, TARGETS, torch.randint(5, config.vocab_size, (rows, 12))
+
+
+NETWORKS = {"bank": (bank, 600, 64), "transformer": (transformer, 2000, 32)}  # steps, batch size
+
+
+def plant(network, targets, generator):
+    """Give every target an update of a random rank with singular values from 0.5 to 1.5. Returns the ranks by name."""
+    adapt(network, targets, RANK, alpha=RANK)
+    ranks = {}
+    for name, layer in salora_layers(network).items():
+        for p in (layer.B, layer.A.T):
+            p.data.copy_(torch.linalg.qr(torch.randn(p.shape, generator=generator))[0])  # orthonormal columns
+        layer.B.data *= 0.5 + torch.rand(RANK, generator=generator)
+        ranks[name] = int(torch.randint(RANK + 1, (), generator=generator))
+        layer.gate.fixed = (torch.arange(RANK) < ranks[name]).float()
+    return ranks
+
+
+def cut_by_svd(layers, density):
+    """Keep the largest singular values of all updates, as many as fit the budget."""
+    for layer in layers:
+        canonicalize(layer)
+        layer.gate.log_theta.data = layer.B.norm(dim=0) * layer.A.norm(dim=1)
+    freeze_gates(layers, density)
+    for layer in layers:
+        prune(layer)
+
+
+def learn(kind, method, noise, seed):
+    """Plant, train, count: one row of the results."""
+    make, steps, size = NETWORKS[kind]
+    network, targets, inputs = make(seed, steps * size)
+    test = make(seed + 10**6, 256)[2]
+    generator = torch.Generator().manual_seed(seed)
+    teacher = copy.deepcopy(network)
+    planted = plant(teacher, targets, generator)
+    layers = list(salora_layers(teacher).values())
+    needed = sum(rank * layer.triplet_size for rank, layer in zip(planted.values(), layers))
+    density = needed / total_parameters(layers)
+    uniform = needed // sum(layer.triplet_size for layer in layers)
+
+    def batch_of(rows, model, device):
+        x = torch.stack([row for row, in rows])  # a row of data is (its input,)
+        with torch.no_grad():
+            y = teacher.eval()(x)
+        return (x,), y + noise * torch.randn(y.shape, generator=generator)
+
+    rank = uniform if method == "uniform" else RANK
+    flags = ["--method", "lora"] if method in ("svd", "uniform") else ["--recipe", method, "--density", str(density)]
+    args = settle(build_parser().parse_args([*flags, "--steps", str(steps), "--batch-size", str(size)]))
+    args.seed, args.device = seed, "cpu"
+    torch.manual_seed(seed)
+    adapt(network, targets, rank, alpha=rank)
+    fine_tune(args, network, [(x,) for x in inputs], None, batch_of=batch_of)
+    layers = salora_layers(network)
+    if method == "svd":
+        cut_by_svd(layers.values(), density)
+    learned = {name: layer.r for name, layer in layers.items()}
+    with torch.no_grad():
+        loss = (network.eval()(test) - teacher(test)).square().mean().item()
+    kept = sum(layer.r * layer.triplet_size for layer in layers.values())
+    right = mean(learned[name] == planted[name] for name in planted)
+    correlation = spearman(list(learned.values()), list(planted.values()))
+    values = [kind, method, noise, seed, right, correlation, kept / needed, loss, list(planted.values())]
+    return dict(zip(COLUMNS, [*values, list(learned.values())], strict=True))
+
+
+def table(rows):
+    """A line a noise and method, means over seeds."""
+    lines = [f"{'noise':>6} {'method':<8} {'seeds':>5} {'right':>7} {'correlation':>12} {'budget':>7} {'loss':>8} +-"]
+    for noise, method in dict.fromkeys((row["noise"], row["method"]) for row in rows):
+        some = [row for row in rows if (row["noise"], row["method"]) == (noise, method)]
+        right, correlation, share, loss = ([float(row[key]) for row in some] for key in COLUMNS[4:8])
+        spread = f"{stdev(loss) / len(loss) ** 0.5:.5f}" if len(loss) > 1 else "-"
+        line = f"{noise:>6} {method:<8} {len(some):>5} {mean(right):>7.1%} {mean(correlation):>12.3f}"
+        lines.append(f"{line} {mean(share):>7.3f} {mean(loss):>8.5f} {spread}")
+    return "\n".join(lines)
+
+
+def draw(rows, path):
+    """Planted and learned ranks side by side: for the first seed and noise, a column a method, a row a matrix."""
+    from matplotlib.figure import Figure
+
+    first = [row for row in rows if (row["noise"], row["seed"]) == (rows[0]["noise"], rows[0]["seed"])]
+    columns = {"planted": json.loads(first[0]["planted"])}
+    columns |= {row["method"]: json.loads(row["learned"]) for row in first}
+    figure = Figure(figsize=(1.5 + 0.9 * len(columns), 1 + 0.28 * len(columns["planted"])), layout="constrained")
+    axis = figure.subplots()
+    grid = list(zip(*columns.values(), strict=True))
+    axis.imshow(grid, cmap="YlGnBu", vmin=0, vmax=RANK, aspect="auto")
+    for i, row in enumerate(grid):
+        for j, rank in enumerate(row):
+            wrong = rank != row[0]
+            color = "tab:red" if wrong else "white" if rank > 0.6 * RANK else "black"
+            axis.text(j, i, rank, ha="center", va="center", color=color, weight="bold" if wrong else "normal")
+    axis.set_xticks(range(len(columns)), columns)
+    about = f"{first[0]['network']}, seed {first[0]['seed']}, noise {first[0]['noise']}"
+    axis.set(ylabel="matrix", title=f"ranks, planted and found (wrong ones red)\n{about}")
+    figure.savefig(path, format="png", dpi=110)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=NETWORKS, default="bank", help="what is copied (default bank)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(20), metavar="S", help="default 0 to 19")
+    parser.add_argument("--noise", type=float, nargs="+", metavar="SD", help="of the teacher's outputs (default: 0.1 "
+                        "and 1 for the bank, whose outputs are near 1, and 0 for the transformer)")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
+    parser.add_argument("--quick", action="store_true", help="one seed, one noise")
+    parser.add_argument("--out", default="runs/planted-ranks", metavar="DIR", help="default runs/planted-ranks")
+    args = parser.parse_args(argv)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{args.network}.csv"
+    noises = args.noise or ([0.0] if args.network == "transformer" else [0.1, 1.0])
+    rows = list(csv.DictReader(open(path))) if path.is_file() else []
+    done = {(row["method"], float(row["noise"]), int(row["seed"])) for row in rows}
+    for seed in args.seeds[:1] if args.quick else args.seeds:
+        for noise in noises[:1] if args.quick else noises:
+            for method in args.methods:
+                if (method, noise, seed) in done:
+                    continue
+                started = time.time()
+                with redirect_stdout(None):
+                    row = learn(args.network, method, noise, seed)
+                append(path, row)
+                seconds = time.time() - started
+                print(f"seed {seed}, noise {noise}, {method}: {row['right']:.0%} of the ranks right, {seconds:.0f} s")
+    rows = list(csv.DictReader(open(path)))
+    print(table(rows))
+    whole(out / f"{args.network}.png", lambda path: draw(rows, path))
+    print(f"see {path} and {out / args.network}.png")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
