@@ -117,6 +117,8 @@ def fine_tune(args, model, train, out, saved=None, batch_of=batch_of):
     else:
         for layer in layers:
             layer.gate.fixed = torch.ones_like(layer.gate.log_theta)  # open until T_start: plain LoRA
+    if schedule.window and layers:
+        print(f"gates train from step {schedule.T_start} to {schedule.T_end} of {total}, gate lr {eta:.3g}", flush=True)
     half = torch.autocast(torch.device(args.device).type, torch.bfloat16) if args.precision == "bf16" else nullcontext()
     if args.compile:
         model.compile()
@@ -158,6 +160,7 @@ def fine_tune(args, model, train, out, saved=None, batch_of=batch_of):
             group["lr"] = args.lr * (1 - step / total) * min(1, (since + 1) / (args.rewarm * total + 1))
         optimizer.zero_grad()
         if phase == "window":
+            progress = (step + 1 - schedule.T_start) / schedule.window
             resample(layers, noise)  # one draw an optimiser step
             gate_optimizer.zero_grad()
         rows, loss = batches[place], torch.zeros((), device=args.device)
@@ -174,7 +177,6 @@ def fine_tune(args, model, train, out, saved=None, batch_of=batch_of):
             loss = sum_over_workers(loss, [p for p in model.parameters() if p.requires_grad])
         terms = [args.beta * orthogonality(layers)] if args.beta else []  # Eq. (9)
         if phase == "window" and args.controller != "projection":
-            progress = (step - schedule.T_start) / schedule.window
             terms.append(lagrangian(expected_density(layers), progress))  # Eq. (12)
         if terms:
             sum(terms).backward()
@@ -183,29 +185,19 @@ def fine_tune(args, model, train, out, saved=None, batch_of=batch_of):
         if phase == "window":
             gate_optimizer.step()  # down: log theta
             if args.controller == "projection":
-                project(layers, lagrangian.target_at((step + 1 - schedule.T_start) / schedule.window))
+                project(layers, lagrangian.target_at(progress))
             else:
                 lagrangian.ascend()  # up: lambda
 
         running, counted = running + loss, counted + 1
         if (step + 1) % every == 0 or step + 1 == total:
-            log.append(log_row(step + 1, phase, running / counted, layers, lagrangian))
+            log.append(report.log_row(step + 1, phase, running / counted, layers, lagrangian))
             running, counted = 0.0, 0
             if len(log) % 10 == 0 or step + 1 == total:
                 pace = (time.time() - started) / (step + 1 - first)  # seconds a step
                 line = report.status_line(log[-1], total, args.density, args.batch_size / pace)
                 print(f"{line} | eta {pace * (total - step - 1):.0f} s", flush=True)
     return log, C_end, seconds + time.time() - started
-
-
-def log_row(step, phase, loss, layers, lagrangian):
-    """One row of log.csv, the only place where training waits for the device."""
-    row = {"step": step, "phase": phase, "loss": loss.item(), "C": None, "kept": None, "lam": None, "triplets": ""}
-    if layers:
-        kept = sum(int((layer.gate.settled() > 0).sum()) for layer in layers)
-        row.update(C=expected_density(layers).item(), kept=kept_density(layers), lam=lagrangian.lam.sum().item())
-        row["triplets"] = f"{kept}/{sum(layer.r0 for layer in layers)}"
-    return row
 
 
 def sum_over_workers(loss, parameters):

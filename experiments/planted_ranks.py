@@ -61,8 +61,8 @@ def bank(seed, rows):
 
 def transformer(seed, rows):
     torch.manual_seed(seed)
-    network, config = load_pretrained(mini_encoder(), WordScores)
-    return network, TARGETS, torch.randint(5, config.vocab_size, (rows, 12))
+    encoder, config = load_pretrained(mini_encoder())
+    return WordScores(encoder).eval(), TARGETS, torch.randint(5, config.vocab_size, (rows, 12))
 
 
 NETWORKS = {"bank": (bank, 600, 64), "transformer": (transformer, 2000, 32)}  # steps, batch size

@@ -89,13 +89,13 @@ def build_parser():
     g.add_argument("--window", type=float, nargs=2, metavar=("START", "END"), help="the gates train between these "
                    "fractions of all steps (default 0.2 0.5)")
     g = p.add_argument_group("training")
-    g.add_argument("--epochs", type=positive, metavar="N", help="passes over the training rows (default 8 on a "
+    g.add_argument("--epochs", type=positive, metavar="N", help="passes over the training rows (default 10 on a "
                    "generated task, 3 on an official one)")
     g.add_argument("--steps", type=positive, metavar="N", help="optimiser steps, instead of --epochs")
     g.add_argument("--batch-size", type=positive, default=32, metavar="N", help="rows a step (default 32)")
     g.add_argument("--lr", type=above_zero, help="learning rate of A, B and the head (default by method)")
-    g.add_argument("--pool", type=positive, metavar="N", help="cut N batches at a time from rows sorted by length, to "
-                   "pad less (default 16; for a generated task, whose lengths tell its labels, 1: not sorted)")
+    g.add_argument("--pool", type=positive, default=1, metavar="N", help="cut N batches at a time from rows sorted by "
+                   "length: less padding, but batches that are less alike (default 1: not sorted)")
     g.add_argument("--max-length", type=positive, default=128, metavar="N", help="tokens a row at most (default 128)")
     g.add_argument("--seed", type=int, nargs="+", default=[0], metavar="S", help="one or several runs (default 0)")
     g = p.add_argument_group("hardware")
@@ -143,8 +143,7 @@ def settle(args):
         args.density, args.window, args.beta, args.rewarm = 1.0, [1.0, 1.0], 0.0, 0.0
     official = args.task in TASKS
     args.lr = args.lr or LR[args.method][official]
-    args.epochs = args.epochs or (3 if official else 8)
-    args.pool = args.pool or (16 if official else 1)
+    args.epochs = args.epochs or (3 if official else 10)
     Lagrangian(args.density), GateSchedule(1, *args.window)  # they check their values
     args.device = device_of(args.device)
     return args

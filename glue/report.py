@@ -6,6 +6,7 @@ import os
 import re
 from statistics import mean, stdev
 
+from budget import expected_density, kept_density
 from glue.metrics import METRICS
 
 COLUMNS = ["step", "phase", "loss", "C", "kept", "lam", "triplets"]  # of log.csv
@@ -27,6 +28,16 @@ def write_run(out, log, summary, rank):
     if summary["ranks"]:
         whole(out / "ranks.png", lambda path: draw_ranks(summary["ranks"], rank, path, title))
     whole(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1) + "\n"))
+
+
+def log_row(step, phase, loss, layers, lagrangian):
+    """One row of the log, the only place where training waits for the device."""
+    row = {"step": step, "phase": phase, "loss": loss.item(), "C": None, "kept": None, "lam": None, "triplets": ""}
+    if layers:
+        kept = sum(int((layer.gate.settled() > 0).sum()) for layer in layers)
+        row.update(C=expected_density(layers).item(), kept=kept_density(layers), lam=lagrangian.lam.sum().item())
+        row["triplets"] = f"{kept}/{sum(layer.r0 for layer in layers)}"
+    return row
 
 
 def scores(task, predicted, gold):

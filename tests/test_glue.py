@@ -250,6 +250,37 @@ def test_byte_level_bpe_of_roberta_from_vocab_and_merges(roberta_tokenizer_dir):
     assert ids == [0, 31414, 232, 328, 2, 2, 31414, 2]
 
 
+def reference_tokenizer(family, encoder_dir, roberta_dir):
+    """(our tokeniser from the files of a folder, that of `transformers` from the same files)."""
+    transformers = pytest.importorskip("transformers")
+    if family == "bert":
+        return load_tokenizer(encoder_dir), transformers.AutoTokenizer.from_pretrained(encoder_dir)
+    vocab, merges = str(roberta_dir / "vocab.json"), str(roberta_dir / "merges.txt")
+    try:
+        return load_tokenizer(roberta_dir), transformers.RobertaTokenizer(vocab, merges)
+    except TypeError:
+        return load_tokenizer(roberta_dir), transformers.RobertaTokenizer(vocab=vocab, merges=merges)
+
+
+@pytest.mark.parametrize("longest", [512, 24])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_tokens_of_all_real_sentences_equal_the_references(
+    glue_dir, encoder_dir, roberta_tokenizer_dir, family, longest
+):
+    ours, other = reference_tokenizer(family, encoder_dir, roberta_tokenizer_dir)
+    for name in ("cola", "mrpc", "sst2") if longest == 512 else ("mrpc",):
+        train, dev = load_task(name, glue_dir)
+        rows = train + dev
+        pairs = [[row[0] for row in rows]] + ([[row[1] for row in rows]] if rows[0][1] else [])
+        expected = other(*pairs, truncation="longest_first", max_length=longest)
+        found = ours.encode(rows, longest)
+        different = [row[:2] for row, mine, ids in zip(rows, found, expected["input_ids"]) if mine[0] != ids]
+        print(f"{family}, {name}, at most {longest} tokens: {len(different)} of {len(rows)} rows differ")
+        assert not different, different[:2]
+        if family == "bert":
+            assert [row[1] for row in found] == list(expected["token_type_ids"])
+
+
 def test_word_pieces_from_vocab_txt(tmp_path):
     pytest.importorskip("tokenizers")
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nplay\n##ing\nfine\n")

@@ -350,7 +350,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name_and_leaves_the_model_al
         salora.load_adapter(Net(), tmp_path / "c.pt")
 
 
-def test_the_name_of_a_container_is_not_a_pattern_for_what_it_holds():
+def test_adapt_takes_no_name_of_a_container_as_a_pattern_for_what_it_holds():
     with pytest.raises(ValueError, match="'body' matches only ModuleList"):
         adapt(Net(), ["body"])
 
@@ -362,3 +362,11 @@ def test_a_layer_with_two_names_is_adapted_under_both():
     assert net.second is net.shared is net.alias[0] and list(salora_layers(net)) == ["shared"]
     merged = net.shared.base
     assert merge(net).second is net.shared is net.alias[0] is merged
+
+
+def test_triplets_that_stay_keep_their_gates_in_train_mode():
+    layer = make_layer(5, 4, 6, seed=3)
+    layer.gate.log_theta.data = torch.tensor([-9.0, 0.1, 0.2, -9, 0.3, -9], dtype=torch.float64)
+    before = layer.gate().detach()
+    kept = prune(layer)
+    assert kept.tolist() == [1, 2, 4] and torch.equal(layer.gate(), before[kept])

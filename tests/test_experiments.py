@@ -1,0 +1,57 @@
+"""Planted ranks are found, and the experiments keep what they have done."""
+
+import copy
+import csv
+
+import pytest
+import torch
+
+from experiments import planted_ranks, recipe
+
+
+def test_planted_ranks_are_found(tmp_path, capsys):
+    """16 maps of 32 x 32 with updates of rank 0 to 8 and noisy outputs: each learned rank is the planted one."""
+    [row] = planted_ranks.main(["--quick", "--methods", "exact", "--out", str(tmp_path)])
+    assert float(row["right"]) == 1 and row["learned"] == row["planted"], "every matrix gets the rank it deserves"
+    assert float(row["share"]) == 1 and float(row["loss"]) < 0.001, "within the budget, and the teacher is matched"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bank.csv", "bank.png"]
+    before = (tmp_path / "bank.csv").read_bytes()
+    planted_ranks.main(["--quick", "--methods", "exact", "--out", str(tmp_path)])
+    assert (tmp_path / "bank.csv").read_bytes() == before, "what is there is not done again"
+    assert "100.0%" in capsys.readouterr().out
+
+
+def test_planted_updates_have_the_ranks_that_are_said(monkeypatch, tiny_weights):
+    monkeypatch.setattr(planted_ranks, "mini_encoder", lambda: tiny_weights)
+    network, targets, inputs = planted_ranks.transformer(0, 4)
+    teacher = copy.deepcopy(network)
+    ranks = planted_ranks.plant(teacher, targets, torch.Generator().manual_seed(0))
+    assert len(ranks) == 12 and not torch.equal(teacher(inputs), network(inputs))
+    for name, layer in planted_ranks.salora_layers(teacher).items():
+        values = torch.linalg.svdvals(layer.delta())
+        assert int((values > 0.4).sum()) == int((values > 1e-4).sum()) == ranks[name]
+
+
+@pytest.mark.parametrize("variants", [["exact", "lora-8"], ["head"]])
+def test_recipe_study_adds_rows_and_does_none_twice(tmp_path, capsys, tiny_weights, monkeypatch, variants):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--weights", str(tiny_weights), "--rows", "32", "--batch-size", "8", "--out", str(tmp_path / "out")]
+    for seeds in (["0"], ["0", "1"]):
+        rows = recipe.main(["--tasks", "mini-sst2", "--seeds", *seeds, "--variants", *variants, "--steps", "6", *flags])
+    assert [(row["variant"], row["seed"]) for row in rows] == [(v, s) for s in "01" for v in variants]
+    with open(tmp_path / "out" / "recipe.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 2 * len(variants)
+    assert (tmp_path / "out" / "recipe.png").stat().st_size > 5000
+    assert "- lora-8" in capsys.readouterr().out
+
+
+def test_spare_room_is_counted_in_the_cheapest_triplets(tmp_path, tiny_weights, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--weights", str(tiny_weights), "--rows", "16", "--steps", "4"]
+    row = recipe.one("exact", "mini-cola", 0, flags, str(tmp_path / "run"))
+    assert 0 <= row["spare"] < 1, "the budget rule leaves no room for another triplet"
+    assert row["spare"] == pytest.approx((row["density_target"] - row["density_kept"]) * 3584 / 32)
+
+
+def test_groups_name_variants_that_exist():
+    assert all(name in recipe.VARIANTS for group in recipe.GROUPS.values() for name in group)
