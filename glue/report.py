@@ -75,7 +75,8 @@ def status_line(row, steps, density, rows_per_second):
     """step 0050/0400 | loss .512 | C .71 -> .50 | lambda .33 | kept 37/96 | 812 rows/s | eta 12 s"""
     parts = [f"step {row['step']:0{len(str(steps))}d}/{steps}", f"loss {row['loss']:.3f}"]
     if row["phase"] == "window":
-        parts += [f"C {row['C']:.3f} -> {density}", f"lambda {row['lam']:.2f}"]
+        parts += [f"C {row['C']:.3f} -> {density}"]
+        parts += [f"lambda {row['lam']:.2f}"] if row["lam"] else []
     if row["triplets"]:
         parts += [f"kept {row['triplets']}"]
     return " | ".join(parts + [f"{rows_per_second:.0f} rows/s"])
@@ -117,12 +118,13 @@ def score_table(summaries):
 
 
 def draw_training(log, path, density, title):
-    """Loss, densities and lambda over steps; the gates' window is shaded."""
+    """Loss, densities and, where it moves, lambda over steps; the gates' window is shaded."""
     from matplotlib.figure import Figure
 
-    gated = any(row["phase"] == "window" for row in log)
-    figure = Figure(figsize=(8, 7 if gated else 3), layout="constrained")
-    axes = figure.subplots(3 if gated else 1, sharex=True, squeeze=False)[:, 0]
+    gated, driven = any(row["phase"] == "window" for row in log), any(row["lam"] for row in log)
+    panels = 1 + gated + (gated and driven)
+    figure = Figure(figsize=(8, 1 + 2 * panels), layout="constrained")
+    axes = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
     steps, window = [row["step"] for row in log], [row["step"] for row in log if row["phase"] == "window"]
     axes[0].plot(steps, [row["loss"] for row in log], color="tab:blue")
     axes[0].set(ylabel="task loss", title=title)
@@ -133,8 +135,9 @@ def draw_training(log, path, density, title):
         axes[1].axhline(density, color="gray", lw=1, label=f"target b = {density}")
         axes[1].set(ylabel="density", ylim=(0, 1.05))
         axes[1].legend(fontsize=8)
-        axes[2].plot(steps, [row["lam"] for row in log], color="tab:red")
-        axes[2].set(ylabel="lambda")
+        if driven:
+            axes[2].plot(steps, [row["lam"] for row in log], color="tab:red")
+            axes[2].set(ylabel="lambda")
         for axis in axes:
             axis.axvspan(window[0], window[-1], color="tab:orange", alpha=0.12, lw=0)
     axes[-1].set(xlabel="optimiser step")

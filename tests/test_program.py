@@ -72,9 +72,14 @@ def test_every_task_runs_within_its_budget_and_writes_its_files(go, tmp_path, ta
     assert phases == ["open"] * 4 + ["window"] * 6 + ["frozen"] * 10
 
 
-@pytest.mark.parametrize("method,pictures", [("salora", 2), ("lora", 2), ("full", 1)])
-def test_pictures_are_drawn(go, tmp_path, method, pictures):
-    go("--method", method, "--steps", 6, "--out", tmp_path / "run")
+def test_the_status_line_shows_lambda_where_there_is_one(go, capsys):
+    go("--recipe", "paper")
+    assert " -> 0.5 | lambda " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags,pictures", [([], 2), (["--recipe", "paper"], 2), (["--method", "full"], 1)])
+def test_pictures_are_drawn(go, tmp_path, flags, pictures):
+    go(*flags, "--steps", 6, "--out", tmp_path / "run")
     drawn = [path for path in (tmp_path / "run").glob("*.png") if path.read_bytes().startswith(b"\x89PNG")]
     assert len(drawn) == pictures and all(path.stat().st_size > 5000 for path in drawn)
 
@@ -148,7 +153,8 @@ def test_the_status_line_and_the_start_say_what_is_going_on(go, capsys):
     out = capsys.readouterr().out
     assert "mini-cola, salora, seed 0 on cpu: 48 training rows, 1000 dev" in out
     assert "11,346 parameters, 3,986 trained, 3,584 budgeted" in out  # 2 blocks of (4 x 32 + 2 x 48) x 8
-    assert "step 10/20 | loss 0." in out and " | C 0." in out and " -> 0.5 | lambda " in out and "/96 | " in out
+    assert "gates train from step 4 to 10 of 20, gate lr 2.33" in out
+    assert "step 10/20 | loss 0." in out and " | C 0.500 -> 0.5 | kept " in out and "/96 | " in out
     assert "of 3,584 adapter parameters: 0.49" in out or "kept 1,792 of 3,584 adapter parameters: 0.5000" in out
 
 
