@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_glue_mini
-from budget import CONTROLLERS, Lagrangian, expected_density, resample
+from budget import CONTROLLERS, Lagrangian, expected_density, resample, total_parameters
 from glue import report
 from glue.flags import build_parser, settle
 from glue.mini import examples
@@ -41,6 +41,31 @@ def test_steps_stay_on_their_device_and_read_nothing_back(monkeypatch, window, c
     adapt(model, TARGETS).classifier.requires_grad_(True)
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(Done):  # after 3 whole steps
         fine_tune(args, model.to("meta"), rows, None)
+
+
+def test_a_step_of_roberta_large_stays_on_its_device(monkeypatch):
+    """The largest published shape, a step with open and one with free gates: 3.54 M budgeted parameters."""
+    flags = ["--steps", "3", "--batch-size", "2", "--window", "0.3", "1", "--beta", "1"]
+    args = settle(build_parser().parse_args(flags))
+    args.device, args.seed, args.canonical, args.spread = "meta", 0, False, 0
+    sizes = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+    rows = MiniTokenizer().encode(examples("mini-mnli", 40))
+    phases = []
+
+    def row(step, phase, *rest):
+        phases.append(phase)
+        if phase == "window":
+            raise Done
+
+    monkeypatch.setattr(report, "log_row", row)
+    monkeypatch.setattr(report, "status_line", lambda *values: "")
+    with torch.device("meta"):
+        model = SequenceClassifier(TinyTransformer(TransformerConfig(**sizes)), 3)
+        adapt(model, TARGETS).classifier.requires_grad_(True)
+    assert total_parameters(salora_layers(model).values()) == 3_538_944
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(Done):
+        fine_tune(args, model, rows, None)
+    assert phases == ["open", "window"]
 
 
 def test_the_fake_device_notices_a_tensor_on_the_wrong_device():
