@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from glue.tasks import load_task
+from glue.tokens import collate, load_tokenizer
 from salora import adapt, merge, salora_layers
 from tiny_transformer import (
     MaskedLM,
@@ -384,3 +386,21 @@ def test_bert_positions_lose_their_unused_rows_in_a_file_and_get_them_back(tmp_p
     ids, mask, types = batch(pad=2)
     real = mask.bool()
     assert torch.equal(loaded(ids, mask, types)[real], encoder(ids, mask, types)[real]) and config.max_length == 17
+
+
+def test_masked_words_of_real_text_are_predicted_as_by_transformers(encoder_dir, glue_dir, tmp_path):
+    """The checkpoint has no LM head, so both get the same random one; encoder, words and text are real."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(4)
+    other = transformers.AutoModelForMaskedLM.from_pretrained(encoder_dir).eval()
+    other.save_pretrained(tmp_path)
+    lm, config = load_pretrained(tmp_path, MaskedLM)
+    rows = load_tokenizer(encoder_dir).encode(load_task("cola", glue_dir)[1][:64], 64)
+    ids, mask, types, _ = collate(rows, config.pad_token_id)
+    hidden = (torch.arange(ids.shape[1]) % 4 == 2) & (mask == 1)
+    ids = ids.masked_fill(hidden, 103)  # [MASK]
+    with torch.no_grad():
+        expected = other(input_ids=ids, attention_mask=mask, token_type_ids=types).logits[hidden]
+        found = lm(lm.encoder(ids, mask, types)[hidden])
+    print(f"{len(found)} masked words: largest difference {(found - expected).abs().max():.2e}")
+    assert torch.equal(found.argmax(1), expected.argmax(1)) and (found - expected).abs().max() < 1e-5
