@@ -16,7 +16,7 @@ EPS = {torch.float64: 2.3e-16, torch.float32: 1.2e-7, torch.bfloat16: 7.9e-3}
 
 def assert_close(actual, expected, inner=1):
     """Equal up to rounding of sums over `inner` terms, relative to the largest entry."""
-    scale = max(1.0, float(expected.abs().max()) if expected.numel() else 1.0)
+    scale = max(1.0, float(expected.detach().abs().max()) if expected.numel() else 1.0)
     tolerance = 16 * (inner + 4) * EPS[expected.dtype] * scale
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, but should be {tuple(expected.shape)}"
     worst = float((actual - expected).abs().max()) if expected.numel() else 0.0
