@@ -155,9 +155,9 @@ def fine_tune(args, model, train, out, saved=None, batch_of=batch_of):
         if step == total:
             break
 
-        since = step - max((t for t in (schedule.T_start, schedule.T_end) if t <= step), default=-total)
+        since = step - max(t for t in (0, schedule.T_start, schedule.T_end) if t <= step)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * (1 - step / total) * min(1, (since + 1) / (args.rewarm * total + 1))
+            group["lr"] = args.lr * (1 - step / total) * min(1, (since + 1) / (args.warmup * total + 1))
         optimizer.zero_grad()
         if phase == "window":
             progress = (step + 1 - schedule.T_start) / schedule.window

@@ -14,15 +14,15 @@ from tiny_transformer import read_torch
 
 ABOUT = "Fine-tune an encoder on a GLUE task, or on a generated stand-in for one, with SaLoRA."
 RECIPES = {  # decisions that go together; a single flag overrides its part
-    "exact": {"canonical": True, "spread": 8.0, "rewarm": 0.03, "beta": 0.0, "controller": "projection",
+    "exact": {"canonical": True, "spread": 8.0, "warmup": 0.05, "beta": 0.0, "controller": "projection",
               "rule": "budget", "survivors": "one", "window": [0.2, 0.5]},
-    "paper": {"canonical": False, "spread": 0.0, "rewarm": 0.0, "beta": 0.1, "controller": "quadratic",
+    "paper": {"canonical": False, "spread": 0.0, "warmup": 0.0, "beta": 0.1, "controller": "quadratic",
               "rule": "median", "survivors": "median", "window": [0.2, 0.5]},
 }  # fmt: skip
-LR = {"salora": (3e-3, 1e-3), "lora": (3e-3, 1e-3), "full": (1e-3, 5e-5), "head": (3e-3, 1e-3)}  # mini, official
+LR = {"salora": (2e-3, 1e-3), "lora": (2e-3, 1e-3), "full": (5e-4, 5e-5), "head": (3e-3, 1e-3)}  # mini, official
 
 
-GATE_FLAGS = ["recipe", "density", "gate_lr", *RECIPES["paper"]]
+GATE_FLAGS = ["recipe", "density", "gate_lr", *(flag for flag in RECIPES["paper"] if flag != "warmup")]
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,8 +79,6 @@ def build_parser():
                    help="rotate the triplets into their singular basis when the gates' window opens")
     g.add_argument("--spread", type=zero_or_above, metavar="X", help="how much better the odds of large triplets are "
                    "at the start: log theta = X log(size / sqrt(parameters)) + constant; 0: all the same")
-    g.add_argument("--rewarm", type=zero_or_above, metavar="F", help="the learning rate rises anew from 0 over this "
-                   "fraction of all steps where the window opens and where triplets are removed")
     g.add_argument("--beta", type=zero_or_above, help="weight of the orthogonal regulariser")
     g.add_argument("--controller", choices=CONTROLLERS, help="what drives C to the density: a quadratic penalty by "
                    "Adam, the same by SGD, linear + quadratic with target warm-up, or a common shift of all log theta")
@@ -89,11 +87,13 @@ def build_parser():
     g.add_argument("--window", type=float, nargs=2, metavar=("START", "END"), help="the gates train between these "
                    "fractions of all steps (default 0.2 0.5)")
     g = p.add_argument_group("training")
-    g.add_argument("--epochs", type=positive, metavar="N", help="passes over the training rows (default 10 on a "
+    g.add_argument("--epochs", type=positive, metavar="N", help="passes over the training rows (default 12 on a "
                    "generated task, 3 on an official one)")
     g.add_argument("--steps", type=positive, metavar="N", help="optimiser steps, instead of --epochs")
     g.add_argument("--batch-size", type=positive, default=32, metavar="N", help="rows a step (default 32)")
     g.add_argument("--lr", type=above_zero, help="learning rate of A, B and the head (default by method)")
+    g.add_argument("--warmup", type=zero_or_above, metavar="F", help="the learning rate rises from 0 over this fraction "
+                   "of all steps: at the start, where the window opens and where triplets are removed")
     g.add_argument("--pool", type=positive, default=1, metavar="N", help="cut N batches at a time from rows sorted by "
                    "length: less padding, but batches that are less alike (default 1: not sorted)")
     g.add_argument("--max-length", type=positive, default=128, metavar="N", help="tokens a row at most (default 128)")
@@ -140,10 +140,10 @@ def settle(args):
         if getattr(args, flag) is None:
             setattr(args, flag, value)
     if args.method != "salora":  # the gates, if any, stay open to the end, and all triplets are kept
-        args.density, args.window, args.beta, args.rewarm = 1.0, [1.0, 1.0], 0.0, 0.0
+        args.density, args.window, args.beta = 1.0, [1.0, 1.0], 0.0
     official = args.task in TASKS
     args.lr = args.lr or LR[args.method][official]
-    args.epochs = args.epochs or (3 if official else 10)
+    args.epochs = args.epochs or (3 if official else 12)
     Lagrangian(args.density), GateSchedule(1, *args.window)  # they check their values
     args.device = device_of(args.device)
     return args

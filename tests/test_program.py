@@ -351,7 +351,7 @@ CHANGES = {
     "--density": [0.25], "--rule": ["median"], "--survivors": ["median"], "--no-canonical": [], "--beta": [0.1],
     "--controller": ["sgd"], "--gate-lr": [0.02], "--window": [0.1, 0.4], "--epochs": [2], "--steps": [24],
     "--batch-size": [4], "--lr": [1e-4], "--max-length": [6], "--seed": [1], "--precision": ["bf16"],
-    "--pool": [4], "--spread": [1], "--rewarm": [0.2],
+    "--pool": [4], "--spread": [1], "--warmup": [0.2],
 }  # fmt: skip
 
 
