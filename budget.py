@@ -56,7 +56,8 @@ def resample(layers, generator=None):
 def start_gates(layers, spread):
     """Give gates better odds where triplets are worth more (not in the paper): log_theta = spread log(s) + constant.
 
-    s = |B[:, i]| |A[i, :]| / sqrt(d + k): s squared is the update's energy per parameter, if the layers are canonical.
+    s = |B[:, i]| |A[i, :]| / sqrt(d + k), at least 1e-6: s squared is the update's energy per parameter, if the layers
+    are canonical.
     The constant makes C = 11/12, its value in the paper, where all gates start at log_theta = 0.
     """
     layers = list(layers)
@@ -92,6 +93,7 @@ def freeze_gates(layers, density, rule="budget", survivors="one"):
                    ties go to the earlier layer, then to the earlier triplet
     rule "median": keep the gates whose median is positive, however many they are; density has no say
     survivors "one": a kept gate becomes 1, a plain LoRA triplet; "median": it keeps its median
+    Raises ValueError for a density outside (0, 1] and for other rules and survivors.
     """
     layers = list(layers)
     check_density(density)
@@ -125,6 +127,7 @@ class GateSchedule:
     """Algorithm 1's three phases over `total_steps`: the gates train while T_start <= step < T_end.
 
     start and end are fractions of total_steps (App. B: 0.2 and 0.5). Before, the gates are open; after, fixed.
+    Raises ValueError unless 0 <= start <= end <= 1.
     """
 
     def __init__(self, total_steps, start=0.2, end=0.5):
@@ -151,6 +154,7 @@ class Lagrangian(nn.Module):
                "projection": none, lam stays 0; instead `project` puts C on b_t after every step
     b_t falls from C's start to b during the first half of the window.
     target: b in (0, 1]. lr: eta_c, the length of an ascent step. Multipliers start at 0 and are never negative.
+    Raises ValueError for another target or controller.
     """
 
     def __init__(self, target, lr=0.01, controller="quadratic", device="cpu"):

@@ -92,8 +92,8 @@ def build_parser():
     g.add_argument("--steps", type=positive, metavar="N", help="optimiser steps, instead of --epochs")
     g.add_argument("--batch-size", type=positive, default=32, metavar="N", help="rows a step (default 32)")
     g.add_argument("--lr", type=above_zero, help="learning rate of A, B and the head (default by method)")
-    g.add_argument("--warmup", type=zero_or_above, metavar="F", help="the learning rate rises from 0 over this fraction "
-                   "of all steps: at the start, where the window opens and where triplets are removed")
+    g.add_argument("--warmup", type=zero_or_above, metavar="F", help="the learning rate rises from 0 over this share "
+                   "of all steps: at the start, where the window opens and where triplets are removed (default 0.05)")
     g.add_argument("--pool", type=positive, default=1, metavar="N", help="cut N batches at a time from rows sorted by "
                    "length: less padding, but batches that are less alike (default 1: not sorted)")
     g.add_argument("--max-length", type=positive, default=128, metavar="N", help="tokens a row at most (default 128)")

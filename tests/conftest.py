@@ -23,9 +23,11 @@ if IMPL:
     os.environ["PYTHONPATH"], os.environ["PYTHONSAFEPATH"] = f"{IMPL}{os.pathsep}{ROOT}", "1"  # for child processes
 
 COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
-settings.register_profile("default", max_examples=50, **COMMON)
-settings.register_profile("thorough", max_examples=1000, **COMMON)
-settings.register_profile("mutants", max_examples=50, derandomize=True, phases=[Phase.generate], **COMMON)
+PHASES = [phase for phase in Phase if phase is not Phase.explain]  # which would point into torch
+settings.register_profile("default", max_examples=50, phases=PHASES, **COMMON)
+settings.register_profile("thorough", max_examples=1000, phases=PHASES, **COMMON)
+BARE = [Phase.explicit, Phase.generate]
+settings.register_profile("mutants", max_examples=50, phases=BARE, derandomize=True, **COMMON)
 settings.load_profile("default")
 
 
@@ -41,30 +43,39 @@ def pytest_report_header():
 
 
 EQUATIONS = [  # words in the name of a test, and the place where what it states is written; the first that fits counts
-    ("main_loop|_step|micro_batch|moments", "train_glue_mini.py, fine_tune, Alg. 1: a step down for A, B and Theta, "
-     "one up for lambda; gates free from T_start on, fixed and pruned at T_end"),
-    ("penalty|multiplier|ascent|controller", "budget.py, Eq. (12): loss + beta R_orth + lambda (C - b)^2, lambda >= 0"),
+    ("penalty|multiplier|ascent|controller", "budget.py, Eq. (12): loss + beta R_orth + lambda (C - b)^2, lambda >= 0, "
+     "with descent on log theta and ascent on lambda"),
     ("phases|schedule|windows", "budget.py, Alg. 1: open before T_start, window before T_end, then frozen"),
+    ("main_loop|of_a_step|once_a_step|micro_batch|moments|accumulat|recomput|two_processes",
+     "train_glue_mini.py, fine_tune, Alg. 1: a step down for A, B and Theta, one up for lambda; one draw of noise a "
+     "step; gates free from T_start on, fixed and pruned at T_end"),
     ("noise_(is|changes|that)", "budget.py, resample, Alg. 1: u ~ U(0, 1), drawn once a step for all layers"),
     ("projection", "budget.py, Eq. (11): one shift of every log theta, the one with which C = b"),
     ("odds|start_alike", "budget.py: log theta = spread log(|B[:, i]| |A[i, :]|) + a constant with which C = 11/12"),
-    ("budget_rule|median_rule|unknown_rule|impossible_densit|survivors", "budget.py, section 3.5: which triplets stay"),
-    ("densit|counts|what_the_paper|gradient_reaches",
+    ("budget_rule|median_rule|unknown_rule|impossible_densit|survivors", "budget.py, section 3.5: from the largest log "
+     "theta down each triplet that still fits b x total, ties to the earlier; or those with a positive median"),
+    ("gradient_reaches", "hard_concrete.py, Eq. (7), and budget.py, Eq. (11): both have a gradient for log theta"),
+    ("densit|counts|what_the_paper",
      "budget.py, Eq. (11): C = sum_i E||G_i||_0 (d_i + k_i) / sum_i r_i (d_i + k_i)"),
     ("orthogonality", "salora.py, Eq. (9): sum over layers of ||B^T B - I||^2_F + ||A A^T - I||^2_F"),
     ("canonical", "salora.py, canonicalize: B <- U S^1/2 and A <- S^1/2 V^T with U S V^T = B A"),
-    ("prune|pruning|merg|removed", "salora.py, Eq. (5): W <- W + (alpha / r0) B diag(g) A; triplets with g = 0 go"),
-    ("adapt|target|rank_below|equal_seeds", "salora.py, Eq. (3): W stays as it is; A ~ N(0, 1/k) and B = 0 come in"),
-    ("forward|lora|closed_gates|closed_is|fresh_layer|triplets_and_gates|leading_axes|differences$",
+    ("saved_adapters|an_adapter_", "salora.py, adapter_state and load_adapter_state: what a file must hold"),
+    ("prune|pruning|merg|removed|triplets_that_stay",
+     "salora.py, Eq. (5): W <- W + (alpha / r0) B diag(g) A; triplets with g = 0 go"),
+    ("adapt|target|rank_below|equal_starts|fresh_layer",
+     "salora.py, Eq. (3): W stays as it is; A ~ N(0, 1/k) and B = 0 come in"),
+    ("forward|lora|closed_gates|closed_is|triplets_and_gates|leading_axes|differences$",
      "salora.py, Eqs. (3) and (5): h = W x + (alpha / r0) B diag(g) A x"),
-    ("open_prob|is_open|likelier|closed_half",
+    ("module_samples",
+     "hard_concrete.py, HardConcreteGate.forward: Eq. (7) with the noise u in train mode, the median in eval mode"),
+    ("mean", "hard_concrete.py: E[g] = integral of P(g > t) over t in (0, 1)"),
+    ("open_prob|is_open|likelier",
      "hard_concrete.py, Eq. (8): P(g > 0) = sigmoid(log theta - tau log(-gamma / zeta))"),
     ("probability_of_one", "hard_concrete.py: P(g = 1) = sigmoid(log theta - tau log((1 - gamma) / (zeta - 1)))"),
-    ("mean", "hard_concrete.py: E[g] = integral of P(g > t) over t in (0, 1)"),
     ("median|without_noise", "hard_concrete.py, Eq. (7) at u = 1/2: the median gate, which evaluation uses"),
     ("sample|gate|everything_grows|constants|kinks",
      "hard_concrete.py, Eq. (7): g = clamp(sigmoid((logit(u) + log theta) / tau) (zeta - gamma) + gamma)"),
-    ("encoder|attention|positions|masked",
+    ("encoder_equals|attention|positions|masked",
      "tiny_transformer.py: x = norm(x + f(x)), exact GELU, positions start at pad + 1"),
 ]  # fmt: skip
 

@@ -5,12 +5,11 @@ import random
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given, note
 from hypothesis import strategies as st
 from torch import nn
 
 from budget import (
-    EPS,
     GateSchedule,
     Lagrangian,
     expected_density,
@@ -23,7 +22,7 @@ from budget import (
 )
 from hard_concrete import sample_gate
 from salora import SaLoRALinear, prune
-from strategies import banks, generator, layers, make_layer, seeds
+from strategies import assert_close, banks, generator, layers, make_layer, seeds
 
 densities = st.floats(0.01, 1) | st.sampled_from([0.125, 0.25, 0.5, 0.75, 1.0])
 
@@ -79,7 +78,7 @@ def test_fresh_roberta_shapes_cost_what_the_paper_says():
     assert float(expected_density(bank).detach()) == pytest.approx(11 / 12, abs=1e-6), "Fig. 6 starts at 0.92"
 
 
-@given(banks(), densities)
+@given(banks(), densities.filter(lambda density: density < 1))
 def test_projection_puts_c_on_the_target_by_one_shift_for_all(bank, density):
     before = [layer.gate.log_theta.detach().clone() for layer in bank]
     project(iter(bank), density)
@@ -125,11 +124,12 @@ def test_gradient_reaches_log_theta_through_the_sample_and_through_c():
 def test_noise_is_one_draw_for_all_layers_and_stays_inside_the_unit_interval(bank, seed):
     resample(bank, generator(seed))
     u = torch.cat([layer.gate.u for layer in bank])
-    again = torch.rand(len(u), generator=generator(seed)).clamp(EPS, 1 - EPS)
-    assert torch.equal(u, again) and float(u.min()) >= EPS and float(u.max()) < 1
-    assert torch.isfinite(torch.logit(u)).all()
-    if len(bank) > 1 and bank[0].r == bank[1].r:
-        assert not torch.equal(bank[0].gate.u, bank[1].gate.u), "two layers never share noise"
+    assert 0 < float(u.min()) and float(u.max()) < 1 and torch.isfinite(torch.logit(u)).all(), "u in (0, 1)"
+    resample(bank, generator(seed))
+    assert torch.equal(torch.cat([layer.gate.u for layer in bank]), u), "an equal seed, but other noise"
+    for one, other in zip(bank, bank[1:]):
+        n = min(one.r, other.r)
+        assert n == 1 or not torch.equal(one.gate.u[:n], other.gate.u[:n]), "two layers never share noise"
 
 
 def test_noise_changes_only_when_it_is_drawn_anew():
@@ -139,7 +139,8 @@ def test_noise_changes_only_when_it_is_drawn_anew():
     resample([layer], g)
     first, same = layer(x), layer(x)
     resample([layer], g)
-    assert torch.equal(first, same) and not torch.equal(first, layer(x))
+    assert torch.equal(first, same), "the same noise, until it is drawn anew"
+    assert not torch.equal(first, layer(x)), "drawn anew, but still the old noise"
 
 
 # Which triplets stay
@@ -147,6 +148,7 @@ def test_noise_changes_only_when_it_is_drawn_anew():
 
 @given(banks() | banks(ties=True), densities)
 def test_budget_rule_never_overspends_wastes_no_room_and_respects_the_order(bank, density):
+    note(f"(cost, log theta) of the triplets: {sizes_of(bank)}")
     freeze_gates(iter(bank), density)
     costs, mask = [cost for cost, _ in sizes_of(bank)], mask_of(bank)
     limit = density * total_parameters(bank)
@@ -159,7 +161,7 @@ def test_budget_rule_never_overspends_wastes_no_room_and_respects_the_order(bank
     for i in order:  # a triplet is closed only if those before it in the order left too little room
         assert mask[i] == (costs[i] <= room), f"triplet {i} of {order}"
         room -= costs[i] if mask[i] else 0
-    assert kept_density(bank) == spent / total_parameters(bank)
+    assert kept_density(bank) == pytest.approx(spent / total_parameters(bank))
 
 
 @given(banks(), densities, seeds)
@@ -175,7 +177,7 @@ def test_without_ties_the_budget_rule_does_not_depend_on_the_order_of_layers(ban
 @given(banks())
 def test_budget_rule_at_density_one_keeps_everything_and_at_almost_zero_nothing(bank):
     freeze_gates(bank, 1.0)
-    assert all(mask_of(bank)) and kept_density(bank) == float(expected_density(bank)) == 1
+    assert all(mask_of(bank)) and kept_density(bank) == pytest.approx(1) == float(expected_density(bank))
     freeze_gates(bank, 1e-6)
     assert not any(mask_of(bank)) and kept_density(bank) == 0
 
@@ -195,7 +197,7 @@ def test_survivors_are_worth_one_or_their_median(bank, density, rule):
     freeze_gates(bank, density, rule, survivors="median")
     for layer, mask in zip(bank, ones):
         u = torch.full_like(layer.gate.u, 0.5)
-        assert torch.equal(layer.gate.fixed, mask * sample_gate(layer.gate.log_theta, u))
+        assert_close(layer.gate.fixed, mask * sample_gate(layer.gate.log_theta, u).detach())
 
 
 @given(banks(), densities)
@@ -204,23 +206,23 @@ def test_densities_are_counted_against_the_rank_at_creation(bank, density):
     before, expected = kept_density(bank), float(expected_density(bank))
     for layer in bank:
         prune(layer)
-    assert kept_density(bank) == before and float(expected_density(bank)) == expected
+    assert kept_density(bank) == pytest.approx(before) and float(expected_density(bank)) == pytest.approx(expected)
     assert sum(layer.r * layer.triplet_size for layer in bank) == round(before * total_parameters(bank))
 
 
 @pytest.mark.parametrize("density", [0, -0.5, 1.5, math.nan])
 def test_impossible_densities_are_refused(density):
     for use in (lambda: freeze_gates([make_layer(2, 2, 1, seed=0)], density), lambda: Lagrangian(density)):
-        with pytest.raises(ValueError, match=rf"density must be in \(0, 1\], got {density}"):
+        with pytest.raises(ValueError, match=f"density.* {density}"):
             use()
 
 
 def test_unknown_rules_are_refused():
-    with pytest.raises(ValueError, match="got 'best' and 'one'"):
+    with pytest.raises(ValueError, match="rule.* 'best'"):
         freeze_gates([make_layer(2, 2, 1, seed=0)], 0.5, rule="best")
-    with pytest.raises(ValueError, match="got 'budget' and 'two'"):
+    with pytest.raises(ValueError, match="survivors.* 'two'"):
         freeze_gates([make_layer(2, 2, 1, seed=0)], 0.5, survivors="two")
-    with pytest.raises(ValueError, match="controller must be"):
+    with pytest.raises(ValueError, match="controller.* 'pid'"):
         Lagrangian(0.5, controller="pid")
 
 
@@ -236,14 +238,16 @@ def test_quadratic_penalty_is_eq_12(C, target, lam):
 
 
 @given(st.floats(0, 1), st.floats(0.05, 1), st.floats(0, 9), st.floats(0, 9), st.floats(0, 1))
+@example(C=0.5, target=0.95, lam1=1.0, lam2=1.0, progress=0.1)  # above 11/12 there is nothing to come down from
 def test_linear_penalty_has_two_multipliers_and_a_target_that_warms_up(C, target, lam1, lam2, progress):
     lagrangian = Lagrangian(target, controller="linear")
     lagrangian.lam.data = torch.tensor([lam1, lam2])
     aim = lagrangian.target_at(progress)
     gap = C - aim
     assert float(lagrangian(torch.tensor(C), progress).detach()) == pytest.approx(lam1 * gap + lam2 * gap**2, abs=1e-4)
-    assert lagrangian.target_at(0) == pytest.approx(max(target, 11 / 12)) and lagrangian.target_at(0.5) == target
-    assert target <= lagrangian.target_at(min(1.0, progress + 0.1)) <= aim, "it only falls, to b"
+    assert lagrangian.target_at(0) == pytest.approx(max(target, 11 / 12))
+    assert lagrangian.target_at(0.5) == pytest.approx(target)
+    assert target - 1e-9 <= lagrangian.target_at(min(1.0, progress + 0.1)) <= aim + 1e-9, "it only falls, to b"
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.sampled_from(["quadratic", "sgd", "linear"]))
@@ -253,16 +257,18 @@ def test_multipliers_climb_the_penalty_and_are_never_negative(densities_seen, co
         before = lagrangian.lam.detach().clone()
         lagrangian(torch.tensor(C)).backward()
         lagrangian.ascend()
-        assert (lagrangian.lam >= 0).all() and lagrangian.lam.grad is None
+        assert (lagrangian.lam >= 0).all(), "lambda is never negative"
+        assert lagrangian.lam.grad is None or not lagrangian.lam.grad.any(), "a gradient is left for the next step"
         if controller != "linear":
             assert (lagrangian.lam >= before).all(), "(C - b)^2 is never negative: lambda only grows"
+            assert abs(C - 0.5) < 0.01 or (lagrangian.lam > 0).all(), "where C is not b, lambda climbs"
 
 
 def test_literal_sgd_ascent_is_one_gradient_step():
     lagrangian = Lagrangian(0.5, lr=0.1, controller="sgd")
     lagrangian(torch.tensor(0.9)).backward()
     lagrangian.ascend()
-    assert float(lagrangian.lam.detach()) == pytest.approx(0.1 * 0.4**2)
+    assert float(lagrangian.lam.detach()) == pytest.approx(0.1 * 0.4**2), "lambda <- lambda + lr (C - b)^2"
 
 
 @pytest.mark.parametrize("controller", ["quadratic", "linear"])
