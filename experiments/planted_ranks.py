@@ -65,7 +65,7 @@ def transformer(seed, rows):
     return WordScores(encoder).eval(), TARGETS, torch.randint(5, config.vocab_size, (rows, 12))
 
 
-NETWORKS = {"bank": (bank, 600, 64), "transformer": (transformer, 2000, 32)}  # steps, batch size
+NETWORKS = {"bank": (bank, 600, 64, 5e-3), "transformer": (transformer, 2000, 32, 3e-3)}  # steps, batch size, lr
 
 
 def plant(network, targets, generator):
@@ -93,7 +93,7 @@ def cut_by_svd(layers, density):
 
 def learn(kind, method, noise, seed):
     """Plant, train, count: one row of the results."""
-    make, steps, size = NETWORKS[kind]
+    make, steps, size, lr = NETWORKS[kind]
     network, targets, inputs = make(seed, steps * size)
     test = make(seed + 10**6, 256)[2]
     generator = torch.Generator().manual_seed(seed)
@@ -112,7 +112,8 @@ def learn(kind, method, noise, seed):
 
     rank = uniform if method == "uniform" else RANK
     flags = ["--method", "lora"] if method in ("svd", "uniform") else ["--recipe", method, "--density", str(density)]
-    args = settle(build_parser().parse_args([*flags, "--steps", str(steps), "--batch-size", str(size)]))
+    flags += ["--steps", str(steps), "--batch-size", str(size), "--lr", str(lr)]
+    args = settle(build_parser().parse_args(flags))
     args.seed, args.device = seed, "cpu"
     torch.manual_seed(seed)
     adapt(network, targets, rank, alpha=rank)
