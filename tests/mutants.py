@@ -22,6 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that fails)
     # The gate
+    ("hard_concrete.py", "torch.stack(terms).sum(0)", "torch.stack(terms).sum()",
+     "tests/test_hard_concrete.py::test_every_function_of_gates_works_element_by_element"),
+    ("hard_concrete.py", "persistent=False", "persistent=True",
+     "tests/test_hard_concrete.py::test_noise_is_not_part_of_a_gates_state"),
     ("hard_concrete.py", "torch.logit(u) + log_theta", "torch.logit(u) - log_theta",
      "tests/test_hard_concrete.py::test_sample_matches_eq_7_written_out"),
     ("hard_concrete.py", "(torch.logit(u) + log_theta) / tau", "torch.logit(u) + log_theta / tau",

@@ -147,3 +147,14 @@ def test_module_samples_in_train_mode_takes_the_median_in_eval_mode_and_obeys_fi
 def test_without_noise_train_and_eval_mode_agree():
     gate = HardConcreteGate(5)
     assert torch.allclose(gate.train()(), gate.eval()()), "u starts at 1/2, the median"
+
+
+def test_noise_is_not_part_of_a_gates_state():
+    assert set(HardConcreteGate(2).state_dict()) == {"log_theta"}
+
+
+@given(st.lists(log_thetas, min_size=2, max_size=5), taus)
+def test_every_function_of_gates_works_element_by_element(values, tau):
+    for f in (prob_open, prob_one, median_gate, mean_gate):
+        one_by_one = torch.stack([f(f64(x), tau) for x in values])
+        assert torch.allclose(f(f64(values), tau), one_by_one, rtol=0, atol=1e-12), f.__name__
