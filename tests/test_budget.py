@@ -246,6 +246,7 @@ def test_linear_penalty_has_two_multipliers_and_a_target_that_warms_up(C, target
     gap = C - aim
     assert float(lagrangian(torch.tensor(C), progress).detach()) == pytest.approx(lam1 * gap + lam2 * gap**2, abs=1e-4)
     assert lagrangian.target_at(0) == pytest.approx(max(target, 11 / 12))
+    assert lagrangian.target_at(0.25) == pytest.approx((max(target, 11 / 12) + target) / 2), "a straight line"
     assert lagrangian.target_at(0.5) == pytest.approx(target)
     assert target - 1e-9 <= lagrangian.target_at(min(1.0, progress + 0.1)) <= aim + 1e-9, "it only falls, to b"
 
