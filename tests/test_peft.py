@@ -113,6 +113,7 @@ def test_padded_form_has_one_rank_and_no_patterns(tmp_path):
     export_peft(model, tmp_path, pad=True)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (4, 6, {}, {})
+    assert (config["peft_type"], config["lora_dropout"], config["bias"]) == ("LORA", 0, "none")
     x = torch.randn(2, 6)
     again = nn.Sequential(*(getattr(m, "base", m) for m in model)).eval()
     assert torch.allclose(import_peft(again, tmp_path)(x), model(x), atol=1e-5)
