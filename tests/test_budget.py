@@ -213,16 +213,16 @@ def test_densities_are_counted_against_the_rank_at_creation(bank, density):
 @pytest.mark.parametrize("density", [0, -0.5, 1.5, math.nan])
 def test_impossible_densities_are_refused(density):
     for use in (lambda: freeze_gates([make_layer(2, 2, 1, seed=0)], density), lambda: Lagrangian(density)):
-        with pytest.raises(ValueError, match=f"density.* {density}"):
+        with pytest.raises(ValueError, match=f"density.*{density}"):
             use()
 
 
 def test_unknown_rules_are_refused():
-    with pytest.raises(ValueError, match="rule.* 'best'"):
+    with pytest.raises(ValueError, match="rule.*best"):
         freeze_gates([make_layer(2, 2, 1, seed=0)], 0.5, rule="best")
-    with pytest.raises(ValueError, match="survivors.* 'two'"):
+    with pytest.raises(ValueError, match="survivors.*two"):
         freeze_gates([make_layer(2, 2, 1, seed=0)], 0.5, survivors="two")
-    with pytest.raises(ValueError, match="controller.* 'pid'"):
+    with pytest.raises(ValueError, match="controller.*pid"):
         Lagrangian(0.5, controller="pid")
 
 
