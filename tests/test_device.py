@@ -77,7 +77,7 @@ def test_the_fake_device_notices_a_tensor_on_the_wrong_device():
             layer(torch.ones(1, 3, device="meta", dtype=torch.float64))
         layer.gate.u = torch.rand(2, device="meta")
         with pytest.raises(Exception, match="_local_scalar_dense"):
-            float(layer(torch.ones(1, 3, device="meta", dtype=torch.float64)).sum())
+            float(layer(torch.ones(1, 3, device="meta", dtype=torch.float64)).sum().detach())
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
