@@ -56,8 +56,7 @@ def resample(layers, generator=None):
 def start_gates(layers, spread):
     """Give gates better odds where triplets are worth more (not in the paper): log_theta = spread log(s) + constant.
 
-    s = |B[:, i]| |A[i, :]| / sqrt(d + k), at least 1e-6: s squared is the update's energy per parameter, if the layers
-    are canonical.
+    s = |B[:, i]| |A[i, :]| / sqrt(d + k), at least 1e-6: of canonical layers, s squared is the energy per parameter.
     The constant makes C = 11/12, its value in the paper, where all gates start at log_theta = 0.
     """
     layers = list(layers)

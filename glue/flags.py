@@ -20,8 +20,6 @@ RECIPES = {  # decisions that go together; a single flag overrides its part
               "rule": "median", "survivors": "median", "window": [0.2, 0.5]},
 }  # fmt: skip
 LR = {"salora": (2e-3, 1e-3), "lora": (2e-3, 1e-3), "full": (5e-4, 5e-5), "head": (3e-3, 1e-3)}  # mini, official
-
-
 GATE_FLAGS = ["recipe", "density", "gate_lr", *(flag for flag in RECIPES["paper"] if flag != "warmup")]
 
 
@@ -93,7 +91,7 @@ def build_parser():
     g.add_argument("--batch-size", type=positive, default=32, metavar="N", help="rows a step (default 32)")
     g.add_argument("--lr", type=above_zero, help="learning rate of A, B and the head (default by method)")
     g.add_argument("--warmup", type=zero_or_above, metavar="F", help="the learning rate rises from 0 over this share "
-                   "of all steps: at the start, where the window opens and where triplets are removed (default 0.05)")
+                   "of all steps: at the start, where the window opens, where triplets go (default 0.05; paper: 0)")
     g.add_argument("--pool", type=positive, default=1, metavar="N", help="cut N batches at a time from rows sorted by "
                    "length: less padding, but batches that are less alike (default 1: not sorted)")
     g.add_argument("--max-length", type=positive, default=128, metavar="N", help="tokens a row at most (default 128)")

@@ -318,7 +318,10 @@ def test_main_loop_lowers_the_learning_rate_linearly_and_moves_a_and_b_only(tmp_
 
 def test_main_loop_warms_the_learning_rate_up_anew_at_the_start_and_both_ends_of_the_window(tmp_path, monkeypatch):
     rates = []
-    look = lambda step, loop: rates.append(loop.optimizer.param_groups[0]["lr"])  # noqa: E731
+
+    def look(step, loop):
+        rates.append(loop.optimizer.param_groups[0]["lr"])
+
     Loop(tmp_path, monkeypatch, look, "--lr", "0.01", "--warmup", "0.1")
     rising = {start + i: (i + 1) / 5 for start in (0, 8, 20) for i in range(4)}  # a tenth of 40 steps
     assert rates == pytest.approx([0.01 * (1 - step / 40) * rising.get(step, 1) for step in range(40)])

@@ -77,9 +77,9 @@ def test_the_status_line_shows_lambda_where_there_is_one(go, capsys):
     assert " -> 0.5 | lambda " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags,pictures", [([], 2), (["--recipe", "paper"], 2), (["--method", "full"], 1)])
+@pytest.mark.parametrize("flags,pictures", [("", 2), ("--recipe paper", 2), ("--method lora", 2), ("--method full", 1)])
 def test_pictures_are_drawn(go, tmp_path, flags, pictures):
-    go(*flags, "--steps", 6, "--out", tmp_path / "run")
+    go(*flags.split(), "--steps", 6, "--out", tmp_path / "run")
     drawn = [path for path in (tmp_path / "run").glob("*.png") if path.read_bytes().startswith(b"\x89PNG")]
     assert len(drawn) == pictures and all(path.stat().st_size > 5000 for path in drawn)
 
