@@ -9,7 +9,7 @@ Names of parameters are ours; `hub_name` translates them to those of published c
 import json
 import pickle
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -206,10 +206,11 @@ SUPPORTED = {
 }
 
 
-def load_pretrained(folder, head=None):
+def load_pretrained(folder, head=None, **changes):
     """Read config.json and the weights of a RoBERTa- or BERT-family model.
 
     head: None, or what to build around the encoder and fill as well: MaskedLM, partial(SequenceClassifier, ...).
+    changes: fields of TransformerConfig that shall differ from the file, such as hidden_dropout_prob=0.0.
     Returns (encoder or head(encoder), config), in float32 and eval mode, and prints which tensors it had no use for.
     Raises FileNotFoundError for a missing file and ValueError for a foreign architecture or a tensor that is missing
     or has another shape, by name.
@@ -230,6 +231,7 @@ def load_pretrained(folder, head=None):
         if POSITIONS in tensors:
             tensors[POSITIONS] = F.pad(tensors[POSITIONS], (0, 0, pad + 1, 0))
     config = TransformerConfig(**{f.name: raw[f.name] for f in fields(TransformerConfig) if f.name in raw})
+    config = replace(config, **changes)
 
     model = TinyTransformer(config)
     model = (head(model) if head else model).eval()

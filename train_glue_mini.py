@@ -41,7 +41,8 @@ def build(args):
     if args.weights is None and not mini:
         raise ValueError(f"task {args.task} needs --weights DIR, the checkpoint folder of a RoBERTa or BERT encoder")
     folder = args.weights or mini_encoder(device=args.device)
-    encoder, config = load_pretrained(folder)
+    rates = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
+    encoder, config = load_pretrained(folder, **({} if args.dropout is None else dict.fromkeys(rates, args.dropout)))
     encoder.recompute = args.recompute
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:

@@ -20,7 +20,7 @@ RECIPES = {  # decisions that go together; a single flag overrides its part
               "rule": "median", "survivors": "median", "window": [0.2, 0.5]},
 }  # fmt: skip
 LR = {"salora": (2e-3, 1e-3), "lora": (2e-3, 1e-3), "full": (5e-4, 5e-5), "head": (3e-3, 1e-3)}  # mini, official
-GATE_FLAGS = ["recipe", "density", "gate_lr", *(flag for flag in RECIPES["paper"] if flag != "warmup")]
+GATE_FLAGS = "recipe density rule survivors canonical spread beta controller gate_lr window".split()
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,6 +92,8 @@ def build_parser():
     g.add_argument("--lr", type=above_zero, help="learning rate of A, B and the head (default by method)")
     g.add_argument("--warmup", type=zero_or_above, metavar="F", help="the learning rate rises from 0 over this share "
                    "of all steps: at the start, where the window opens, where triplets go (default 0.05; paper: 0)")
+    g.add_argument("--dropout", type=zero_or_above, metavar="P", help="in the encoder and its head while they train "
+                   "(default 0 with adapters; without them, and for the paper's recipe, what config.json says)")
     g.add_argument("--pool", type=positive, default=1, metavar="N", help="cut N batches at a time from rows sorted by "
                    "length: less padding, but batches that are less alike (default 1: not sorted)")
     g.add_argument("--max-length", type=positive, default=128, metavar="N", help="tokens a row at most (default 128)")
@@ -142,6 +144,8 @@ def settle(args):
     official = args.task in TASKS
     args.lr = args.lr or LR[args.method][official]
     args.epochs = args.epochs or (3 if official else 12)
+    if args.dropout is None and args.method in ("salora", "lora") and args.recipe != "paper":
+        args.dropout = 0.0
     Lagrangian(args.density), GateSchedule(1, *args.window)  # they check their values
     args.device = device_of(args.device)
     return args

@@ -237,6 +237,8 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "test_encoder_uses_the_layer_norm_eps_of_its_config_and_no_dropout_in_eval_mode"),
     ("tiny_transformer.py", "p = self.attention_dropout if self.training else 0.0", "p = 0.0",
      "tests/test_tiny_transformer.py::test_encoder_drops_out_in_train_mode"),
+    ("tiny_transformer.py", "replace(config, **changes)", "config",
+     "tests/test_tiny_transformer.py::test_saved_encoder_loads_exactly"),
     ("tiny_transformer.py", "nn.LayerNorm(d, eps), nn.LayerNorm(d, eps)", "nn.LayerNorm(d), nn.LayerNorm(d)",
      "tests/test_tiny_transformer.py::"
      "test_encoder_uses_the_layer_norm_eps_of_its_config_and_no_dropout_in_eval_mode"),

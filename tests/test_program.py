@@ -226,7 +226,7 @@ def test_pruning_cuts_the_moments_of_adam_with_the_parameters():
 @pytest.mark.parametrize("stop", [8, 16, 31], ids=["open", "window", "frozen"])
 @pytest.mark.parametrize("flags", [[], ["--recipe", "paper", "--controller", "linear"], ["--method", "full"]])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(go, tmp_path, monkeypatch, stop, flags):
-    flags = ["--steps", 40, *flags]  # 6 steps an epoch; the window is 8 to 20
+    flags = ["--steps", 40, "--dropout", 0.1, *flags]  # 6 steps an epoch; the window is 8 to 20
     whole = go(*flags, "--out", tmp_path / "whole")
     task_loss, calls = train_glue_mini.task_loss, []
 
@@ -316,8 +316,8 @@ def test_accumulating_equals_the_whole_batch_noise_included(go, tmp_path, wide, 
 
 
 def test_recomputing_activations_changes_nothing(go, tmp_path):
-    go("--out", tmp_path / "one")
-    go("--recompute", "--out", tmp_path / "again")  # this encoder has dropout
+    go("--dropout", 0.1, "--out", tmp_path / "one")
+    go("--dropout", 0.1, "--recompute", "--out", tmp_path / "again")  # what is computed again must drop the same
     assert adapter_of(tmp_path / "one") == adapter_of(tmp_path / "again")
 
 
@@ -352,7 +352,7 @@ CHANGES = {
     "--density": [0.25], "--rule": ["median"], "--survivors": ["median"], "--no-canonical": [], "--beta": [0.1],
     "--controller": ["sgd"], "--gate-lr": [0.02], "--window": [0.1, 0.4], "--epochs": [2], "--steps": [24],
     "--batch-size": [4], "--lr": [1e-4], "--max-length": [6], "--seed": [1], "--precision": ["bf16"],
-    "--pool": [4], "--spread": [1], "--warmup": [0.2],
+    "--pool": [4], "--spread": [1], "--warmup": [0.2], "--dropout": [0.1],
 }  # fmt: skip
 
 
@@ -390,6 +390,8 @@ def test_recipes_are_the_published_one_and_the_default():
     assert (exact.rule, exact.survivors, exact.canonical) == ("budget", "one", True)
     assert settle(parser.parse_args([])).__dict__ == {**exact.__dict__, "recipe": None}
     assert settle(parser.parse_args(["--recipe", "paper", "--rule", "budget"])).rule == "budget"
+    full, lora = (settle(parser.parse_args(["--method", name])) for name in ("full", "lora"))
+    assert (paper.dropout, exact.dropout, full.dropout, lora.dropout) == (None, 0, None, 0)
 
 
 def test_help_and_public_names():
@@ -424,6 +426,7 @@ def refused(capsys, call, *flags):
         (["--gate-lr", "fast"], "argument --gate-lr: expected auto or a number above 0, got 'fast'"),
         (["--lr", -1], "argument --lr: expected a number above 0, got '-1'"),
         (["--beta", "nan"], "argument --beta: expected a number, 0 or above, got 'nan'"),
+        (["--dropout", 1.5], "dropout probability has to be between 0 and 1, but got 1.5"),
         (["--device", "cuda:99"], "no device 'cuda:99' here"),
         (["--device", "abacus"], "no device 'abacus' here"),
         (["--method", "lora", "--density", 0.5], "--density is about trained gates, which --method lora has not"),

@@ -151,6 +151,8 @@ def test_saved_encoder_loads_exactly(tmp_path, capsys):
     assert config == encoder.config and not loaded.training
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), loaded.parameters(), strict=True))
     assert capsys.readouterr().out == "", "nothing was left unused, so nothing is said"
+    calm, config = load_pretrained(tmp_path, hidden_dropout_prob=0.25)
+    assert config == calm.config == replace(encoder.config, hidden_dropout_prob=0.25)
 
 
 def edit(folder, config=None, tensors=None):
