@@ -285,9 +285,10 @@ def import_peft(model, folder, rename=str):
     """
     with open(os.path.join(folder, "adapter_config.json"), encoding="utf-8") as file:
         config = json.load(file)
-    odd = [key for key in ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias") if config.get(key)]
-    if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
-        raise ValueError(f"{folder} holds no plain LoRA adapter: {', '.join(odd) or config.get('peft_type')}")
+    plain = dict(peft_type="LORA", bias="none", lora_bias=0, use_dora=0, use_rslora=0, fan_in_fan_out=0)
+    odd = [f"{key} is {config[key]}" for key, value in plain.items() if (config.get(key) or value) != value]
+    if odd:
+        raise ValueError(f"{folder} holds no plain LoRA adapter: {', '.join(odd)}")
     path = os.path.join(folder, "adapter_model.safetensors")
     if os.path.isfile(path):
         import safetensors.torch

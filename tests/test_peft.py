@@ -131,6 +131,9 @@ def test_export_refuses_an_empty_adapter_and_import_what_it_cannot_represent(tmp
     with pytest.raises(ValueError, match="no place for 0.lora_A.weight, 0.lora_B.weight"):
         import_peft(nn.ModuleDict({"other": nn.Linear(4, 3)}), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    with pytest.raises(ValueError, match="no plain LoRA adapter: use_dora"):
-        import_peft(nn.Sequential(nn.Linear(4, 3)), tmp_path)
+    odd = [("peft_type", "ADALORA"), ("peft_type", "VERA"), ("bias", "all"), ("bias", "lora_only")]
+    odd += [(key, True) for key in ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias")]
+    for key, value in odd:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(ValueError, match=f"no plain LoRA adapter: {key} is {value}$"):
+            import_peft(nn.Sequential(nn.Linear(4, 3)), tmp_path)

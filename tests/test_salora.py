@@ -254,6 +254,11 @@ def test_adapt_replaces_by_suffix_and_by_pattern_and_freezes_the_rest():
     assert net.shared.r == 2 and net.shared.scale == 2
 
 
+def test_adapt_takes_rank_8_and_alpha_16_unless_told():
+    net = adapt(Net(), "shared")
+    assert (net.shared.r, net.shared.scale) == (8, 2)
+
+
 def test_a_target_is_a_whole_name_or_a_suffix_after_a_dot():
     net = adapt(Net(), "body.0")
     assert list(salora_layers(net)) == ["body.0"]
