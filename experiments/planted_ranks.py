@@ -8,6 +8,7 @@ outputs, and may keep exactly the parameters that the teacher's updates need. Co
     exact, paper   SaLoRA by those recipes
     svd            LoRA of rank 8, cut by singular values to the same budget when it is trained
     uniform        LoRA of one rank for all matrices, the largest that fits the budget
+and, if --methods names them, exact with one decision taken differently.
 One row a seed, noise and method is added to a CSV file in --out; table and picture come from all its rows.
 """
 
@@ -36,7 +37,12 @@ from tiny_transformer import MaskedLM, load_pretrained
 from train_glue_mini import TARGETS, fine_tune
 
 RANK, COLUMNS = 8, ["network", "method", "noise", "seed", "right", "correlation", "share", "loss", "planted", "learned"]
-METHODS = ["exact", "paper", "svd", "uniform"]
+METHODS = {  # flags of the main job; the first four are compared unless others are asked for
+    "exact": [], "paper": ["--recipe", "paper"], "svd": ["--method", "lora"], "uniform": ["--method", "lora"],
+    "spread 0": ["--spread", "0"], "not canonical": ["--spread", "0", "--no-canonical"], "beta 0.1": ["--beta", "0.1"],
+    "warmup 0": ["--warmup", "0"], "rule median": ["--rule", "median"], "quadratic": ["--controller", "quadratic"],
+    "linear": ["--controller", "linear"], "window 0.5-0.8": ["--window", "0.5", "0.8"],
+}  # fmt: skip
 
 
 class Bank(nn.ModuleList):
@@ -111,7 +117,7 @@ def learn(kind, method, noise, seed):
         return (x,), y + noise * torch.randn(y.shape, generator=generator)
 
     rank = uniform if method == "uniform" else RANK
-    flags = ["--method", "lora"] if method in ("svd", "uniform") else ["--recipe", method, "--density", str(density)]
+    flags = [*METHODS[method], *([] if method in ("svd", "uniform") else ["--density", str(density)])]
     flags += ["--steps", str(steps), "--batch-size", str(size), "--lr", str(lr)]
     args = settle(build_parser().parse_args(flags))
     args.seed, args.device = seed, "cpu"
@@ -133,12 +139,12 @@ def learn(kind, method, noise, seed):
 
 def table(rows):
     """A line a noise and method, means over seeds."""
-    lines = [f"{'noise':>6} {'method':<8} {'seeds':>5} {'right':>7} {'correlation':>12} {'budget':>7} {'loss':>8} +-"]
+    lines = [f"{'noise':>6} {'method':<14} {'seeds':>5} {'right':>7} {'correlation':>12} {'budget':>7} {'loss':>8} +-"]
     for noise, method in dict.fromkeys((row["noise"], row["method"]) for row in rows):
         some = [row for row in rows if (row["noise"], row["method"]) == (noise, method)]
         right, correlation, share, loss = ([float(row[key]) for row in some] for key in COLUMNS[4:8])
         spread = f"{stdev(loss) / len(loss) ** 0.5:.5f}" if len(loss) > 1 else "-"
-        line = f"{noise:>6} {method:<8} {len(some):>5} {mean(right):>7.1%} {mean(correlation):>12.3f}"
+        line = f"{noise:>6} {method:<14} {len(some):>5} {mean(right):>7.1%} {mean(correlation):>12.3f}"
         lines.append(f"{line} {mean(share):>7.3f} {mean(loss):>8.5f} {spread}")
     return "\n".join(lines)
 
@@ -171,7 +177,8 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=range(20), metavar="S", help="default 0 to 19")
     parser.add_argument("--noise", type=float, nargs="+", metavar="SD", help="of the teacher's outputs (default: 0.1 "
                         "and 1 for the bank, whose outputs are near 1, and 0 for the transformer)")  # fmt: skip
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:4], metavar="M",
+                        help=f"of {', '.join(METHODS)} (default: the first four)")
     parser.add_argument("--quick", action="store_true", help="one seed, one noise")
     parser.add_argument("--out", default="runs/planted-ranks", metavar="DIR", help="default runs/planted-ranks")
     args = parser.parse_args(argv)
