@@ -179,7 +179,6 @@ def adapter_state(model):
     }  # fmt: skip
 
 
-@torch.no_grad()
 def load_adapter_state(model, state):
     """Give a model, plain or adapted, the layers and weights of `adapter_state`. Returns the model, otherwise frozen.
 

@@ -265,6 +265,12 @@ def test_multipliers_climb_the_penalty_and_are_never_negative(densities_seen, co
             assert abs(C - 0.5) < 0.01 or (lagrangian.lam > 0).all(), "where C is not b, lambda climbs"
 
 
+def test_multipliers_start_at_zero_and_ascend_by_the_papers_step():
+    for controller, n in (("quadratic", 1), ("sgd", 1), ("linear", 2), ("projection", 1)):
+        lagrangian = Lagrangian(0.5, controller=controller)
+        assert lagrangian.lam.tolist() == [0] * n and lagrangian.optimizer.param_groups[0]["lr"] == 0.01
+
+
 def test_literal_sgd_ascent_is_one_gradient_step():
     lagrangian = Lagrangian(0.5, lr=0.1, controller="sgd")
     lagrangian(torch.tensor(0.9)).backward()

@@ -1,6 +1,7 @@
 """Adapters out to PEFT and back: the same outputs through `PeftModel` as through our own layers."""
 
 import json
+import sys
 from functools import partial
 
 import pytest
@@ -114,9 +115,31 @@ def test_padded_form_has_one_rank_and_no_patterns(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (4, 6, {}, {})
     assert (config["peft_type"], config["lora_dropout"], config["bias"]) == ("LORA", 0, "none")
+    assert config["inference_mode"] is True and config["modules_to_save"] is None
     x = torch.randn(2, 6)
     again = nn.Sequential(*(getattr(m, "base", m) for m in model)).eval()
     assert torch.allclose(import_peft(again, tmp_path)(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("package", ["with", "without"])
+def test_heads_go_along_with_and_without_safetensors(tmp_path, monkeypatch, package):
+    if package == "without":
+        for name in ("safetensors", "safetensors.torch"):
+            monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    else:
+        pytest.importorskip("safetensors")
+    model = adapt(Twins().eval(), ["block.up"], r=2, alpha=2)
+    model.block.up.B.data.normal_()
+    model.block.down.requires_grad_(True).weight.data.normal_()
+    export_peft(model, tmp_path)
+    assert (tmp_path / "adapter_model.bin").exists() == (package == "without")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["block.down"]
+    back = Twins().eval()
+    back.up.load_state_dict(model.up.state_dict())
+    back.block.up.load_state_dict(model.block.up.base.state_dict())
+    x = torch.randn(3, 6)
+    assert torch.allclose(import_peft(back, tmp_path)(x), model(x), atol=1e-6)
+    assert back.block.down.weight.requires_grad and not back.up.weight.requires_grad
 
 
 def test_export_refuses_an_empty_adapter_and_import_what_it_cannot_represent(tmp_path):
