@@ -87,6 +87,14 @@ def test_projection_puts_c_on_the_target_by_one_shift_for_all(bank, density):
     assert float(shifts.max() - shifts.min()) <= 2e-5, "differences between gates stay"
 
 
+@given(banks(), densities.filter(lambda density: density < 1), st.sampled_from([-60.0, 60.0]))
+def test_projection_reaches_gates_that_are_far_away(bank, density, away):
+    for layer in bank:
+        layer.gate.log_theta.data += away
+    project(bank, density)
+    assert float(expected_density(bank).detach()) == pytest.approx(density, abs=1e-5)
+
+
 @given(banks(), st.floats(0, 8))
 def test_gates_start_at_odds_that_grow_with_energy_per_parameter_and_c_as_in_the_paper(bank, spread):
     start_gates(iter(bank), spread)
@@ -245,6 +253,8 @@ def test_linear_penalty_has_two_multipliers_and_a_target_that_warms_up(C, target
     aim = lagrangian.target_at(progress)
     gap = C - aim
     assert float(lagrangian(torch.tensor(C), progress).detach()) == pytest.approx(lam1 * gap + lam2 * gap**2, abs=1e-4)
+    late = (lagrangian(torch.tensor(C), 1.0), lagrangian(torch.tensor(C)))
+    assert torch.equal(*late), "without a progress it is the target itself that counts"
     assert lagrangian.target_at(0) == pytest.approx(max(target, 11 / 12))
     assert lagrangian.target_at(0.25) == pytest.approx((max(target, 11 / 12) + target) / 2), "a straight line"
     assert lagrangian.target_at(0.5) == pytest.approx(target)

@@ -1,6 +1,7 @@
 """Adapters out to PEFT and back: the same outputs through `PeftModel` as through our own layers."""
 
 import json
+import pickle
 import sys
 from functools import partial
 
@@ -11,6 +12,7 @@ from torch import nn
 from budget import freeze_gates
 from salora import adapt, export_peft, import_peft, prune, salora_layers
 from strategies import generator
+from test_salora import Bomb
 from test_tiny_transformer import SMALL, batch
 from tiny_transformer import SequenceClassifier, hub_name, load_pretrained
 
@@ -156,6 +158,10 @@ def test_export_refuses_an_empty_adapter_and_import_what_it_cannot_represent(tmp
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     odd = [("peft_type", "ADALORA"), ("peft_type", "VERA"), ("bias", "all"), ("bias", "lora_only")]
     odd += [(key, True) for key in ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias")]
+    torch.save({"0.lora_A.weight": Bomb()}, tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_model.safetensors").unlink(missing_ok=True)
+    with pytest.raises(pickle.UnpicklingError, match="weights_only"):
+        import_peft(nn.Sequential(nn.Linear(4, 3)), tmp_path)
     for key, value in odd:
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(ValueError, match=f"no plain LoRA adapter: {key} is {value}$"):

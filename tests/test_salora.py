@@ -357,11 +357,12 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name_and_leaves_the_model_al
         assert type(other.shared) is nn.Linear and other.shared.weight.requires_grad
     net.head.requires_grad_(True)
     salora.save_adapter(net, tmp_path / "b.pt")
-    other = Net()
-    other.head = nn.Linear(6, 3)
-    with pytest.raises(ValueError, match="head.weight of shape"):
-        salora.load_adapter(other, tmp_path / "b.pt")
-    assert type(other.shared) is nn.Linear
+    for d in (1, 3):
+        other = Net()
+        other.head = nn.Linear(6, d)
+        with pytest.raises(ValueError, match="head.weight of shape"):
+            salora.load_adapter(other, tmp_path / "b.pt")
+        assert type(other.shared) is nn.Linear
     torch.save({"some": "thing"}, tmp_path / "c.pt")
     with pytest.raises(ValueError, match="not a SaLoRA adapter"):
         salora.load_adapter(Net(), tmp_path / "c.pt")
