@@ -302,7 +302,7 @@ def import_peft(model, folder, rename=str):
         hits = [v for key, v in config.get("alpha_pattern", {}).items() if re.match(rf"(.*\.)?({key})$", rename(name))]
         gates = {"log_theta": torch.zeros(len(A)), "fixed": torch.ones(len(A))}
         layers[name] = {"r0": len(A), "alpha": [*hits, config["lora_alpha"]][0], "A": A, "B": B, **gates}
-    for name in [n for n, _ in model.named_parameters() if "." in n and ".base." not in n and ".gate." not in n]:
+    for name in [n for n, _ in model.named_parameters() if "." in n and ".base." not in n]:
         module, kind = name.rsplit(".", 1)
         if kind in ("weight", "bias") and f"{rename(module)}.{kind}" in tensors:
             others[name] = tensors.pop(f"{rename(module)}.{kind}")
