@@ -253,6 +253,7 @@ def test_adapt_replaces_by_suffix_and_by_pattern_and_freezes_the_rest():
     trainable = {name for name, p in net.named_parameters() if p.requires_grad}
     assert trainable == {f"{m}.{p}" for m in ("body.1", "shared") for p in ("A", "B", "gate.log_theta")}
     assert net.shared.r == 2 and net.shared.scale == 2
+    assert "r=2, r0=2, alpha=4" in str(net.shared), "a printed model tells its ranks"
 
 
 def test_adapt_takes_rank_8_and_alpha_16_unless_told():

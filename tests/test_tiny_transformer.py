@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -201,6 +202,19 @@ def test_loading_refuses_missing_and_damaged_files(tmp_path):
         load_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(FileNotFoundError, match="no model.safetensors or pytorch_model.bin"):
+        load_pretrained(tmp_path)
+
+
+def test_safetensors_files_need_their_package_and_must_be_whole(tmp_path, monkeypatch):
+    save_pretrained(small_encoder(), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not a checkpoint")
+    with monkeypatch.context() as without:
+        for name in ("safetensors", "safetensors.torch"):
+            without.setitem(sys.modules, name, None)  # as if it were not installed
+        with pytest.raises(FileNotFoundError, match="needs a package: pip install safetensors"):
+            load_pretrained(tmp_path)
+    pytest.importorskip("safetensors")
+    with pytest.raises(ValueError, match="model.safetensors cannot be read"):
         load_pretrained(tmp_path)
 
 
