@@ -206,6 +206,7 @@ def test_survivors_are_worth_one_or_their_median(bank, density, rule):
     for layer, mask in zip(bank, ones):
         u = torch.full_like(layer.gate.u, 0.5)
         assert_close(layer.gate.fixed, mask * sample_gate(layer.gate.log_theta, u).detach())
+        assert not layer.gate.fixed.requires_grad, "a fixed gate is a constant"
 
 
 @given(banks(), densities)
