@@ -113,6 +113,7 @@ def draw(rows, path):
         error = stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0
         axis.errorbar(size, mean(scores), error, fmt="s" if lora else "o", color="tab:gray" if lora else "tab:blue")
         axis.annotate(variant, (size, mean(scores)), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    axis.margins(0.1)  # room for the names
     axis.set(xlabel="adapter parameters, of LoRA's at rank 8", ylabel=f"mean score of {len(tasks)} tasks, +- s.e.")
     figure.savefig(path, format="png", dpi=110)
 
