@@ -282,6 +282,19 @@ def test_multipliers_start_at_zero_and_ascend_by_the_papers_step():
         assert lagrangian.lam.tolist() == [0] * n and lagrangian.optimizer.param_groups[0]["lr"] == 0.01
 
 
+def test_names_of_controllers_and_rules_may_come_from_a_command_line():
+    """There a text is equal to the one in the code, but another object."""
+    linear, sgd, one, median = (name[:1] + name[1:] for name in ("linear", "sgd", "one", "median"))
+    lagrangian = Lagrangian(0.5, controller=linear)
+    lagrangian.lam.data.fill_(1)
+    assert lagrangian.lam.shape == (2,) and float(lagrangian(torch.tensor(0.75)).detach()) == 0.25 + 0.25**2
+    assert isinstance(Lagrangian(0.5, controller=sgd).optimizer, torch.optim.SGD)
+    layer = make_layer(2, 2, 3, seed=0)
+    layer.gate.log_theta.data = torch.tensor([0.5, -9.0, 0.5], dtype=torch.float64)
+    freeze_gates([layer], 0.5, median, one)
+    assert layer.gate.fixed.tolist() == [1, 0, 1]
+
+
 def test_literal_sgd_ascent_is_one_gradient_step():
     lagrangian = Lagrangian(0.5, lr=0.1, controller="sgd")
     lagrangian(torch.tensor(0.9)).backward()
