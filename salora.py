@@ -283,9 +283,9 @@ def import_peft(model, folder, rename=str):
     Raises ValueError for a variant whose update is not (alpha / r) B A, and for weights without a place in the model.
     """
     with open(os.path.join(folder, "adapter_config.json"), encoding="utf-8") as file:
-        config = json.load(file)
+        config = {"bias": "none", **json.load(file)}
     plain = dict(peft_type="LORA", bias="none", lora_bias=0, use_dora=0, use_rslora=0, fan_in_fan_out=0)
-    odd = [f"{key} is {config[key]}" for key, value in plain.items() if (config.get(key) or value) != value]
+    odd = [f"{key} is {config.get(key)}" for key, value in plain.items() if (config.get(key) or 0) != value]
     if odd:
         raise ValueError(f"{folder} holds no plain LoRA adapter: {', '.join(odd)}")
     path = os.path.join(folder, "adapter_model.safetensors")

@@ -28,6 +28,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import freeze_gates, total_parameters
+from experiments.recipe import VARIANTS
 from glue.flags import build_parser, settle
 from glue.metrics import spearman
 from glue.pretrain import mini_encoder
@@ -37,12 +38,10 @@ from tiny_transformer import MaskedLM, load_pretrained
 from train_glue_mini import TARGETS, fine_tune
 
 RANK, COLUMNS = 8, ["network", "method", "noise", "seed", "right", "correlation", "share", "loss", "planted", "learned"]
-METHODS = {  # flags of the main job; the first four are compared unless others are asked for
-    "exact": [], "paper": ["--recipe", "paper"], "svd": ["--method", "lora"], "uniform": ["--method", "lora"],
-    "spread 0": ["--spread", "0"], "not canonical": ["--spread", "0", "--no-canonical"], "beta 0.1": ["--beta", "0.1"],
-    "warmup 0": ["--warmup", "0"], "rule median": ["--rule", "median"], "quadratic": ["--controller", "quadratic"],
-    "linear": ["--controller", "linear"], "window 0.5-0.8": ["--window", "0.5", "0.8"],
-}  # fmt: skip
+DECISIONS = ["spread 0", "not canonical", "beta 0.1", "warmup 0", "rule median", "quadratic", "linear"]
+METHODS = {name: VARIANTS[name] for name in ("exact", "paper")}  # flags of the main job
+METHODS |= {"svd": ["--method", "lora"], "uniform": ["--method", "lora"]}  # these four, unless others are asked for
+METHODS |= {name: VARIANTS[name] for name in DECISIONS}
 
 
 class Bank(nn.ModuleList):

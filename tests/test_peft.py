@@ -158,7 +158,7 @@ def test_export_refuses_an_empty_adapter_and_import_what_it_cannot_represent(tmp
     with pytest.raises(ValueError, match="no place for 0.lora_A.weight, 0.lora_B.weight"):
         import_peft(nn.ModuleDict({"other": nn.Linear(4, 3)}), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    odd = [("peft_type", "ADALORA"), ("peft_type", "VERA"), ("bias", "all"), ("bias", "lora_only")]
+    odd = [("peft_type", "ADALORA"), ("peft_type", "VERA"), ("peft_type", None), ("bias", "all"), ("bias", "lora_only")]
     odd += [(key, True) for key in ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias")]
     torch.save({"0.lora_A.weight": Bomb()}, tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_model.safetensors").unlink(missing_ok=True)
