@@ -157,8 +157,10 @@ def fine_tune(args, model, train, out, saved=None, batch_of=batch_of):
             break
 
         since = step - max(t for t in (0, schedule.T_start, schedule.T_end) if t <= step)
+        top = schedule.T_end if args.rewind and phase == "frozen" else 0  # where the learning rate begins to fall
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * (1 - step / total) * min(1, (since + 1) / (args.warmup * total + 1))
+            fall = (total - step) / (total - top)
+            group["lr"] = args.lr * fall * min(1, (since + 1) / (args.warmup * total + 1))
         optimizer.zero_grad()
         if phase == "window":
             progress = (step + 1 - schedule.T_start) / schedule.window
