@@ -36,10 +36,11 @@ VARIANTS = {
     "paper, budget rule": ["--recipe", "paper", "--rule", "budget", "--survivors", "one"],
     "svd": ["--window", "0.2", "0.2"],
     "not canonical": ["--no-canonical", "--spread", "0"], "spread 0": ["--spread", "0"], "spread 4": ["--spread", "4"],
-    "spread 16": ["--spread", "16"], "warmup 0": ["--warmup", "0"], "no rewind": ["--no-rewind"], "beta 0.1": ["--beta", "0.1"],
-    "survivors median": ["--survivors", "median"], "rule median": ["--rule", "median"],
+    "spread 16": ["--spread", "16"], "warmup 0": ["--warmup", "0"], "no rewind": ["--no-rewind"],
+    "beta 0.1": ["--beta", "0.1"], "survivors median": ["--survivors", "median"], "rule median": ["--rule", "median"],
     "quadratic": ["--controller", "quadratic"], "linear": ["--controller", "linear"],
-    "window 0.1-0.3": ["--window", "0.1", "0.3"], "gate lr 0.01": ["--gate-lr", "0.01"],
+    "window 0.1-0.3": ["--window", "0.1", "0.3"], "window 0.5-0.8": ["--window", "0.5", "0.8"],
+    "gate lr 0.01": ["--gate-lr", "0.01"],
 }  # fmt: skip
 GROUPS = {
     "methods": ["exact", "lora-8", "full", "head"],
