@@ -67,20 +67,21 @@ def one(variant, task, seed, flags, out):
 
 
 def table(rows):
-    """A line a variant: mean score of each task and of all, distance from lora-8 over the seeds of both, kept, C."""
+    """A line a variant: mean score of each task and of all, distance from each LoRA over the seeds of both, kept, C."""
     tasks, variants = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "variant"))
-    head = f"{'':<22}" + "".join(f"{task.removeprefix('mini-'):>7}" for task in tasks)
-    lines = [head + f"{'mean':>8}{'- lora-8':>10}{'+- s.e.':>8}  {'kept':<13}{'C':<11}"]
+    rivals = [variant for variant in variants if variant.startswith("lora-")]
+    head = f"{'':<22}" + "".join(f"{task.removeprefix('mini-'):>7}" for task in tasks) + f"{'mean':>8}"
+    lines = [head + "".join(f"{f'- {rival} +- s.e.':>19}" for rival in rivals) + f"  {'kept':<13}{'C':<11}"]
     means = {v: seed_means(rows, v, tasks) for v in variants}
     for variant in variants:
         some = [row for row in rows if row["variant"] == variant]
         cells = [[float(row["score"]) for row in some if row["task"] == task] for task in tasks]
         line = f"{variant:<22}" + "".join(f"{mean(cell):>7.4f}" if cell else f"{'-':>7}" for cell in cells)
         line += f"{mean(means[variant].values()):>8.4f}" if means[variant] else f"{'-':>8}"
-        both = [s for s in means[variant] if s in means.get("lora-8", {})]
-        gaps = [means[variant][s] - means["lora-8"][s] for s in both]
-        line += f"{mean(gaps):>+10.4f}" if gaps else f"{'-':>10}"
-        line += f"{stdev(gaps) / len(gaps) ** 0.5:>8.4f}" if len(gaps) > 1 else f"{'-':>8}"
+        for rival in rivals:
+            gaps = [score - means[rival][s] for s, score in means[variant].items() if s in means[rival]]
+            line += f"{mean(gaps):>+11.4f}" if gaps else f"{'-':>11}"
+            line += f"{stdev(gaps) / len(gaps) ** 0.5:>8.4f}" if len(gaps) > 1 else f"{'-':>8}"
         kept, C = ([float(row[key]) for row in some if row[key]] for key in ("density_kept", "density_expected"))
         ranges = [f"{min(v):.3f}-{max(v):.3f}" if v else f"{'-':<11}" for v in (kept, C)]
         lines.append(f"{line}  {'  '.join(ranges)}  n={len(some)}")

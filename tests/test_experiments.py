@@ -45,6 +45,18 @@ def test_recipe_study_adds_rows_and_does_none_twice(tmp_path, capsys, tiny_weigh
     assert "- lora-8" in capsys.readouterr().out
 
 
+def test_recipe_table_compares_with_every_lora_over_the_seeds_of_both():
+    scores = {"exact": [0.9, 0.8, 0.7], "lora-8": [0.8, 0.5], "lora-4": [0.6]}
+    rows = [
+        {"variant": v, "task": task, "seed": str(s), "score": x, "density_kept": "0.5", "density_expected": "0.5"}
+        for v, some in scores.items() for s, x in enumerate(some) for task in ("mini-cola", "mini-rte")
+    ]  # fmt: skip
+    head, exact, lora, *_ = recipe.table(rows).splitlines()
+    assert head.split()[:9] == "cola rte mean - lora-8 +- s.e. - lora-4".split()
+    assert exact.split()[:8] == "exact 0.8000 0.8000 0.8000 +0.2000 0.1000 +0.3000 -".split()
+    assert lora.split()[4:6] == ["+0.0000", "0.0000"]
+
+
 def test_spare_room_is_counted_in_the_cheapest_triplets(tmp_path, tiny_weights, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--weights", str(tiny_weights), "--rows", "16", "--steps", "4"]
