@@ -37,6 +37,7 @@ VARIANTS = {
     "svd": ["--window", "0.2", "0.2"],
     "not canonical": ["--no-canonical", "--spread", "0"], "spread 0": ["--spread", "0"], "spread 4": ["--spread", "4"],
     "spread 16": ["--spread", "16"], "warmup 0": ["--warmup", "0"], "no rewind": ["--no-rewind"],
+    "rewound lora": ["--density", "1", "--window", "0.5", "0.5"],
     "beta 0.1": ["--beta", "0.1"], "survivors median": ["--survivors", "median"], "rule median": ["--rule", "median"],
     "quadratic": ["--controller", "quadratic"], "linear": ["--controller", "linear"],
     "window 0.1-0.3": ["--window", "0.1", "0.3"], "window 0.5-0.8": ["--window", "0.5", "0.8"],
@@ -114,7 +115,8 @@ def draw(rows, path):
         size = int(variant[5:]) / 8 if lora else kept
         error = stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0
         axis.errorbar(size, mean(scores), error, fmt="s" if lora else "o", color="tab:gray" if lora else "tab:blue")
-        axis.annotate(variant, (size, mean(scores)), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        place = (5, -13 if lora else 6)
+        axis.annotate(variant, (size, mean(scores)), xytext=place, textcoords="offset points", fontsize=8)
     axis.margins(0.1)  # room for the names
     axis.set(xlabel="adapter parameters, of LoRA's at rank 8", ylabel=f"mean score of {len(tasks)} tasks, +- s.e.")
     figure.savefig(path, format="png", dpi=110)
