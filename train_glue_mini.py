@@ -157,9 +157,9 @@ def fine_tune(args, model, train, out, saved=None, batch_of=batch_of):
             break
 
         since = step - max(t for t in (0, schedule.T_start, schedule.T_end) if t <= step)
-        top = schedule.T_end if args.rewind and phase == "frozen" else 0  # where the learning rate begins to fall
+        falls_from = schedule.T_end if args.restart and phase == "frozen" else 0
+        fall = (total - step) / (total - falls_from)
         for group in optimizer.param_groups:
-            fall = (total - step) / (total - top)
             group["lr"] = args.lr * fall * min(1, (since + 1) / (args.warmup * total + 1))
         optimizer.zero_grad()
         if phase == "window":

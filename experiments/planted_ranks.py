@@ -39,7 +39,7 @@ from train_glue_mini import TARGETS, fine_tune
 
 RANK, COLUMNS = 8, ["network", "method", "noise", "seed", "right", "correlation", "share", "loss", "planted", "learned"]
 DECISIONS = ["spread 0", "not canonical", "beta 0.1", "warmup 0", "rule median", "quadratic", "linear",
-             "window 0.5-0.8"]
+             "no restart", "window 0.5-0.8"]
 METHODS = {name: VARIANTS[name] for name in ("exact", "paper")}  # flags of the main job
 METHODS |= {"svd": ["--method", "lora"], "uniform": ["--method", "lora"]}  # these four, unless others are asked for
 METHODS |= {name: VARIANTS[name] for name in DECISIONS}

@@ -34,21 +34,18 @@ VARIANTS = {
     "paper, no Lagrangian": ["--recipe", "paper", "--gate-lr", "1e-9"],
     "paper, no regulariser": ["--recipe", "paper", "--beta", "0"],
     "paper, budget rule": ["--recipe", "paper", "--rule", "budget", "--survivors", "one"],
-    "svd": ["--window", "0.2", "0.2"],
-    "not canonical": ["--no-canonical", "--spread", "0"], "spread 0": ["--spread", "0"], "spread 4": ["--spread", "4"],
-    "spread 16": ["--spread", "16"], "warmup 0": ["--warmup", "0"], "no rewind": ["--no-rewind"],
-    "rewound lora": ["--density", "1", "--window", "0.5", "0.5"],
-    "beta 0.1": ["--beta", "0.1"], "survivors median": ["--survivors", "median"], "rule median": ["--rule", "median"],
+    "lora-8, restarted": ["--density", "1", "--window", "0.5", "0.5", "--no-canonical", "--spread", "0"],
+    "not canonical": ["--no-canonical", "--spread", "0"], "spread 0": ["--spread", "0"], "beta 0.1": ["--beta", "0.1"],
+    "warmup 0": ["--warmup", "0"], "no restart": ["--no-restart"], "window 0.5-0.8": ["--window", "0.5", "0.8"],
+    "survivors median": ["--survivors", "median"], "rule median": ["--rule", "median"],
     "quadratic": ["--controller", "quadratic"], "linear": ["--controller", "linear"],
-    "window 0.1-0.3": ["--window", "0.1", "0.3"], "window 0.5-0.8": ["--window", "0.5", "0.8"],
-    "gate lr 0.01": ["--gate-lr", "0.01"],
 }  # fmt: skip
 GROUPS = {
     "methods": ["exact", "lora-8", "full", "head"],
     "budget": ["exact", "b=0.75", "b=0.25", "b=0.125"],
     "size": ["exact", "lora-8", "lora-4", "b=0.125", "lora-1"],
     "paper": ["lora-8", *[name for name in VARIANTS if name.startswith("paper")]],
-    "ablation": ["exact", *list(VARIANTS)[list(VARIANTS).index("svd") :]],
+    "ablation": ["exact", *list(VARIANTS)[list(VARIANTS).index("not canonical") :]],
 }
 COLUMNS = ["variant", "task", "seed", "score", "density_target", "density_expected", "density_kept", "spare", "seconds"]
 
@@ -72,7 +69,7 @@ def table(rows):
     tasks, variants = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "variant"))
     rivals = [variant for variant in variants if variant.startswith("lora-")]
     head = f"{'':<22}" + "".join(f"{task.removeprefix('mini-'):>7}" for task in tasks) + f"{'mean':>8}"
-    lines = [head + "".join(f"{f'- {rival} +- s.e.':>19}" for rival in rivals) + f"  {'kept':<13}{'C':<11}"]
+    lines = [head + "".join(f"{f'- {rival} +- s.e.':>28}" for rival in rivals) + f"  {'kept':<13}{'C':<11}"]
     means = {v: seed_means(rows, v, tasks) for v in variants}
     for variant in variants:
         some = [row for row in rows if row["variant"] == variant]
@@ -81,7 +78,7 @@ def table(rows):
         line += f"{mean(means[variant].values()):>8.4f}" if means[variant] else f"{'-':>8}"
         for rival in rivals:
             gaps = [score - means[rival][s] for s, score in means[variant].items() if s in means[rival]]
-            line += f"{mean(gaps):>+11.4f}" if gaps else f"{'-':>11}"
+            line += f"{mean(gaps):>+20.4f}" if gaps else f"{'-':>20}"
             line += f"{stdev(gaps) / len(gaps) ** 0.5:>8.4f}" if len(gaps) > 1 else f"{'-':>8}"
         kept, C = ([float(row[key]) for row in some if row[key]] for key in ("density_kept", "density_expected"))
         ranges = [f"{min(v):.3f}-{max(v):.3f}" if v else f"{'-':<11}" for v in (kept, C)]
@@ -112,7 +109,7 @@ def draw(rows, path):
             continue
         kept = mean(sizes)
         lora = variant.startswith("lora-")
-        size = int(variant[5:]) / 8 if lora else kept
+        size = int(variant[5]) / 8 if lora else kept
         error = stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0
         axis.errorbar(size, mean(scores), error, fmt="s" if lora else "o", color="tab:gray" if lora else "tab:blue")
         place = (5, -13 if lora else 6)

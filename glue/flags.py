@@ -15,12 +15,12 @@ from tiny_transformer import read_torch
 ABOUT = "Fine-tune an encoder on a GLUE task, or on a generated stand-in for one, with SaLoRA."
 RECIPES = {  # decisions that go together; a single flag overrides its part
     "exact": {"canonical": True, "spread": 8.0, "warmup": 0.05, "beta": 0.0, "controller": "projection",
-              "rule": "budget", "survivors": "one", "window": [0.2, 0.5], "rewind": True},
+              "rule": "budget", "survivors": "one", "window": [0.2, 0.5], "restart": True},
     "paper": {"canonical": False, "spread": 0.0, "warmup": 0.0, "beta": 0.1, "controller": "quadratic",
-              "rule": "median", "survivors": "median", "window": [0.2, 0.5], "rewind": False},
+              "rule": "median", "survivors": "median", "window": [0.2, 0.5], "restart": False},
 }  # fmt: skip
 LR = {"salora": (2e-3, 1e-3), "lora": (2e-3, 1e-3), "full": (5e-4, 5e-5), "head": (3e-3, 1e-3)}  # mini, official
-GATE_FLAGS = "recipe density rule survivors canonical spread beta controller gate_lr window rewind".split()
+GATE_FLAGS = "recipe density rule survivors canonical spread beta controller gate_lr window restart".split()
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,8 +84,9 @@ def build_parser():
                    "auto (default): max(0.01, 14 / steps in the window)")
     g.add_argument("--window", type=float, nargs=2, metavar=("START", "END"), help="the gates train between these "
                    "fractions of all steps (default 0.2 0.5)")
-    g.add_argument("--rewind", action=argparse.BooleanOptionalAction,
-                   help="the learning rate falls from its height again once the other triplets are gone")
+    g.add_argument("--restart", action=argparse.BooleanOptionalAction,
+                   help="where the window ends the learning rate starts again from --lr and falls to 0 "
+                   "(default yes; paper: no)")
     g = p.add_argument_group("training")
     g.add_argument("--epochs", type=positive, metavar="N", help="passes over the training rows (default 12 on a "
                    "generated task, 3 on an official one)")

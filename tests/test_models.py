@@ -327,15 +327,16 @@ def test_main_loop_warms_the_learning_rate_up_anew_at_the_start_and_both_ends_of
     assert rates == pytest.approx([0.01 * (1 - step / 40) * rising.get(step, 1) for step in range(40)])
 
 
-def test_main_loop_rewinds_the_learning_rate_once_triplets_are_gone(tmp_path, monkeypatch):
+def test_main_loop_restarts_the_learning_rate_once_triplets_are_gone(tmp_path, monkeypatch):
     rates = []
 
     def look(step, loop):
         rates.append(loop.optimizer.param_groups[0]["lr"])
 
-    Loop(tmp_path, monkeypatch, look, "--lr", "0.01", "--rewind")
+    Loop(tmp_path, monkeypatch, look, "--lr", "0.01", "--restart", "--warmup", "0.1")
     falls = [1 - step / 40 if step < 20 else 1 - (step - 20) / 20 for step in range(40)]
-    assert rates == pytest.approx([0.01 * fall for fall in falls])
+    rising = {start + i: (i + 1) / 5 for start in (0, 8, 20) for i in range(4)}  # a tenth of 40 steps
+    assert rates == pytest.approx([0.01 * fall * rising.get(step, 1) for step, fall in enumerate(falls)])
 
 
 def test_main_loop_drives_c_to_the_density_and_lambda_up(tmp_path, monkeypatch):

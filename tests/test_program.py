@@ -352,7 +352,7 @@ CHANGES = {
     "--density": [0.25], "--rule": ["median"], "--survivors": ["median"], "--no-canonical": [], "--beta": [0.1],
     "--controller": ["sgd"], "--gate-lr": [0.02], "--window": [0.1, 0.4], "--epochs": [2], "--steps": [24],
     "--batch-size": [4], "--lr": [1e-4], "--max-length": [6], "--seed": [1], "--precision": ["bf16"],
-    "--pool": [4], "--spread": [1], "--warmup": [0.2], "--dropout": [0.1], "--no-rewind": [],
+    "--pool": [4], "--spread": [1], "--warmup": [0.2], "--dropout": [0.1], "--no-restart": [],
 }  # fmt: skip
 
 
@@ -376,7 +376,7 @@ def test_every_flag_changes_the_run(flag, baseline, tiny_weights, tmp_path_facto
 
 def test_every_flag_has_help_and_is_either_tried_above_or_must_not_change_the_numbers():
     files = {"--data", "--weights", "--out", "--resume", "--evaluate", "--predict"}
-    elsewhere = {*files, "--device", "--accumulate", "--recompute", "--compile", "--canonical", "--rewind", "--help"}
+    elsewhere = {*files, "--device", "--accumulate", "--recompute", "--compile", "--canonical", "--restart", "--help"}
     actions = build_parser()._actions
     assert all(action.help for action in actions)
     flags = {option for action in actions for option in action.option_strings if option.startswith("--")}
@@ -388,7 +388,7 @@ def test_recipes_are_the_published_one_and_the_default():
     paper, exact = (settle(parser.parse_args(["--recipe", name])) for name in ("paper", "exact"))
     assert (paper.rule, paper.survivors, paper.canonical, paper.beta) == ("median", "median", False, 0.1)
     assert (exact.rule, exact.survivors, exact.canonical) == ("budget", "one", True)
-    assert (exact.rewind, paper.rewind) == (True, False)
+    assert (exact.restart, paper.restart) == (True, False)
     assert settle(parser.parse_args([])).__dict__ == {**exact.__dict__, "recipe": None}
     assert settle(parser.parse_args(["--recipe", "paper", "--rule", "budget"])).rule == "budget"
     full, lora = (settle(parser.parse_args(["--method", name])) for name in ("full", "lora"))
