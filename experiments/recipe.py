@@ -7,6 +7,7 @@
 
 A variant is a name below, or a group of names. Every run is added to recipe.csv in --out, and a run that is there is
 not done again, so a study can be stopped, continued, and split over processes; recipe.png and the table show all rows.
+Rows are told apart by variant, task and seed alone: a study with other flags for the main job needs another --out.
 """
 
 import argparse
