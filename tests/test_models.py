@@ -316,25 +316,17 @@ def test_main_loop_lowers_the_learning_rate_linearly_and_moves_a_and_b_only(tmp_
     assert rates == pytest.approx([0.01 * (1 - step / 40) for step in range(40)])
 
 
-def test_main_loop_warms_the_learning_rate_up_anew_at_the_start_and_both_ends_of_the_window(tmp_path, monkeypatch):
+@pytest.mark.parametrize("flag", ["--no-restart", "--restart"])
+def test_main_loop_warms_the_learning_rate_up_anew_and_restarts_it_if_asked(tmp_path, monkeypatch, flag):
+    """It rises at the start and at both ends of the window; with --restart it falls from the top twice."""
     rates = []
 
     def look(step, loop):
         rates.append(loop.optimizer.param_groups[0]["lr"])
 
-    Loop(tmp_path, monkeypatch, look, "--lr", "0.01", "--warmup", "0.1")
-    rising = {start + i: (i + 1) / 5 for start in (0, 8, 20) for i in range(4)}  # a tenth of 40 steps
-    assert rates == pytest.approx([0.01 * (1 - step / 40) * rising.get(step, 1) for step in range(40)])
-
-
-def test_main_loop_restarts_the_learning_rate_once_triplets_are_gone(tmp_path, monkeypatch):
-    rates = []
-
-    def look(step, loop):
-        rates.append(loop.optimizer.param_groups[0]["lr"])
-
-    Loop(tmp_path, monkeypatch, look, "--lr", "0.01", "--restart", "--warmup", "0.1")
-    falls = [1 - step / 40 if step < 20 else 1 - (step - 20) / 20 for step in range(40)]
+    Loop(tmp_path, monkeypatch, look, "--lr", "0.01", "--warmup", "0.1", flag)
+    again = flag == "--restart"
+    falls = [1 - (step - 20) / 20 if again and step >= 20 else 1 - step / 40 for step in range(40)]
     rising = {start + i: (i + 1) / 5 for start in (0, 8, 20) for i in range(4)}  # a tenth of 40 steps
     assert rates == pytest.approx([0.01 * fall * rising.get(step, 1) for step, fall in enumerate(falls)])
 
