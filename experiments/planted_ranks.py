@@ -1,7 +1,7 @@
 """Does SaLoRA find the ranks that are there? A student must copy a teacher = the same frozen network + known updates.
 
-    python experiments/planted_ranks.py --seeds 0 1 2          a bank of 16 linear maps of 32 x 32
-    python experiments/planted_ranks.py --network transformer  the tiny encoder with its word scores
+    python experiments/planted_ranks.py                                      a bank of 16 linear maps of 32 x 32
+    python experiments/planted_ranks.py --network transformer --seeds 0 1 2  the tiny encoder with its word scores
 
 Every matrix gets an update of a planted rank from 0 to 8. The student has rank 8 everywhere, sees only the teacher's
 outputs, and may keep exactly the parameters that the teacher's updates need. Compared are
@@ -9,7 +9,7 @@ outputs, and may keep exactly the parameters that the teacher's updates need. Co
     svd            LoRA of rank 8, cut by singular values to the same budget when it is trained
     uniform        LoRA of one rank for all matrices, the largest that fits the budget
 and, if --methods names them, exact with one decision taken differently.
-One row a seed, noise and method is added to a CSV file in --out; table and picture come from all its rows.
+One row a length, seed, noise and method is added to a CSV file in --out; table and picture come from all its rows.
 """
 
 import argparse
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import freeze_gates, total_parameters
 from experiments.recipe import VARIANTS
-from glue.flags import build_parser, settle
+from glue.flags import build_parser, positive, settle
 from glue.metrics import spearman
 from glue.pretrain import mini_encoder
 from glue.report import append, whole
@@ -37,7 +37,8 @@ from salora import adapt, canonicalize, prune, salora_layers
 from tiny_transformer import MaskedLM, load_pretrained
 from train_glue_mini import TARGETS, fine_tune
 
-RANK, COLUMNS = 8, ["network", "method", "noise", "seed", "right", "correlation", "share", "loss", "planted", "learned"]
+RANK = 8
+COLUMNS = "network steps method noise seed right correlation share loss planted learned".split()
 DECISIONS = ["spread 0", "not canonical", "beta 0.1", "warmup 0", "rule median", "quadratic", "linear",
              "no restart", "window 0.5-0.8"]
 METHODS = {name: VARIANTS[name] for name in ("exact", "paper")}  # flags of the main job
@@ -71,7 +72,7 @@ def transformer(seed, rows):
     return WordScores(encoder).eval(), TARGETS, torch.randint(5, config.vocab_size, (rows, 12))
 
 
-NETWORKS = {"bank": (bank, 600, 64, 5e-3), "transformer": (transformer, 2000, 32, 3e-3)}  # steps, batch size, lr
+NETWORKS = {"bank": (bank, 1200, 64, 5e-3), "transformer": (transformer, 8000, 32, 3e-3)}  # steps, batch size, lr
 
 
 def plant(network, targets, generator):
@@ -97,9 +98,9 @@ def cut_by_svd(layers, density):
         prune(layer)
 
 
-def learn(kind, method, noise, seed):
+def learn(kind, steps, method, noise, seed):
     """Plant, train, count: one row of the results."""
-    make, steps, size, lr = NETWORKS[kind]
+    make, _, size, lr = NETWORKS[kind]
     network, targets, inputs = make(seed, steps * size)
     test = make(seed + 10**6, 256)[2]
     generator = torch.Generator().manual_seed(seed)
@@ -133,27 +134,28 @@ def learn(kind, method, noise, seed):
     kept = sum(layer.r * layer.triplet_size for layer in layers.values())
     right = mean(learned[name] == planted[name] for name in planted)
     correlation = spearman(list(learned.values()), list(planted.values()))
-    values = [kind, method, noise, seed, right, correlation, kept / needed, loss, list(planted.values())]
+    values = [kind, steps, method, noise, seed, right, correlation, kept / needed, loss, list(planted.values())]
     return dict(zip(COLUMNS, [*values, list(learned.values())], strict=True))
 
 
 def table(rows):
-    """A line a noise and method, means over seeds."""
-    lines = [f"{'noise':>6} {'method':<14} {'seeds':>5} {'right':>7} {'correlation':>12} {'budget':>7} {'loss':>8} +-"]
-    for noise, method in dict.fromkeys((row["noise"], row["method"]) for row in rows):
-        some = [row for row in rows if (row["noise"], row["method"]) == (noise, method)]
-        right, correlation, share, loss = ([float(row[key]) for row in some] for key in COLUMNS[4:8])
-        spread = f"{stdev(loss) / len(loss) ** 0.5:.5f}" if len(loss) > 1 else "-"
-        line = f"{noise:>6} {method:<14} {len(some):>5} {mean(right):>7.1%} {mean(correlation):>12.3f}"
-        lines.append(f"{line} {mean(share):>7.3f} {mean(loss):>8.5f} {spread}")
+    """A line a length, noise and method, means over seeds."""
+    head = f"{'steps':>6} {'noise':>6} {'method':<14} {'seeds':>5} {'right':>7} {'correlation':>12}"
+    lines = [f"{head} {'budget':>7} {'loss':>9} +-"]
+    for group in dict.fromkeys((row["steps"], row["noise"], row["method"]) for row in rows):
+        some = [row for row in rows if (row["steps"], row["noise"], row["method"]) == group]
+        right, correlation, share, loss = ([float(row[key]) for row in some] for key in COLUMNS[5:9])
+        spread = f"{stdev(loss) / len(loss) ** 0.5:.1e}" if len(loss) > 1 else "-"
+        line = f"{group[0]:>6} {group[1]:>6} {group[2]:<14} {len(some):>5} {mean(right):>7.1%}"
+        lines.append(f"{line} {mean(correlation):>12.3f} {mean(share):>7.3f} {mean(loss):>9.1e} {spread}")
     return "\n".join(lines)
 
 
 def draw(rows, path):
-    """Planted and learned ranks side by side: for the first seed and noise, a column a method, a row a matrix."""
+    """Planted and learned ranks side by side: for the first length, noise and seed, a column a method."""
     from matplotlib.figure import Figure
 
-    first = [row for row in rows if (row["noise"], row["seed"]) == (rows[0]["noise"], rows[0]["seed"])]
+    first = [row for row in rows if all(row[key] == rows[0][key] for key in ("steps", "noise", "seed"))]
     columns = {"planted": json.loads(first[0]["planted"])}
     columns |= {row["method"]: json.loads(row["learned"]) for row in first}
     figure = Figure(figsize=(1.5 + 0.9 * len(columns), 1 + 0.28 * len(columns["planted"])), layout="constrained")
@@ -166,7 +168,7 @@ def draw(rows, path):
             color = "tab:red" if wrong else "white" if rank > 0.6 * RANK else "black"
             axis.text(j, i, rank, ha="center", va="center", color=color, weight="bold" if wrong else "normal")
     axis.set_xticks(range(len(columns)), columns)
-    about = f"{first[0]['network']}, seed {first[0]['seed']}, noise {first[0]['noise']}"
+    about = "{network}, seed {seed}, noise {noise}, {steps} steps".format(**first[0])
     axis.set(ylabel="matrix", title=f"ranks, planted and found (wrong ones red)\n{about}")
     figure.savefig(path, format="png", dpi=110)
 
@@ -174,6 +176,8 @@ def draw(rows, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=NETWORKS, default="bank", help="what is copied (default bank)")
+    parser.add_argument("--steps", type=positive, metavar="N", help="how long a student trains (default 1200 for the "
+                        "bank, 8000 for the transformer)")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=range(20), metavar="S", help="default 0 to 19")
     parser.add_argument("--noise", type=float, nargs="+", metavar="SD", help="of the teacher's outputs (default: 0.1 "
                         "and 1 for the bank, whose outputs are near 1, and 0 for the transformer)")  # fmt: skip
@@ -186,16 +190,17 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{args.network}.csv"
     noises = args.noise or ([0.0] if args.network == "transformer" else [0.1, 1.0])
+    steps = args.steps or NETWORKS[args.network][1]
     rows = list(csv.DictReader(open(path))) if path.is_file() else []
-    done = {(row["method"], float(row["noise"]), int(row["seed"])) for row in rows}
+    done = {(int(row["steps"]), row["method"], float(row["noise"]), int(row["seed"])) for row in rows}
     for seed in args.seeds[:1] if args.quick else args.seeds:
         for noise in noises[:1] if args.quick else noises:
             for method in args.methods:
-                if (method, noise, seed) in done:
+                if (steps, method, noise, seed) in done:
                     continue
                 started = time.time()
                 with redirect_stdout(None):
-                    row = learn(args.network, method, noise, seed)
+                    row = learn(args.network, steps, method, noise, seed)
                 append(path, row)
                 seconds = time.time() - started
                 print(f"seed {seed}, noise {noise}, {method}: {row['right']:.0%} of the ranks right, {seconds:.0f} s")

@@ -11,12 +11,14 @@ from experiments import planted_ranks, recipe
 
 def test_planted_ranks_are_found(tmp_path, capsys):
     """16 maps of 32 x 32 with updates of rank 0 to 8 and noisy outputs: each learned rank is the planted one."""
-    [row] = planted_ranks.main(["--quick", "--methods", "exact", "--out", str(tmp_path)])
+    flags = ["--quick", "--steps", "600", "--methods", "exact", "--out", str(tmp_path)]
+    [row] = planted_ranks.main(flags)
     assert float(row["right"]) == 1 and row["learned"] == row["planted"], "every matrix gets the rank it deserves"
     assert float(row["share"]) == 1 and float(row["loss"]) < 0.001, "within the budget, and the teacher is matched"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bank.csv", "bank.png"]
+    assert row["steps"] == "600"
     before = (tmp_path / "bank.csv").read_bytes()
-    planted_ranks.main(["--quick", "--methods", "exact", "--out", str(tmp_path)])
+    planted_ranks.main(flags)
     assert (tmp_path / "bank.csv").read_bytes() == before, "what is there is not done again"
     assert "100.0%" in capsys.readouterr().out
 
