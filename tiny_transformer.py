@@ -39,6 +39,8 @@ class TransformerConfig:
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads")
+        if self.pad_token_id >= self.vocab_size or self.max_length < 1:
+            raise ValueError(f"pad_token_id {self.pad_token_id} leaves no word or no position for a token")
 
     @property
     def max_length(self):
@@ -199,11 +201,8 @@ def hub_parameters(model, config):
 
 
 POSITIONS = "embeddings.position_embeddings.weight"
-SUPPORTED = {
-    "model_type": ("bert", "roberta", "xlm-roberta", "camembert"),
-    "hidden_act": ("gelu",),
-    "position_embedding_type": ("absolute",),
-}
+SUPPORTED = {"model_type": ("bert", "roberta", "xlm-roberta", "camembert"), "hidden_act": ("gelu",),
+             "position_embedding_type": ("absolute",)}  # fmt: skip
 
 
 def load_pretrained(folder, head=None, **changes):
@@ -218,11 +217,19 @@ def load_pretrained(folder, head=None, **changes):
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no config.json in {folder}; expected the folder of a RoBERTa or BERT checkpoint")
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    raw = read_json(folder / "config.json")
+    for i, f in enumerate(fields(TransformerConfig)[:-1]):  # numbers; for the first six, sizes, no default will do
+        value, least = (raw.get(f.name), 1) if i < 6 else (raw.get(f.name, f.default), 0)
+        if type(value) not in (int, f.type) or value < least:
+            expected = f"{f.type.__name__} of at least {least}"
+            raise ValueError(f"{folder}/config.json has {f.name} {value!r}, expected {expected}")
     for key, allowed in SUPPORTED.items():
         if raw.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{folder}/config.json has {key} {raw[key]!r}, expected one of {', '.join(allowed)}")
-    tensors = {re.sub(r"^(roberta|bert)\.", "", name): value for name, value in read_tensors(folder).items()}
+    tensors = read_tensors(folder)
+    if not isinstance(tensors, dict):
+        raise ValueError(f"the weights in {folder} have no names: expected a dictionary of tensors")
+    tensors = {re.sub(r"^(roberta|bert)\.", "", name): value for name, value in tensors.items()}
     tensors = {re.sub(r"gamma$", "weight", re.sub(r"beta$", "bias", n)): v for n, v in tensors.items()}  # as in 2018
     raw["model_type"] = "bert" if raw.get("model_type", "bert") == "bert" else "roberta"
     if raw["model_type"] == "bert":  # counts positions from 0: put unused rows in front
@@ -251,17 +258,27 @@ def load_pretrained(folder, head=None, **changes):
 
 
 def read_tensors(folder):
-    """{published name: tensor} of a checkpoint folder, whole or in shards, as model.safetensors (which needs that
-    optional package) or pytorch_model.bin."""
+    """{published name: tensor} of a checkpoint folder, whole or in shards; safetensors needs that package."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         read = read_safetensors if name.endswith("safetensors") else read_torch
         if (folder / name).is_file():
             return read(folder / name)
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
             return {name: tensor for shard in shards for name, tensor in read(folder / shard).items()}
     raise FileNotFoundError(f"no model.safetensors or pytorch_model.bin, nor an index of their shards, in {folder}")
+
+
+def read_json(path):
+    """The object in a JSON file, a dict; ValueError for a file that is damaged or holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return found
 
 
 def read_safetensors(path):

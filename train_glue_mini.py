@@ -27,10 +27,10 @@ from glue.metrics import METRICS
 from glue.mini import TASKS as MINI_TASKS
 from glue.pretrain import mini_encoder
 from glue.tasks import load_task, read_rows, task_of
-from glue.tokens import MiniTokenizer, batch_of, batches_of, load_tokenizer
-from salora import adapt, adapter_state, canonicalize, load_adapter, load_adapter_state, orthogonality, prune
-from salora import salora_layers, save_adapter
-from tiny_transformer import SequenceClassifier, load_pretrained
+from glue.tokens import batch_of, batches_of, tokenizer_for
+from salora import adapt, adapter_state, canonicalize, load_adapter_state, orthogonality, prune, salora_layers
+from salora import save_adapter
+from tiny_transformer import SequenceClassifier, load_pretrained, read_torch
 
 TARGETS = ["query", "key", "value", "out", "up", "down"]  # all six matrices of a layer, as in the paper
 
@@ -44,11 +44,7 @@ def build(args):
     rates = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
     encoder, config = load_pretrained(folder, **({} if args.dropout is None else dict.fromkeys(rates, args.dropout)))
     encoder.recompute = args.recompute
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        tokenizer = MiniTokenizer()
-        if not mini or config.vocab_size < len(tokenizer.words) or config.pad_token_id != tokenizer.pad:
-            raise FileNotFoundError(f"no tokenizer.json, vocab.json or vocab.txt in {folder}")
+    tokenizer = tokenizer_for(folder, config, mini)
     torch.manual_seed(args.seed)
     model = SequenceClassifier(encoder, task.num_labels)
     if args.method in ("salora", "lora"):
@@ -59,11 +55,13 @@ def build(args):
     return model.to(args.device), lambda rows: tokenizer.encode(rows, length)
 
 
-def prepare(args):
-    """Data, tokens and model of a run, everything that bad input can break. Returns (model, train, dev)."""
+def prepare(args, out):
+    """Data, tokens, model and folder of a run, all that bad input can break. Returns (model, train, dev)."""
     train, dev = load_task(args.task, args.data)
     model, encode = build(args)
-    return model, encode(train[: args.rows]), encode(dev)
+    train, dev = encode(train[: args.rows]), encode(dev)
+    out.mkdir(parents=True, exist_ok=True)
+    return model, train, dev
 
 
 def task_loss(outputs, labels):
@@ -236,7 +234,6 @@ def run(args, out, model, train, dev, saved):
     print(f"{args.task}, {args.method}, seed {args.seed} on {device}: {len(train)} training rows, {len(dev)} dev")
     print(f"{everything:,} parameters, {trained:,} trained, {budgeted:,} budgeted; run folder {out}", flush=True)
     if me == 0:
-        out.mkdir(parents=True, exist_ok=True)
         report.whole(out / "settings.json", lambda path: path.write_text(json.dumps(vars(args), indent=1) + "\n"))
     log, C_end, seconds = fine_tune(args, model, train, out, saved)
     if me > 0:
@@ -269,7 +266,7 @@ def evaluate(args, out, test=None):
     task = task_of(args.task)
     rows = read_rows(Path(test), task, labelled=False) if test else load_task(args.task, args.data)[1]
     model, encode = build(args)
-    predicted = predict(load_adapter(model, out / "adapter.pt"), encode(rows), args.device)
+    predicted = predict(load_adapter_state(model, read_torch(out / "adapter.pt")), encode(rows), args.device)
     if test:
         path = report.write_predictions(out, task, Path(test).name, predicted)
         print(f"{args.task}: {len(rows)} rows of {test} labelled; see {path}")
@@ -301,13 +298,15 @@ def main(argv=None):
         for settings, out, saved in jobs:
             for turn in range(many):  # one after the other: the first may have an encoder to pre-train
                 if turn == me:
-                    prepared = checked(prepare, settings)
+                    prepared = checked(prepare, settings, out)
                 if many > 1:
                     dist.barrier()
             try:
                 summaries.append(run(settings, out, *prepared, saved))
             except KeyboardInterrupt:
                 parser.exit(130, f"\ninterrupted; go on from the last whole epoch with --resume {out}\n")
+            except FloatingPointError as error:
+                parser.error(str(error))
     if len(jobs) == 1:
         return summaries[0]
     if me == 0:

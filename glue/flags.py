@@ -48,6 +48,13 @@ def zero_or_above(text):
     return 0.0 if text.strip("0.") == "" else above_zero(text, "a number, 0 or above")
 
 
+def share(text):
+    value = zero_or_above(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text!r}")
+    return value
+
+
 def auto_or_above_zero(text):
     return None if text == "auto" else above_zero(text, "auto or a number above 0")
 
@@ -65,8 +72,8 @@ def build_parser():
                    "without it a tiny encoder is pre-trained on first use")
     g.add_argument("--rows", type=positive, metavar="N", help="use only the first N training rows")
     g = p.add_argument_group("adapters and their budget")
-    g.add_argument("--rank", type=positive, default=8, metavar="R", help="triplets a matrix at the start (default 8)")
-    g.add_argument("--alpha", type=above_zero, default=16.0, help="an update's scale is alpha / rank (default 16)")
+    g.add_argument("--rank", type=positive, metavar="R", help="triplets a matrix at the start (default 8)")
+    g.add_argument("--alpha", type=above_zero, help="an update's scale is alpha / rank (default 16)")
     g.add_argument("--recipe", choices=list(RECIPES), help="exact (default): what measures best; "
                    "paper: as published; the flags below override parts of it")
     g.add_argument("--density", type=float, metavar="B", help="share of the adapter parameters to keep (default 0.5)")
@@ -88,14 +95,15 @@ def build_parser():
                    help="where the window ends the learning rate starts again from --lr and falls to 0 "
                    "(default yes; paper: no)")
     g = p.add_argument_group("training")
-    g.add_argument("--epochs", type=positive, metavar="N", help="passes over the training rows (default 12 on a "
-                   "generated task, 3 on an official one)")
-    g.add_argument("--steps", type=positive, metavar="N", help="optimiser steps, instead of --epochs")
+    length = g.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=positive, metavar="N", help="passes over the training rows (default 12 on a "
+                        "generated task, 3 on an official one)")
+    length.add_argument("--steps", type=positive, metavar="N", help="optimiser steps, instead of --epochs")
     g.add_argument("--batch-size", type=positive, default=32, metavar="N", help="rows a step (default 32)")
     g.add_argument("--lr", type=above_zero, help="learning rate of A, B and the head (default by method)")
-    g.add_argument("--warmup", type=zero_or_above, metavar="F", help="the learning rate rises from 0 over this share "
+    g.add_argument("--warmup", type=share, metavar="F", help="the learning rate rises from 0 over this share "
                    "of all steps: at the start, where the window opens, where triplets go (default 0.05; paper: 0)")
-    g.add_argument("--dropout", type=zero_or_above, metavar="P", help="in the encoder and its head while they train "
+    g.add_argument("--dropout", type=share, metavar="P", help="in the encoder and its head while they train "
                    "(default 0 with adapters; without them, and for the paper's recipe, what config.json says)")
     g.add_argument("--pool", type=positive, default=1, metavar="N", help="cut N batches at a time from rows sorted by "
                    "length: less padding, but batches that are less alike (default 1: not sorted)")
@@ -127,7 +135,7 @@ def device_of(name):
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()  # the meta device can make it, but has nothing to read
     except (RuntimeError, AssertionError):
         raise ValueError(f"no device {name!r} here; use --device auto, cpu, or another that is there") from None
     return name
@@ -135,11 +143,17 @@ def device_of(name):
 
 def settle(args):
     """Fill in the defaults that depend on other flags. Raises ValueError where flags do not go together."""
-    given = [flag for flag in GATE_FLAGS if getattr(args, flag) is not None]
-    if args.method != "salora" and given:
-        flag = "--" + given[0].replace("_", "-")
-        raise ValueError(f"{flag} is about trained gates, which --method {args.method} has not: drop one of them")
-    for flag, value in {**RECIPES[args.recipe or "exact"], "density": 0.5}.items():
+    lacks = {"trained gates": GATE_FLAGS} if args.method != "salora" else {}
+    lacks |= {"adapters": ["rank", "alpha"]} if args.method in ("full", "head") else {}
+    for what, flags in lacks.items():
+        for flag in flags:
+            if getattr(args, flag) is not None:
+                flag = "--" + flag.replace("_", "-")
+                raise ValueError(f"{flag} is about {what}, which --method {args.method} has not: drop one of them")
+    if args.max_length < 6:
+        room = "room for four special tokens and a word of both sentences"
+        raise ValueError(f"--max-length must be at least 6, {room}, got {args.max_length}")
+    for flag, value in {**RECIPES[args.recipe or "exact"], "density": 0.5, "rank": 8, "alpha": 16.0}.items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
     if args.method != "salora":  # the gates, if any, stay open to the end, and all triplets are kept
@@ -163,7 +177,7 @@ def read_run(args, parser, flag, *allowed):
     try:
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         known = set(settings) == set(vars(args))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"no settings.json in {folder}; expected the folder of a run") from None
     except ValueError:
         known = False
@@ -197,6 +211,8 @@ def plan(args, parser):
             raise ValueError(f"{path} is not a checkpoint of this program")
         return [(settings, folder, saved)]
     settle(args)
+    if len(set(args.seed)) < len(args.seed):
+        raise ValueError(f"--seed lists a seed twice: {' '.join(map(str, args.seed))}")
     tasks = list(MINI_TASKS) if args.task == "all" else [args.task]
     many = len(tasks) * len(args.seed) > 1
     name = f"{args.task}-{args.method}" + ("" if many else f"-s{args.seed[0]}")

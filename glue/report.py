@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 from statistics import mean, stdev
@@ -31,8 +32,10 @@ def write_run(out, log, summary, rank):
 
 
 def log_row(step, phase, loss, layers, lagrangian):
-    """One row of the log, the only place where training waits for the device."""
+    """One row of the log, the only place where training waits for the device. Raises where the loss is no number."""
     row = {"step": step, "phase": phase, "loss": loss.item(), "C": None, "kept": None, "lam": None, "triplets": ""}
+    if not math.isfinite(row["loss"]):
+        raise FloatingPointError(f"the loss is {row['loss']} at step {step}: try a smaller --lr")
     if layers:
         kept = sum(int((layer.gate.settled() > 0).sum()) for layer in layers)
         row.update(C=expected_density(layers).item(), kept=kept_density(layers), lam=lagrangian.lam.sum().item())

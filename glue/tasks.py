@@ -63,6 +63,8 @@ def load_task(name, folder=None):
     folders ("CoLA", "SST-2" ...) or is one of them. Raises FileNotFoundError or ValueError with the file's line.
     """
     if name in mini.TASKS:
+        if folder is not None:
+            raise ValueError(f"task {name} is generated and reads no --data: drop it, or take --task {name[5:]}")
         rows = mini.examples(name, TRAIN_ROWS + DEV_ROWS)
         return rows[:TRAIN_ROWS], rows[TRAIN_ROWS:]
     task = TASKS[name]
@@ -77,7 +79,11 @@ def read_rows(path, task, labelled=True):
     """The rows of one official file; `labelled=False` reads a test file, which has a header and no labels."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; expected GLUE's {task.folder} in its official layout")
-    lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: sentences hold odd line separators
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: sentences hold odd line separators
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: byte {error.object[error.start]:#x} is not UTF-8") from None
     table = [(i, line.rstrip("\r").split("\t")) for i, line in enumerate(lines, 1) if line.strip()]
     header = list(task.header) if labelled else []
     header = header or (table.pop(0)[1] if table else [])

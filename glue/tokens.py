@@ -4,13 +4,13 @@ A tokeniser has `encode(rows, max_length)`: rows (sentence, sentence or None, la
 special tokens included, the longer sentence cut first where a row is longer than max_length tokens.
 """
 
-import json
 import random
 from pathlib import Path
 
 import torch
 
 from glue import mini
+from tiny_transformer import read_json
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # numbers 0 to 4, as in RoBERTa but for <mask>
 
@@ -22,6 +22,7 @@ class MiniTokenizer:
         self.words = SPECIAL + mini.vocabulary()
         self.ids = {word: i for i, word in enumerate(self.words)}
         self.start, self.pad, self.stop, self.unknown, self.mask = range(len(SPECIAL))
+        self.size = len(self.words)
 
     def encode(self, rows, max_length=64):
         return [(*self.encode_pair(first, second, max_length), label) for first, second, label in rows]
@@ -38,7 +39,7 @@ class RealTokenizer:
     """A `tokenizers.Tokenizer` with its checkpoint's special tokens already in its template."""
 
     def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.size = tokenizer, tokenizer.get_vocab_size()
         tokenizer.no_padding()
 
     def encode(self, rows, max_length):
@@ -60,17 +61,36 @@ def load_tokenizer(folder):
         import tokenizers
     except ImportError:
         raise FileNotFoundError(f"{folder}/{found} needs a package: pip install tokenizers") from None
-    if found == "tokenizer.json":
-        return RealTokenizer(tokenizers.Tokenizer.from_file(str(folder / found)))
-    if found == "vocab.json":
-        vocab, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
-        bpe = tokenizers.ByteLevelBPETokenizer(vocab, merges)._tokenizer
-        start, stop = (("<s>", bpe.token_to_id("<s>")), ("</s>", bpe.token_to_id("</s>")))
-        bpe.post_processor = tokenizers.processors.RobertaProcessing(stop, start, trim_offsets=True)
-        return RealTokenizer(bpe)
     settings = folder / "tokenizer_config.json"
-    lower = json.loads(settings.read_text(encoding="utf-8")).get("do_lower_case", True) if settings.is_file() else True
-    return RealTokenizer(tokenizers.BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=lower)._tokenizer)
+    lower = read_json(settings).get("do_lower_case", True) if settings.is_file() else True
+    try:
+        if found == "tokenizer.json":
+            return RealTokenizer(tokenizers.Tokenizer.from_file(str(folder / found)))
+        if found == "vocab.json":
+            vocab, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
+            bpe = tokenizers.ByteLevelBPETokenizer(vocab, merges)._tokenizer
+            start, stop = (("<s>", bpe.token_to_id("<s>")), ("</s>", bpe.token_to_id("</s>")))
+            bpe.post_processor = tokenizers.processors.RobertaProcessing(stop, start, trim_offsets=True)
+            return RealTokenizer(bpe)
+        return RealTokenizer(tokenizers.BertWordPieceTokenizer(str(folder / found), lowercase=lower)._tokenizer)
+    except Exception as error:  # the package raises nothing more specific
+        raise ValueError(f"{folder}/{found} cannot be read: {error}") from None
+
+
+def tokenizer_for(folder, config, mini):
+    """The tokeniser of a checkpoint folder; for a generated task, where there is none, that of mini-GLUE.
+
+    Raises FileNotFoundError if there is none, and ValueError for one with more words than the encoder of `config` has.
+    """
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        tokenizer = MiniTokenizer()
+        if not mini or config.vocab_size < tokenizer.size or config.pad_token_id != tokenizer.pad:
+            raise FileNotFoundError(f"no tokenizer.json, vocab.json or vocab.txt in {folder}")
+    if tokenizer.size > config.vocab_size:
+        words = f"{tokenizer.size} words, but config.json says vocab_size {config.vocab_size}"
+        raise ValueError(f"the tokeniser in {folder} has {words}: take both from one checkpoint")
+    return tokenizer
 
 
 def collate(rows, pad):

@@ -276,6 +276,14 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_tiny_transformer.py::test_bert_positions_lose_their_unused_rows_in_a_file_and_get_them_back"),
     ("tiny_transformer.py", "self.max_position_embeddings - self.pad_token_id - 1", "self.max_position_embeddings",
      "tests/test_tiny_transformer.py::test_positions_start_at_pad_plus_one_and_padding_keeps_the_padding_position"),
+    ("tiny_transformer.py", " or value < least", "",
+     "tests/test_tiny_transformer.py::test_loading_refuses_numbers_that_are_none"),
+    ("tiny_transformer.py", "(raw.get(f.name), 1) if i < 6", "(raw.get(f.name), 1) if i < 5",
+     "tests/test_tiny_transformer.py::test_loading_asks_for_every_size_and_for_room_beside_padding"),
+    ("tiny_transformer.py", "self.pad_token_id >= self.vocab_size or ", "",
+     "tests/test_tiny_transformer.py::test_loading_asks_for_every_size_and_for_room_beside_padding"),
+    ("tiny_transformer.py", "    if not isinstance(found, dict):\n", "    if found is None:\n",
+     "tests/test_tiny_transformer.py::test_loading_refuses_damaged_json_by_file"),
     # The main loop
     ("train_glue_mini.py", "args.lr * fall *", "args.lr *",
      "tests/test_models.py::test_main_loop_lowers_the_learning_rate_linearly_and_moves_a_and_b_only"),
@@ -346,6 +354,10 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_models.py::test_loss_is_cross_entropy_of_classes_and_squared_error_of_scores"),
     ("train_glue_mini.py", '"ascent": lagrangian.optimizer}', "}",
      "tests/test_program.py::test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit"),
+    ("train_glue_mini.py", "except FloatingPointError", "except ZeroDivisionError",
+     "tests/test_program.py::test_a_run_that_diverges_ends_with_the_step_and_what_to_do"),
+    ("train_glue_mini.py", "    out.mkdir(parents=True, exist_ok=True)\n    return model", "    return model",
+     "tests/test_program.py::test_a_folder_that_cannot_be_made_is_refused_before_training"),
 ]  # fmt: skip
 
 

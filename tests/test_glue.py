@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from glue import metrics, mini, pretrain
 from glue.tasks import DEV_ROWS, NAMES, TASKS, TRAIN_ROWS, load_task, read_rows, task_of
-from glue.tokens import MiniTokenizer, collate, load_tokenizer
+from glue.tokens import MiniTokenizer, collate, load_tokenizer, tokenizer_for
 from strategies import generator, seeds
+from tiny_transformer import TransformerConfig
 
 # mini-GLUE
 
@@ -189,6 +190,13 @@ def test_bad_files_are_refused_by_file_line_and_value(tmp_path, name, change, me
         load_task(name, tmp_path)
 
 
+def test_bytes_that_are_no_utf8_are_refused_by_line(tmp_path):
+    where = write_official(tmp_path, "sst2")
+    (where / "train.tsv").write_bytes(b"sentence\tlabel\nfine\t1\ncaf\xe9\t1\n")
+    with pytest.raises(ValueError, match="train.tsv, line 3: byte 0xe9 is not UTF-8"):
+        load_task("sst2", tmp_path)
+
+
 def test_the_broken_lines_of_the_official_qqp_file_are_left_out(tmp_path):
     write_official(tmp_path, "qqp", lambda text: text + "9\t9\t9\thalf a question\n")
     assert load_task("qqp", tmp_path)[0] == expected_rows("qqp")
@@ -288,6 +296,22 @@ def test_word_pieces_from_vocab_txt(tmp_path):
     assert tokenizer.encode([("Playing", "fine", 1)], 16) == [([2, 5, 6, 3, 7, 3], [0, 0, 0, 0, 1, 1], 1)]
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     assert load_tokenizer(tmp_path).encode([("Playing", None, 1)], 16)[0][0] == [2, 1, 3]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "vocab.txt"])
+def test_damaged_tokeniser_files_are_refused_by_name(tmp_path, name):
+    pytest.importorskip("tokenizers")
+    (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=f"{name} cannot be read: "):
+        load_tokenizer(tmp_path)
+
+
+def test_more_words_than_the_encoder_has_are_refused(tmp_path):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nfine\n")
+    assert tokenizer_for(tmp_path, TransformerConfig(vocab_size=6), mini=False).size == 6
+    with pytest.raises(ValueError, match="has 6 words, but config.json says vocab_size 5"):
+        tokenizer_for(tmp_path, TransformerConfig(vocab_size=5), mini=False)
 
 
 def test_a_folder_without_tokeniser_files_has_none(tmp_path):

@@ -359,7 +359,8 @@ CHANGES = {
 def run_of(tmp_path_factory, weights, **flags):
     """The adapter that 3 epochs of 6 steps with these flags leave behind."""
     folder = tmp_path_factory.mktemp("flags") / "run"
-    flags = {"--weights": weights, "--rows": [48], "--batch-size": [8], "--epochs": [3], "--out": [folder], **flags}
+    length = {} if "--steps" in flags else {"--epochs": [3]}
+    flags = {"--weights": weights, "--rows": [48], "--batch-size": [8], **length, "--out": [folder], **flags}
     main([str(x) for flag, values in flags.items() for x in (flag, *values)])
     return adapter_of(folder)
 
@@ -427,7 +428,15 @@ def refused(capsys, call, *flags):
         (["--gate-lr", "fast"], "argument --gate-lr: expected auto or a number above 0, got 'fast'"),
         (["--lr", -1], "argument --lr: expected a number above 0, got '-1'"),
         (["--beta", "nan"], "argument --beta: expected a number, 0 or above, got 'nan'"),
-        (["--dropout", 1.5], "dropout probability has to be between 0 and 1, but got 1.5"),
+        (["--dropout", 1.5], "argument --dropout: expected a number from 0 to below 1, got '1.5'"),
+        (["--warmup", 1], "argument --warmup: expected a number from 0 to below 1, got '1'"),
+        (["--max-length", 5], "--max-length must be at least 6, room for four special tokens"),
+        (["--seed", 0, 1, 0], "--seed lists a seed twice: 0 1 0"),
+        (["--epochs", 1, "--steps", 1], "argument --steps: not allowed with argument --epochs"),
+        (["--data", "."], "task mini-cola is generated and reads no --data: drop it, or take --task cola"),
+        (["--method", "full", "--rank", 4], "--rank is about adapters, which --method full has not"),
+        (["--method", "head", "--alpha", 4], "--alpha is about adapters, which --method head has not"),
+        (["--device", "meta"], "no device 'meta' here"),
         (["--device", "cuda:99"], "no device 'cuda:99' here"),
         (["--device", "abacus"], "no device 'abacus' here"),
         (["--method", "lora", "--density", 0.5], "--density is about trained gates, which --method lora has not"),
@@ -446,6 +455,20 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(go, tmp_path, cap
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_training(go, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for out in ("file", "file/run"):
+        assert f"Not a directory: '{out}'" in refused(capsys, go, "--out", out)
+    assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+    assert "no settings.json in file; expected the folder of a run" in refused(capsys, go, "--evaluate", "file")
+
+
+@pytest.mark.parametrize("method", ["salora", "lora"])
+def test_a_run_that_diverges_ends_with_the_step_and_what_to_do(go, capsys, method):
+    message = refused(capsys, go, "--method", method, "--lr", 1e30)
+    assert "error: the loss is nan at step " in message and message.endswith(": try a smaller --lr")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_cuda_without_cuda_is_refused(go, capsys):
     assert "no device 'cuda' here" in refused(capsys, go, "--device", "cuda")
@@ -457,6 +480,17 @@ def test_an_official_task_without_an_encoder_is_refused(tmp_path, capsys):
     call = lambda *flags: main([str(flag) for flag in flags])  # noqa: E731
     message = refused(capsys, call, "--task", "cola", "--data", tmp_path)
     assert "task cola needs --weights DIR" in message
+
+
+def test_a_damaged_adapter_is_refused_and_left_alone(go, tmp_path, capsys):
+    go("--out", tmp_path / "run")
+    path = tmp_path / "run" / "adapter.pt"
+    for content in (b"", b"noise", path.read_bytes()[:1000]):
+        path.write_bytes(content)
+        assert "adapter.pt is damaged" in refused(capsys, go, "--evaluate", path.parent)
+        assert path.read_bytes() == content
+    torch.save([1], path)
+    assert "not a SaLoRA adapter" in refused(capsys, go, "--evaluate", path.parent)
 
 
 def test_damaged_and_foreign_checkpoints_are_refused_and_left_alone(go, tmp_path, capsys):

@@ -205,6 +205,59 @@ def test_loading_refuses_missing_and_damaged_files(tmp_path):
         load_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "key,value,expected",
+    [
+        ("hidden_size", "12", "int of at least 1"),
+        ("num_attention_heads", 0, "int of at least 1"),
+        ("num_hidden_layers", 2.0, "int of at least 1"),
+        ("pad_token_id", -1, "int of at least 0"),
+        ("layer_norm_eps", "small", "float of at least 0"),
+    ],
+)
+def test_loading_refuses_numbers_that_are_none(tmp_path, key, value, expected):
+    save_pretrained(small_encoder(), tmp_path)
+    edit(tmp_path, config={key: value})
+    with pytest.raises(ValueError, match=f"config.json has {key} {value!r}, expected {expected}"):
+        load_pretrained(tmp_path)
+
+
+def test_loading_asks_for_every_size_and_for_room_beside_padding(tmp_path):
+    save_pretrained(small_encoder(), tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    for key in ("vocab_size", "num_attention_heads", "max_position_embeddings"):
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k != key}))
+        with pytest.raises(ValueError, match=f"config.json has {key} None, expected int of at least 1"):
+            load_pretrained(tmp_path)
+    words, pad = raw["vocab_size"], raw["pad_token_id"]
+    no_word = {"pad_token_id": words, "max_position_embeddings": words + 9}
+    for change in (no_word, {"max_position_embeddings": pad + 1}):
+        (tmp_path / "config.json").write_text(json.dumps(raw | change))
+        with pytest.raises(ValueError, match="leaves no word or no position for a token"):
+            load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize("text", [b"{", b"[]", b"\xff"])
+def test_loading_refuses_damaged_json_by_file(tmp_path, name, text):
+    save_pretrained(small_encoder(), tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(ValueError, match=f"{name} is damaged: it holds no JSON object"):
+        load_pretrained(tmp_path)
+
+
+def test_loading_refuses_weights_without_names(tmp_path):
+    save_pretrained(small_encoder(), tmp_path)
+    torch.save([torch.zeros(3)], tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="have no names: expected a dictionary of tensors"):
+        load_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / "pytorch_model.bin.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"lacks \d+ tensors: embeddings.word_embeddings.weight"):
+        load_pretrained(tmp_path)
+
+
 def test_safetensors_files_need_their_package_and_must_be_whole(tmp_path, monkeypatch):
     save_pretrained(small_encoder(), tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not a checkpoint")
