@@ -1,11 +1,13 @@
 """The parameter budget: how many triplets are expected, how many stay, and what drives the one to the other.
 
-    C = sum_i E||G_i||_0 (d_i + k_i) / sum_i r_i (d_i + k_i)        Eq. (11), a ratio of sums over the matrices i
+    C = sum_i E||G_i||_0 (d_i + k_i) / sum_i r_i (d_i + k_i)        Eq. (11), over matrices i of rank r_i at creation
     min over A, B, Theta, max over lambda >= 0 of   loss + beta R_orth + lambda (C - b)^2        Eq. (12)
 
 with b the target density. C = b holds in expectation; what is kept is decided once, at T_end, by `freeze_gates`
 (section 3.5). Functions over layers take any iterable of SaLoRALinear.
 """
+
+from math import floor
 
 import torch
 from torch import nn
@@ -104,7 +106,7 @@ def freeze_gates(layers, density, rule="budget", survivors="one"):
     else:
         masks = [torch.zeros(layer.r, dtype=torch.bool) for layer in layers]
         triplets = [(i, j, v) for i, m in enumerate(layers) for j, v in enumerate(m.gate.log_theta.tolist())]
-        limit, spent = density * total_parameters(layers), 0
+        limit, spent = floor(density * total_parameters(layers) + 1e-6), 0  # 0.29 x 12,800 is 3,711.9999... in floats
         for i, j, _ in sorted(triplets, key=lambda t: -t[2]):  # a stable sort keeps ties in order
             if spent + layers[i].triplet_size <= limit:
                 spent += layers[i].triplet_size
@@ -148,7 +150,7 @@ class Lagrangian(nn.Module):
     """The penalty of Eq. (12) with its multipliers: call it on C, backpropagate, then `ascend`.
 
     controller "quadratic":  lam[0] (C - b)^2, ascent by Adam
-               "sgd":        the same with plain gradient steps, the paper to the letter: it hardly moves
+               "sgd":        the same with plain gradient steps, as in Algorithm 1: it hardly moves
                "linear":     lam[0] (C - b_t) + lam[1] (C - b_t)^2, ascent by Adam
                "projection": none, lam stays 0; instead `project` puts C on b_t after every step
     b_t falls from C's start to b during the first half of the window.

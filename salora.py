@@ -72,10 +72,10 @@ class SaLoRALinear(nn.Module):
 
 
 def adapt(model, targets, r=8, alpha=16):
-    """Freeze the model and replace, in place, every nn.Linear that a target names by a SaLoRALinear.
+    """Freeze the model, and replace, in place, every nn.Linear that a target names by a SaLoRALinear.
 
     targets: names or name suffixes ("query", "layers.0.query"), or regular expressions for the whole name.
-    Parts that should train beside the adapters, such as a classifier head, are to be unfrozen afterwards.
+    What should train beside them, such as a classifier head or earlier adapters, is to be unfrozen afterwards.
     Returns the model. Raises ValueError for a target without a match or with none but other kinds of module.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
@@ -92,8 +92,9 @@ def adapt(model, targets, r=8, alpha=16):
             names = sorted({n.rsplit(".", 1)[-1] for n in linears}) or ["none"]
             raise ValueError(f"target {target!r} {matched}; nn.Linear layers here: {', '.join(names)}")
         chosen.update({id(modules[n]): modules[n] for n in found})
+    new = {key: SaLoRALinear(linear, r, alpha) for key, linear in chosen.items()}
     model.requires_grad_(False)
-    return _replace(model, {key: SaLoRALinear(linear, r, alpha) for key, linear in chosen.items()})
+    return _replace(model, new)
 
 
 def _replace(model, new):
@@ -129,7 +130,8 @@ def canonicalize(layer):
     """
     if not layer.B.any():
         return
-    (Qb, Rb), (Qa, Ra) = torch.linalg.qr(layer.B), torch.linalg.qr(layer.A.T)  # B = Qb Rb, A^T = Qa Ra
+    B, A = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in (layer.B, layer.A))  # no QR in half precision
+    (Qb, Rb), (Qa, Ra) = torch.linalg.qr(B), torch.linalg.qr(A.T)  # B = Qb Rb, A^T = Qa Ra
     U, S, Vt = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)  # the r x r heart of B A = Qb (Rb Ra^T) Qa^T
     n = len(S)  # min(r, d, k): triplets beyond it add nothing
     layer.B.zero_()[:, :n] = Qb @ U * S.sqrt()  # (d, n)
@@ -156,15 +158,16 @@ def merge(model):
     """Fold every update into its frozen weight, in place; returns the model, with plain nn.Linear layers again.
 
     W <- W + (alpha / r0) B diag(g) A with settled gates, so the merged model equals the gated one in eval mode.
+    The new W is a tensor of its own: whatever else uses the old one, such as a tied embedding, keeps it.
     """
     layers = salora_layers(model).values()
     for layer in layers:
-        layer.base.weight += layer.delta()
+        layer.base.weight = nn.Parameter(layer.base.weight + layer.delta(), requires_grad=False)
     return _replace(model, {id(layer): layer.base for layer in layers})
 
 
 def adapter_state(model):
-    """All that training changes, as plain tensors and numbers: the triplets by layer and every other trained weight."""
+    """The triplets by layer and every other trained weight, as plain tensors and numbers; no buffers, no `base`."""
     layers = salora_layers(model)
     inside = {id(p) for layer in layers.values() for p in layer.parameters()}
     others = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside}
@@ -180,13 +183,14 @@ def adapter_state(model):
 
 
 def load_adapter_state(model, state):
-    """Give a model, plain or adapted, the layers and weights of `adapter_state`. Returns the model, otherwise frozen.
+    """Give a model the layers and weights of `adapter_state` instead of those it had. Returns it, otherwise frozen.
 
-    Raises ValueError, before anything changes, where a name or a shape does not fit the model.
+    Raises ValueError, before any number changes, where a name or a shape does not fit the model.
     """
     if not isinstance(state, dict) or state.get("format") != "salora-1":
         raise ValueError("not a SaLoRA adapter: no 'format': 'salora-1' in it")
-    modules, parameters, new = dict(model.named_modules()), dict(model.named_parameters()), {}
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    new = {id(layer): layer.base for layer in salora_layers(model).values()}
     for name, saved in state["layers"].items():
         old = modules.get(name)
         base = old.base if isinstance(old, SaLoRALinear) else old
@@ -195,7 +199,7 @@ def load_adapter_state(model, state):
             raise ValueError(f"the adapter has a layer {name} of shape {shape}, but the model has {base} there")
         new[id(old)] = layer = SaLoRALinear(base, saved["r0"], saved["alpha"]).train(old.training)
         device = base.weight.device
-        layer.A, layer.B = nn.Parameter(saved["A"].to(device)), nn.Parameter(saved["B"].to(device))
+        layer.A, layer.B = (nn.Parameter(saved[side].to(base.weight)) for side in "AB")  # its device and dtype
         layer.gate.log_theta = nn.Parameter(saved["log_theta"].to(device))
         layer.gate.u = torch.full_like(layer.gate.log_theta, 0.5)
         layer.gate.fixed = None if saved["fixed"] is None else saved["fixed"].to(device)
@@ -226,8 +230,11 @@ def export_peft(model, folder, rename=str, pad=False):
     pad:    False: closed triplets are left out, and rank_pattern and alpha_pattern tell each matrix's rank;
             True: every matrix has the largest rank, filled up with zeros, for engines that know no patterns
     Gates are folded into B. Weights trained beside the triplets, a classifier head, go along as modules_to_save.
-    Raises ValueError where there is nothing to export.
+    Raises ValueError where there is nothing to export, and for a layer that the model uses under two names.
     """
+    names = [name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, SaLoRALinear)]
+    if len(names) > len(salora_layers(model)):
+        raise ValueError(f"PEFT's files hold one name a layer, but two of these are one layer: {', '.join(names)}")
     state, layers = adapter_state(model), {name: layer for name, layer in salora_layers(model).items() if layer.r}
     gates = {name: layer.gate.settled() for name, layer in layers.items()}
     layers = {name: layer for name, layer in layers.items() if pad or gates[name].any()}  # PEFT knows no rank 0
@@ -286,6 +293,8 @@ def import_peft(model, folder, rename=str):
         config = {"bias": "none", **json.load(file)}
     plain = dict(peft_type="LORA", bias="none", lora_bias=0, use_dora=0, use_rslora=0, fan_in_fan_out=0)
     odd = [f"{key} is {config.get(key)}" for key, value in plain.items() if (config.get(key) or 0) != value]
+    if re.match("pissa|olora|loftq|corda|lora_ga", str(config.get("init_lora_weights"))):  # these change the base
+        odd.append(f"init_lora_weights is {config['init_lora_weights']}")
     if odd:
         raise ValueError(f"{folder} holds no plain LoRA adapter: {', '.join(odd)}")
     path = os.path.join(folder, "adapter_model.safetensors")

@@ -7,7 +7,6 @@ Names of parameters are ours; `hub_name` translates them to those of published c
 """
 
 import json
-import pickle
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -217,7 +216,7 @@ def load_pretrained(folder, head=None, **changes):
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no config.json in {folder}; expected the folder of a RoBERTa or BERT checkpoint")
-    raw = read_json(folder / "config.json")
+    raw = {"layer_norm_eps": 1e-12, "type_vocab_size": 2, **read_json(folder / "config.json")}  # what absence means
     for i, f in enumerate(fields(TransformerConfig)[:-1]):  # numbers; for the first six, sizes, no default will do
         value, least = (raw.get(f.name), 1) if i < 6 else (raw.get(f.name, f.default), 0)
         if type(value) not in (int, f.type) or value < least:
@@ -297,8 +296,9 @@ def read_torch(path):
     """torch.load of tensors and plain values to the CPU; ValueError for a file that is damaged or holds more."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
-        raise ValueError(f"{path} is damaged or not a PyTorch file of plain tensors") from None
+    except Exception as error:  # bytes that mean something else can stop an unpickler anywhere
+        foreign = ValueError(f"{path} is damaged or not a PyTorch file of plain tensors")
+        raise error if isinstance(error, OSError) else foreign from None
 
 
 def save_pretrained(model, folder):

@@ -45,6 +45,7 @@ def build(args):
     encoder, config = load_pretrained(folder, **({} if args.dropout is None else dict.fromkeys(rates, args.dropout)))
     encoder.recompute = args.recompute
     tokenizer = tokenizer_for(folder, config, mini)
+    args.weights = str(Path(folder).resolve())  # so that --evaluate and --resume find it from anywhere
     torch.manual_seed(args.seed)
     model = SequenceClassifier(encoder, task.num_labels)
     if args.method in ("salora", "lora"):
@@ -143,7 +144,7 @@ def fine_tune(args, model, train, out, saved=None, batch_of=batch_of):
                 layer.gate.fixed = None
                 if args.canonical:
                     canonicalize(layer)
-                    optimizer.state.pop(layer.A, None), optimizer.state.pop(layer.B, None)
+                    optimizer.state.pop(layer.A, None), optimizer.state.pop(layer.B, None)  # of other triplets
             if args.spread:
                 start_gates(layers, args.spread)
         if step == schedule.T_end and layers:
@@ -225,10 +226,9 @@ def prune_with_state(layer, optimizer):
 
 def run(args, out, model, train, dev, saved):
     """Train, score, write the run's files; returns the summary, or None in all workers but the first."""
-    task, layers = task_of(args.task), salora_layers(model)
+    task, budgeted = task_of(args.task), total_parameters(salora_layers(model).values())
     everything = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    budgeted = total_parameters(layers.values())
     me, many = workers()
     device = args.device + (f" and {many - 1} more" if many > 1 else "")
     print(f"{args.task}, {args.method}, seed {args.seed} on {device}: {len(train)} training rows, {len(dev)} dev")
@@ -264,10 +264,10 @@ def run(args, out, model, train, dev, saved):
 def evaluate(args, out, test=None):
     """Score a finished run on its dev rows or, given a test file without labels, write what GLUE wants submitted."""
     task = task_of(args.task)
-    rows = read_rows(Path(test), task, labelled=False) if test else load_task(args.task, args.data)[1]
+    rows = load_task(args.task, args.data)[1] if test is None else read_rows(Path(test), task, labelled=False)
     model, encode = build(args)
     predicted = predict(load_adapter_state(model, read_torch(out / "adapter.pt")), encode(rows), args.device)
-    if test:
+    if test is not None:
         path = report.write_predictions(out, task, Path(test).name, predicted)
         print(f"{args.task}: {len(rows)} rows of {test} labelled; see {path}")
         return {"predictions": str(path)}
@@ -287,24 +287,26 @@ def main(argv=None):
         except (ValueError, OSError) as error:
             parser.error(str(error))
 
-    if args.evaluate or args.predict:
+    if args.evaluate is not None or args.predict is not None:
         return checked(evaluate, *checked(finished, args, parser))
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():  # torchrun started us
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("nccl" if torch.cuda.is_available() and args.device != "cpu" else "gloo")
     me, many = workers()
     summaries, quiet = [], redirect_stdout(None) if me else nullcontext()
     jobs = checked(plan, args, parser)
     with quiet:
         for settings, out, saved in jobs:
-            for turn in range(many):  # one after the other: the first may have an encoder to pre-train
-                if turn == me:
-                    prepared = checked(prepare, settings, out)
-                if many > 1:
-                    dist.barrier()
             try:
+                for turn in range(many):  # one after the other: the first may have an encoder to pre-train
+                    if turn == me:
+                        prepared = checked(prepare, settings, out)
+                    if many > 1:
+                        dist.barrier()
                 summaries.append(run(settings, out, *prepared, saved))
             except KeyboardInterrupt:
-                parser.exit(130, f"\ninterrupted; go on from the last whole epoch with --resume {out}\n")
+                begun = (out / "checkpoint.pt").is_file()
+                hint = f"go on from the last whole epoch with --resume {out}" if begun else "no epoch was finished"
+                parser.exit(130, f"\ninterrupted; {hint}\n")
             except FloatingPointError as error:
                 parser.error(str(error))
     if len(jobs) == 1:

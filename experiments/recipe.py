@@ -128,11 +128,11 @@ def main(argv=None):
     parser.add_argument("--tasks", nargs="+", default=list(MINI_TASKS), metavar="T", help="default: all generated ones")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="default 0 1 2")
     parser.add_argument("--quick", action="store_true", help="one task, one seed, 100 steps: to see that it works")
-    parser.add_argument("--out", default="runs/recipe", metavar="DIR", help="default runs/recipe")
+    parser.add_argument("--out", metavar="DIR", help="default runs/recipe, or runs/recipe-quick")
     args, flags = parser.parse_known_args(argv)  # the rest goes to the main job
     if args.quick:
         args.tasks, args.seeds, flags = args.tasks[:1], args.seeds[:1], [*flags, "--steps", "100"]
-    out = Path(args.out)
+    out = Path(args.out or ("runs/recipe-quick" if args.quick else "runs/recipe"))
     out.mkdir(parents=True, exist_ok=True)
     path = out / "recipe.csv"
     variants = dict.fromkeys(v for name in args.variants for v in GROUPS.get(name, [name]))

@@ -1,7 +1,6 @@
 """The command line of the main job: flags, the defaults that depend on each other, and the runs that they ask for."""
 
 import argparse
-import json
 import os
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from budget import CONTROLLERS, GateSchedule, Lagrangian
 from glue.mini import TASKS as MINI_TASKS
 from glue.tasks import NAMES, TASKS
-from tiny_transformer import read_torch
+from tiny_transformer import read_json, read_torch
 
 ABOUT = "Fine-tune an encoder on a GLUE task, or on a generated stand-in for one, with SaLoRA."
 RECIPES = {  # decisions that go together; a single flag overrides its part
@@ -45,7 +44,11 @@ def above_zero(text, what="a number above 0"):
 
 
 def zero_or_above(text):
-    return 0.0 if text.strip("0.") == "" else above_zero(text, "a number, 0 or above")
+    try:
+        zero = float(text) == 0
+    except ValueError:
+        zero = False
+    return 0.0 if zero else above_zero(text, "a number, 0 or above")
 
 
 def share(text):
@@ -75,7 +78,7 @@ def build_parser():
     g.add_argument("--rank", type=positive, metavar="R", help="triplets a matrix at the start (default 8)")
     g.add_argument("--alpha", type=above_zero, help="an update's scale is alpha / rank (default 16)")
     g.add_argument("--recipe", choices=list(RECIPES), help="exact (default): what measures best; "
-                   "paper: as published; the flags below override parts of it")
+                   "paper: as published, but for SGD, which hardly moves; other flags override parts of it")
     g.add_argument("--density", type=float, metavar="B", help="share of the adapter parameters to keep (default 0.5)")
     g.add_argument("--rule", choices=["budget", "median"], help="which triplets stay: the best that fit the budget, "
                    "or those whose median gate is positive")
@@ -110,7 +113,7 @@ def build_parser():
     g.add_argument("--max-length", type=positive, default=128, metavar="N", help="tokens a row at most (default 128)")
     g.add_argument("--seed", type=int, nargs="+", default=[0], metavar="S", help="one or several runs (default 0)")
     g = p.add_argument_group("hardware")
-    g.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps; several processes "
+    g.add_argument("--device", help="auto (default), cpu, cuda, cuda:N or mps; several processes "
                    "share a batch under torchrun --nproc-per-node=N train_glue_mini.py ...")
     g.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the model's matrix products; "
                    "weights, gates and penalties stay in fp32 (default fp32)")
@@ -119,7 +122,8 @@ def build_parser():
                    "and compute it again for its gradient, for memory")
     g.add_argument("--compile", action="store_true", help="torch.compile the model")
     g = p.add_argument_group("output")
-    g.add_argument("--out", metavar="DIR", help="a new folder for the run (default runs/TASK-METHOD-sSEED)")
+    g.add_argument("--out", metavar="DIR", help="a new folder for the run (default runs/TASK-METHOD-sSEED, "
+                   "with -1, -2 ... behind it where that is taken)")
     g.add_argument("--resume", metavar="RUN", help="go on with an interrupted run; its other settings come from there")
     g = p.add_argument_group("afterwards")
     g.add_argument("--evaluate", metavar="RUN", help="score a finished run; goes with --data and --device")
@@ -132,7 +136,7 @@ def device_of(name):
     """A device that is there, under torchrun the one of this process. Raises ValueError for one that is not."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=name).item()  # the meta device can make it, but has nothing to read
@@ -164,7 +168,7 @@ def settle(args):
     if args.dropout is None and args.method in ("salora", "lora") and args.recipe != "paper":
         args.dropout = 0.0
     Lagrangian(args.density), GateSchedule(1, *args.window)  # they check their values
-    args.device = device_of(args.device)
+    args.device = device_of(args.device or "auto")
     return args
 
 
@@ -175,7 +179,7 @@ def read_run(args, parser, flag, *allowed):
         raise ValueError(f"--{flag} takes its settings from the run: drop --{more[0].replace('_', '-')}")
     folder = Path(getattr(args, flag))
     try:
-        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        settings = read_json(folder / "settings.json")
         known = set(settings) == set(vars(args))
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"no settings.json in {folder}; expected the folder of a run") from None
@@ -184,13 +188,13 @@ def read_run(args, parser, flag, *allowed):
     if not known:
         raise ValueError(f"{folder}/settings.json is damaged, or of another version of this program")
     settings = argparse.Namespace(**settings)
-    settings.device = device_of(args.device if args.device != "auto" else settings.device)
+    settings.device = device_of(args.device or settings.device)
     return settings, folder
 
 
 def finished(args, parser):
     """What --evaluate and --predict ask for: (settings, folder, test file or None)."""
-    if not args.evaluate:
+    if args.evaluate is None:
         raise ValueError("--predict needs --evaluate RUN, the finished run whose model is to label the rows")
     settings, folder = read_run(args, parser, "evaluate", "predict", "data", "device")
     if not (folder / "summary.json").is_file():
@@ -201,7 +205,7 @@ def finished(args, parser):
 
 def plan(args, parser):
     """The runs that the command line asks for: a list of (settings, folder, checkpoint or None)."""
-    if args.resume:
+    if args.resume is not None:
         settings, folder = read_run(args, parser, "resume", "device")
         path = folder / "checkpoint.pt"
         if not path.is_file():
@@ -211,8 +215,8 @@ def plan(args, parser):
             raise ValueError(f"{path} is not a checkpoint of this program")
         return [(settings, folder, saved)]
     settle(args)
-    if len(set(args.seed)) < len(args.seed):
-        raise ValueError(f"--seed lists a seed twice: {' '.join(map(str, args.seed))}")
+    if len(set(args.seed)) < len(args.seed) or max(map(abs, args.seed)) >= 10**9:
+        raise ValueError(f"--seed takes different numbers below 10^9, got {' '.join(map(str, args.seed))}")
     tasks = list(MINI_TASKS) if args.task == "all" else [args.task]
     many = len(tasks) * len(args.seed) > 1
     name = f"{args.task}-{args.method}" + ("" if many else f"-s{args.seed[0]}")

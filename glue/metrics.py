@@ -20,8 +20,8 @@ def f1(predicted, gold):
 def pearson(predicted, gold):
     """Covariance over the product of deviations."""
     x, y = (np.asarray(v, dtype=np.float64) - np.mean(v, dtype=np.float64) for v in (predicted, gold))
-    scale = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / scale) if scale else 0.0
+    constant = np.ptp(predicted) == 0 or np.ptp(gold) == 0  # whose x or y need not be exactly 0
+    return 0.0 if constant else float(x @ y / np.sqrt((x @ x) * (y @ y)))
 
 
 def matthews(predicted, gold):

@@ -2,6 +2,7 @@
 
 import math
 import random
+from fractions import Fraction
 
 import pytest
 import torch
@@ -154,12 +155,19 @@ def test_noise_changes_only_when_it_is_drawn_anew():
 # Which triplets stay
 
 
+@pytest.mark.parametrize("r,density,kept", [(100, 0.29, 29), (49, 1 / 49, 1), (7, 6 / 7, 6), (100, 0.2899, 28)])
+def test_budget_rule_loses_no_triplet_to_rounding(r, density, kept):
+    layer = make_layer(64, 64, r, seed=0)
+    freeze_gates([layer], density)
+    assert int(layer.gate.fixed.sum()) == kept, f"{density} of {r} triplets"
+
+
 @given(banks() | banks(ties=True), densities)
 def test_budget_rule_never_overspends_wastes_no_room_and_respects_the_order(bank, density):
     note(f"(cost, log theta) of the triplets: {sizes_of(bank)}")
     freeze_gates(iter(bank), density)
     costs, mask = [cost for cost, _ in sizes_of(bank)], mask_of(bank)
-    limit = density * total_parameters(bank)
+    limit = math.floor(Fraction(str(density)) * total_parameters(bank) + Fraction(1, 10**6))  # all but exact
     spent = sum(cost for cost, kept in zip(costs, mask) if kept)
     assert spent <= limit, f"kept {spent} parameters, but should keep at most {limit}"
     assert all(spent + cost > limit for cost, kept in zip(costs, mask) if not kept), "a closed triplet would still fit"

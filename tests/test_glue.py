@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from glue import metrics, mini, pretrain
 from glue.tasks import DEV_ROWS, NAMES, TASKS, TRAIN_ROWS, load_task, read_rows, task_of
-from glue.tokens import MiniTokenizer, collate, load_tokenizer, tokenizer_for
+from glue.tokens import MiniTokenizer, batch_of, batches_of, collate, load_tokenizer, tokenizer_for
 from strategies import generator, seeds
-from tiny_transformer import TransformerConfig
+from tiny_transformer import SequenceClassifier, TinyTransformer, TransformerConfig
 
 # mini-GLUE
 
@@ -318,6 +318,33 @@ def test_a_folder_without_tokeniser_files_has_none(tmp_path):
     assert load_tokenizer(tmp_path) is None
 
 
+# Batches
+
+
+@pytest.mark.parametrize("types", [1, 2])
+def test_a_batch_has_token_types_where_the_encoder_has_them(types):
+    encoder = TinyTransformer(TransformerConfig(130, 8, 1, 1, 8, 48, types))
+    rows = MiniTokenizer().encode([("the dog", "a cat .", 1), ("the film", None, 0)])
+    (ids, mask, found), labels = batch_of(rows, SequenceClassifier(encoder, 2), "cpu")
+    assert ids.shape == mask.shape == (2, 8) and mask.sum(1).tolist() == [8, 4] and labels.tolist() == [1, 0]
+    expected = [[0, 0, 0, 0, 1, 1, 1, 1], [0] * 8]
+    assert found is None if types == 1 else found.tolist() == expected
+
+
+def test_batches_hold_every_row_once_in_an_order_of_the_seeds_own():
+    rows = [([0] * (1 + i % 7), None, i) for i in range(50)]
+    epochs = {(pool, seed): batches_of(rows, 8, pool, seed) for pool in (1, 3) for seed in (0, 1)}
+    numbers = {key: [[row[2] for row in batch] for batch in batches] for key, batches in epochs.items()}
+    for (pool, _), batches in numbers.items():
+        assert sorted(sum(batches, [])) == list(range(50)) and sorted(map(len, batches)) == [2, *[8] * 6]
+        assert sorted(sum(batches, [])) != sum(batches, []) and all(batch != sorted(batch) for batch in batches[:1])
+        assert batches_of(rows, 8, pool, 0) == epochs[pool, 0]
+    assert numbers[1, 0] != numbers[1, 1] and numbers[3, 0] != numbers[3, 1]
+    lengths = [[len(row[0]) for row in batch] for batch in epochs[3, 0]]
+    assert max(max(some) - min(some) for some in lengths) < 7 - 1, "rows of like length meet"
+    assert [some[0] for some in lengths] != sorted(some[0] for some in lengths), "and not the short ones first"
+
+
 # Metrics
 
 
@@ -330,6 +357,10 @@ def test_metrics_by_hand():
     assert metrics.spearman([1, 2, 3], [10, 400, 500]) == 1
     assert metrics.spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(np.sqrt(3) / 2)
     assert metrics.matthews([1, 1], [0, 1]) == metrics.pearson([1, 1], [0, 1]) == metrics.f1([0, 0], [0, 0]) == 0
+
+
+def test_a_constant_whose_mean_is_rounded_has_no_correlation():
+    assert metrics.pearson([3.8] * 6, [2.2] * 6) == metrics.pearson([3.8] * 6, [1, 2, 3, 4, 5, 6]) == 0
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=40))
@@ -348,6 +379,13 @@ def test_correlations_equal_scipys(pairs):
     if x.std() > 0 and y.std() > 0:
         assert metrics.pearson(x, y) == pytest.approx(stats.pearsonr(x, y)[0], abs=1e-9)
         assert metrics.spearman(x, y) == pytest.approx(stats.spearmanr(x, y)[0], abs=1e-9)
+
+
+def test_second_metrics_and_dev_files_are_glues():
+    assert {name for name, task in TASKS.items() if task.also == "f1"} == {"mrpc", "qqp"}
+    assert TASKS["stsb"].also == "spearman"
+    assert {task.dev for name, task in TASKS.items() if name != "mnli"} == {"dev.tsv"}
+    assert TASKS["mnli"].dev == "dev_matched.tsv"
 
 
 def test_every_task_has_metrics_that_exist():

@@ -160,6 +160,7 @@ def test_export_refuses_an_empty_adapter_and_import_what_it_cannot_represent(tmp
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     odd = [("peft_type", "ADALORA"), ("peft_type", "VERA"), ("peft_type", None), ("bias", "all"), ("bias", "lora_only")]
     odd += [(key, True) for key in ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias")]
+    odd += [("init_lora_weights", name) for name in ("pissa_niter_4", "olora", "loftq", "corda")]
     torch.save({"0.lora_A.weight": Bomb()}, tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_model.safetensors").unlink(missing_ok=True)
     with pytest.raises(pickle.UnpicklingError, match="weights_only"):
@@ -168,3 +169,12 @@ def test_export_refuses_an_empty_adapter_and_import_what_it_cannot_represent(tmp
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(ValueError, match=f"no plain LoRA adapter: {key} is {value}$"):
             import_peft(nn.Sequential(nn.Linear(4, 3)), tmp_path)
+
+
+def test_a_layer_under_two_names_is_not_exported(tmp_path):
+    layer = nn.Linear(4, 4)
+    model = trained(nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)), [r"\d"], False)
+    model.append(model[0])
+    with pytest.raises(ValueError, match="two of these are one layer: 0, 2, 3, 4, 5$"):
+        export_peft(model, tmp_path)
+    assert not list(tmp_path.iterdir())

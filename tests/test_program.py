@@ -199,6 +199,24 @@ def test_frozen_weights_stay_bitwise_and_survivors_are_plain_lora(go, monkeypatc
     assert all(torch.equal(layer.gate.fixed, torch.ones(layer.r)) and layer.scale == 2 for layer in layers)
 
 
+@pytest.mark.parametrize("flag,moments", [("--canonical", False), ("--no-canonical", True)])
+def test_moments_start_anew_with_canonical_triplets_only(go, monkeypatch, flag, moments):
+    made, seen, AdamW, resample = [], [], torch.optim.AdamW, train_glue_mini.resample
+
+    def make(*values, **named):
+        made.append(AdamW(*values, **named))
+        return made[-1]
+
+    def spy(layers, noise):
+        seen.append({p in made[0].state for layer in layers for p in (layer.A, layer.B)})
+        resample(layers, noise)
+
+    monkeypatch.setattr(torch.optim, "AdamW", make)
+    monkeypatch.setattr(train_glue_mini, "resample", spy)
+    go(flag)
+    assert seen[0] == {moments} and seen[1] == {True}
+
+
 def test_pruning_cuts_the_moments_of_adam_with_the_parameters():
     from strategies import make_layer
 
@@ -390,6 +408,7 @@ def test_recipes_are_the_published_one_and_the_default():
     assert (paper.rule, paper.survivors, paper.canonical, paper.beta) == ("median", "median", False, 0.1)
     assert (exact.rule, exact.survivors, exact.canonical) == ("budget", "one", True)
     assert (exact.restart, paper.restart) == (True, False)
+    assert exact.epochs == 12 and settle(parser.parse_args(["--task", "sst2"])).epochs == 3
     assert settle(parser.parse_args([])).__dict__ == {**exact.__dict__, "recipe": None}
     assert settle(parser.parse_args(["--recipe", "paper", "--rule", "budget"])).rule == "budget"
     full, lora = (settle(parser.parse_args(["--method", name])) for name in ("full", "lora"))
@@ -431,7 +450,8 @@ def refused(capsys, call, *flags):
         (["--dropout", 1.5], "argument --dropout: expected a number from 0 to below 1, got '1.5'"),
         (["--warmup", 1], "argument --warmup: expected a number from 0 to below 1, got '1'"),
         (["--max-length", 5], "--max-length must be at least 6, room for four special tokens"),
-        (["--seed", 0, 1, 0], "--seed lists a seed twice: 0 1 0"),
+        (["--seed", 0, 1, 0], "--seed takes different numbers below 10^9, got 0 1 0"),
+        (["--seed", 10**16], "--seed takes different numbers below 10^9, got 10000000000000000"),
         (["--epochs", 1, "--steps", 1], "argument --steps: not allowed with argument --epochs"),
         (["--data", "."], "task mini-cola is generated and reads no --data: drop it, or take --task cola"),
         (["--method", "full", "--rank", 4], "--rank is about adapters, which --method full has not"),
@@ -447,12 +467,42 @@ def refused(capsys, call, *flags):
         (["--resume", "nowhere"], "no settings.json in nowhere; expected the folder of a run"),
         (["--evaluate", "nowhere"], "no settings.json in nowhere; expected the folder of a run"),
         (["--predict", "test.tsv"], "--predict needs --evaluate RUN"),
+        (["--predict", ""], "--predict needs --evaluate RUN"),
+        (["--beta", ""], "argument --beta: expected a number, 0 or above, got ''"),
         (["--resume", "nowhere", "--lr", 1], "--resume takes its settings from the run: drop --lr"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(go, tmp_path, capsys, flags, message):
     assert message in refused(capsys, go, *flags)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_says_what_can_be_done(go, tmp_path, capsys, monkeypatch):
+    def stop(*values):
+        raise KeyboardInterrupt
+
+    for name in ("load_task", "task_loss"):
+        with monkeypatch.context() as now, pytest.raises(SystemExit) as exit_:
+            now.setattr(train_glue_mini, name, stop)
+            go("--out", tmp_path / "run" / name)
+        assert exit_.value.code == 130
+        assert capsys.readouterr().err == "\ninterrupted; no epoch was finished\n"
+
+
+def test_a_run_is_evaluated_on_the_device_that_is_asked_for(go, tmp_path):
+    go("--out", tmp_path / "run")
+    path = tmp_path / "run" / "settings.json"
+    path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda:9"'))
+    with pytest.raises(SystemExit):
+        go("--evaluate", tmp_path / "run")
+    assert "score" in go("--evaluate", tmp_path / "run", "--device", "auto")
+
+
+def test_a_run_is_evaluated_from_any_folder(go, tmp_path, monkeypatch, tiny_weights):
+    monkeypatch.chdir(tiny_weights.parent)
+    summary = go("--weights", tiny_weights.name, "--task", "mini-stsb", "--out", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    assert go("--evaluate", "run")["score"] == summary["score"]
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_training(go, tmp_path, capsys):
@@ -485,7 +535,7 @@ def test_an_official_task_without_an_encoder_is_refused(tmp_path, capsys):
 def test_a_damaged_adapter_is_refused_and_left_alone(go, tmp_path, capsys):
     go("--out", tmp_path / "run")
     path = tmp_path / "run" / "adapter.pt"
-    for content in (b"", b"noise", path.read_bytes()[:1000]):
+    for content in (b"", b"noise", b"hello world", b"version 1", path.read_bytes()[:1000]):
         path.write_bytes(content)
         assert "adapter.pt is damaged" in refused(capsys, go, "--evaluate", path.parent)
         assert path.read_bytes() == content
@@ -505,7 +555,7 @@ def test_damaged_and_foreign_checkpoints_are_refused_and_left_alone(go, tmp_path
     assert "checkpoint.pt is not a checkpoint of this program" in refused(capsys, go, "--resume", path.parent)
     torch.save([1], path)
     assert "is not a checkpoint of this program" in refused(capsys, go, "--resume", path.parent)
-    for settings in ("{", "[]", '{"task": "mini-cola"}'):
+    for settings in ("{", "[]", "null", '{"task": "mini-cola"}'):
         (path.parent / "settings.json").write_text(settings)
         for flag in ("--resume", "--evaluate"):
             assert "settings.json is damaged, or of another version" in refused(capsys, go, flag, path.parent)

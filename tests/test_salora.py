@@ -169,6 +169,14 @@ def test_canonical_triplets_keep_the_product_and_are_a_singular_basis(d, k, r, s
         assert_close(gram, torch.diag(expected), 256)  # orthogonal, sorted, and S shared evenly between A and B
 
 
+def test_canonical_triplets_in_half_precision():
+    layer = make_layer(6, 5, 3, seed=2, dtype=torch.bfloat16)
+    product = layer.B.float() @ layer.A.float()
+    canonicalize(layer)
+    assert layer.A.dtype == layer.B.dtype == torch.bfloat16
+    assert_close((layer.B @ layer.A).detach(), product.bfloat16().detach(), inner=3)
+
+
 def test_canonical_triplets_of_an_untrained_layer_are_left_alone():
     layer = SaLoRALinear(nn.Linear(5, 4), 3, 16)
     before = layer.A.clone()
@@ -234,6 +242,16 @@ def test_merged_model_equals_the_adapted_one_and_merging_twice_changes_nothing()
     assert_close(merged(x), expected, 64)
     again = merged(x)
     assert torch.equal(merge(merged)(x), again)
+
+
+def test_merging_leaves_what_shares_a_weight_as_it_was():
+    net = nn.ModuleDict({"words": nn.Embedding(7, 4), "scores": nn.Linear(4, 7, bias=False)})
+    net["scores"].weight = net["words"].weight  # tied, as in language models
+    randomize(adapt(net, ["scores"], r=2)).eval()
+    x, words = torch.randn(3, 4), net["words"].weight.clone()
+    expected = net["scores"](x)
+    assert_close(merge(net)["scores"](x), expected, inner=4)
+    assert torch.equal(net["words"].weight, words)
 
 
 def test_nothing_merges_when_the_mode_changes():
@@ -334,6 +352,25 @@ def test_saved_adapters_come_back_exactly(tmp_path, stage, training):
         assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
             n for n, p in net.named_parameters() if p.requires_grad
         }
+
+
+def test_loading_an_adapter_removes_the_one_that_was_there(tmp_path):
+    net = randomize(adapt(_seeded_net(), ["shared"], r=2)).eval()
+    salora.save_adapter(net, tmp_path / "a.pt")
+    other = salora.load_adapter(randomize(adapt(_seeded_net(), [".*"], r=3), seed=5).eval(), tmp_path / "a.pt")
+    x = torch.randn(2, 6)
+    assert list(salora_layers(other)) == ["shared"] and torch.equal(other(x), net(x))
+
+
+@pytest.mark.parametrize("dtype,coarser", [(torch.bfloat16, torch.bfloat16), (torch.float64, torch.float32)])
+def test_an_adapter_takes_the_dtype_of_the_model_that_it_is_loaded_into(tmp_path, dtype, coarser):
+    net = randomize(adapt(_seeded_net(), ["shared"], r=2)).eval()
+    salora.save_adapter(net, tmp_path / "a.pt")
+    other = salora.load_adapter(_seeded_net().to(dtype).eval(), tmp_path / "a.pt")
+    x = torch.randn(2, 6)
+    y = other(x.to(dtype)).detach()
+    assert y.dtype == dtype
+    assert_close(y.to(coarser), net(x).to(coarser).detach(), inner=16)
 
 
 class Bomb:

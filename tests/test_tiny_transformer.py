@@ -222,6 +222,15 @@ def test_loading_refuses_numbers_that_are_none(tmp_path, key, value, expected):
         load_pretrained(tmp_path)
 
 
+def test_what_a_config_leaves_out_is_what_published_models_mean_by_it(tmp_path):
+    save_pretrained(small_encoder(), tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    less = {key: value for key, value in raw.items() if key not in ("layer_norm_eps", "type_vocab_size")}
+    (tmp_path / "config.json").write_text(json.dumps(less))
+    config = load_pretrained(tmp_path)[1]
+    assert (config.layer_norm_eps, config.type_vocab_size) == (1e-12, 2)
+
+
 def test_loading_asks_for_every_size_and_for_room_beside_padding(tmp_path):
     save_pretrained(small_encoder(), tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
