@@ -159,7 +159,7 @@ def fine_tune(args, model, train, out, saved=None, batch_of=batch_of):
         falls_from = schedule.T_end if args.restart and phase == "frozen" else 0
         fall = (total - step) / (total - falls_from)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * fall * min(1, (since + 1) / (args.warmup * total + 1))
+            group["lr"] = args.lr * (fall * min(1, (since + 1) / (args.warmup * total + 1)))
         optimizer.zero_grad()
         if phase == "window":
             progress = (step + 1 - schedule.T_start) / schedule.window

@@ -298,7 +298,7 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
     ("tiny_transformer.py", "    if not isinstance(found, dict):\n", "    if found is None:\n",
      "tests/test_tiny_transformer.py::test_loading_refuses_damaged_json_by_file"),
     # The main loop
-    ("train_glue_mini.py", "args.lr * fall *", "args.lr *",
+    ("train_glue_mini.py", "args.lr * (fall * min", "args.lr * (min",
      "tests/test_models.py::test_main_loop_lowers_the_learning_rate_linearly_and_moves_a_and_b_only"),
     ("train_glue_mini.py", "if args.restart and phase", "if phase",
      "tests/test_models.py::test_main_loop_lowers_the_learning_rate_linearly_and_moves_a_and_b_only"),
