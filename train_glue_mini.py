@@ -19,18 +19,37 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from budget import GateSchedule, Lagrangian, expected_density, freeze_gates, kept_density, project
-from budget import resample, start_gates, total_parameters
-from glue import report
-from glue.flags import build_parser, finished, plan
+from budget import (
+    GateSchedule,
+    Lagrangian,
+    expected_density,
+    freeze_gates,
+    kept_density,
+    project,
+    resample,
+    start_gates,
+    total_parameters,
+)
+from cli import report
+from cli.flags import build_parser, finished, plan
+from cli.workers import sum_over_workers, workers
 from glue.metrics import METRICS
 from glue.mini import TASKS as MINI_TASKS
 from glue.pretrain import mini_encoder
 from glue.tasks import load_task, read_rows, task_of
 from glue.tokens import batch_of, batches_of, tokenizer_for
-from salora import adapt, adapter_state, canonicalize, load_adapter_state, orthogonality, prune, salora_layers
-from salora import save_adapter
-from tiny_transformer import SequenceClassifier, load_pretrained, read_torch
+from hub.checkpoints import read_torch
+from salora import (
+    adapt,
+    adapter_state,
+    canonicalize,
+    load_adapter_state,
+    orthogonality,
+    prune,
+    salora_layers,
+    save_adapter,
+)
+from tiny_transformer import SequenceClassifier, load_pretrained
 
 TARGETS = ["query", "key", "value", "out", "up", "down"]  # all six matrices of a layer, as in the paper
 
@@ -81,11 +100,6 @@ def predict(model, rows, device):
     outputs = torch.cat([model(*batch_of([rows[i] for i in batch], model, device)[0]) for batch in batches])
     outputs = outputs[torch.tensor(order).argsort().to(device)].float()  # (rows, labels), as they came
     return (outputs[:, 0] if outputs.shape[1] == 1 else outputs.argmax(1)).tolist()
-
-
-def workers():
-    """(the number of this process, how many train together): (0, 1) unless torchrun started several."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def fine_tune(args, model, train, out, saved=None, batch_of=batch_of):
@@ -200,17 +214,6 @@ def fine_tune(args, model, train, out, saved=None, batch_of=batch_of):
                 line = report.status_line(log[-1], total, args.density, args.batch_size / pace)
                 print(f"{line} | eta {pace * (total - step - 1):.0f} s", flush=True)
     return log, C_end, seconds + time.time() - started
-
-
-def sum_over_workers(loss, parameters):
-    """Each worker saw its share of the batch: add up their gradients, in place, and their losses."""
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([loss.view(1), *(grad.flatten() for grad in grads)])  # adapters are small: one message a step
-    dist.all_reduce(flat)
-    loss, *grads = flat.split([1, *(p.numel() for p in parameters)])
-    for p, grad in zip(parameters, grads):
-        p.grad = grad.view_as(p)
-    return loss[0]
 
 
 def prune_with_state(layer, optimizer):

@@ -28,11 +28,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import freeze_gates, total_parameters
+from cli.flags import build_parser, positive, settle
+from cli.report import append, whole
 from experiments.recipe import VARIANTS
-from glue.flags import build_parser, positive, settle
 from glue.metrics import spearman
 from glue.pretrain import mini_encoder
-from glue.report import append, whole
 from salora import adapt, canonicalize, prune, salora_layers
 from tiny_transformer import MaskedLM, load_pretrained
 from train_glue_mini import TARGETS, fine_tune

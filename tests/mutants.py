@@ -2,11 +2,12 @@
 
     python tests/mutants.py [words]      run the table, or the lines that contain these words; minutes for all
 
-A fault is killed if its test fails on the changed file, which reaches it through SALORA_IMPL (see conftest.py). A test
-that cannot even start does not count.
+A fault is killed if its test fails in a copy of the tree with that one file changed. A test that cannot even start does
+not count.
 """
 
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -126,9 +127,9 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_salora.py::test_an_adapter_takes_the_dtype_of_the_model_that_it_is_loaded_into"),
     ("salora.py", "p.to(torch.promote_types(p.dtype, torch.float32))", "p",
      "tests/test_salora.py::test_canonical_triplets_in_half_precision"),
-    ("salora.py", "if len(names) > len(salora_layers(model))", "if not names",
+    ("hub/peft.py", "if len(names) > len(salora_layers(model))", "if not names",
      "tests/test_peft.py::test_a_layer_under_two_names_is_not_exported"),
-    ("salora.py", 'pissa|olora|loftq|corda|lora_ga', 'pissa|loftq|corda|lora_ga',
+    ("hub/peft.py", 'pissa|olora|loftq|corda|lora_ga', 'pissa|loftq|corda|lora_ga',
      "tests/test_peft.py::test_export_refuses_an_empty_adapter_and_import_what_it_cannot_represent"),
     ("salora.py", "in parent._modules.items()", "in list(parent.named_children())",
      "tests/test_salora.py::test_a_layer_with_two_names_is_adapted_under_both"),
@@ -295,7 +296,7 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_tiny_transformer.py::test_loading_asks_for_every_size_and_for_room_beside_padding"),
     ("tiny_transformer.py", "self.pad_token_id >= self.vocab_size or ", "",
      "tests/test_tiny_transformer.py::test_loading_asks_for_every_size_and_for_room_beside_padding"),
-    ("tiny_transformer.py", "    if not isinstance(found, dict):\n", "    if found is None:\n",
+    ("hub/checkpoints.py", "    if not isinstance(found, dict):\n", "    if found is None:\n",
      "tests/test_tiny_transformer.py::test_loading_refuses_damaged_json_by_file"),
     # The main loop
     ("train_glue_mini.py", "args.lr * (fall * min", "args.lr * (min",
@@ -347,7 +348,7 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_models.py::test_main_loop_drives_c_to_the_density_and_lambda_up"),
     ("train_glue_mini.py", "project(layers, lagrangian.target_at(progress))", "project(layers, args.density)",
      "tests/test_models.py::test_projection_in_the_main_loop_leads_c_down_to_the_density"),
-    ("train_glue_mini.py", "dist.all_reduce(flat)", "pass",
+    ("cli/workers.py", "dist.all_reduce(flat)", "pass",
      "tests/test_program.py::test_two_processes_train_like_one"),
     ("train_glue_mini.py", "v.index_select(axis, kept) if v.dim() == 2 else v", "v",
      "tests/test_program.py::test_pruning_cuts_the_moments_of_adam_with_the_parameters"),
@@ -393,25 +394,27 @@ def check(file, old, new):
         raise ValueError(f"{file} holds {old!r} {found} times, but should once, and the fault must change it")
 
 
-def run_tests(tests, folder=""):
-    """Run tests by node id in this process, with a folder's files in the place of ours: (pytest's status, output)."""
-    os.environ["SALORA_IMPL"] = str(folder)
-    os.chdir(ROOT)
+def run_tests(tests, root=ROOT):
+    """Run tests by node id in this process, on the tree in `root`: (pytest's status, output)."""
+    os.environ.pop("SALORA_IMPL", None)
+    os.chdir(root)
     torch.set_num_threads(1)
     flags = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no:randomly", "--hypothesis-profile=mutants"]
     with redirect_stdout(StringIO()) as said, redirect_stderr(said):
-        status = pytest.main([*flags, *tests])
+        status = pytest.main([*flags, f"--rootdir={root}", *tests])
     return int(status), said.getvalue()
 
 
 def kill(mutant):
-    """(killed, what pytest said) of one line of the table."""
+    """(killed, what pytest said) of one line of the table, tried on a copy of the tree."""
     file, old, new, test = mutant
     check(file, old, new)
     with tempfile.TemporaryDirectory() as folder:
-        text = (ROOT / file).read_text(encoding="utf-8").replace(old, new)
-        (Path(folder) / file).write_text(text, encoding="utf-8")
-        status, said = run_tests([test], folder)
+        copy = Path(folder).resolve() / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "venv", "assets"))
+        path = copy / file
+        path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+        status, said = run_tests([test], copy)
     return status == 1, said  # 1: tests ran, and some failed
 
 

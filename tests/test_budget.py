@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, example, given, note
 from hypothesis import strategies as st
+from strategies import assert_close, banks, generator, layers, make_layer, seeds
 from torch import nn
 
 from budget import (
@@ -23,7 +24,6 @@ from budget import (
 )
 from hard_concrete import sample_gate
 from salora import SaLoRALinear, prune
-from strategies import assert_close, banks, generator, layers, make_layer, seeds
 
 densities = st.floats(0.01, 1) | st.sampled_from([0.125, 0.25, 0.5, 0.75, 1.0])
 

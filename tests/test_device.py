@@ -3,16 +3,16 @@ wrong device, or a value read back in the middle of a step, is an error. With CU
 
 import pytest
 import torch
+from strategies import generator, make_layer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_glue_mini
 from budget import CONTROLLERS, Lagrangian, expected_density, resample, total_parameters
-from glue import report
-from glue.flags import build_parser, settle
+from cli import report
+from cli.flags import build_parser, settle
 from glue.mini import examples
 from glue.tokens import MiniTokenizer
 from salora import adapt, canonicalize, merge, orthogonality, prune, salora_layers
-from strategies import generator, make_layer
 from tiny_transformer import SequenceClassifier, TinyTransformer, TransformerConfig
 from train_glue_mini import TARGETS, fine_tune
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import generator, seeds
 
 from glue import metrics, mini, pretrain
 from glue.tasks import DEV_ROWS, NAMES, TASKS, TRAIN_ROWS, load_task, read_rows, task_of
-from glue.tokens import MiniTokenizer, batch_of, batches_of, collate, load_tokenizer, tokenizer_for
-from strategies import generator, seeds
+from glue.tokens import MiniTokenizer, batch_of, batches_of, collate, tokenizer_for
+from hub.tokenizers import load_tokenizer
 from tiny_transformer import SequenceClassifier, TinyTransformer, TransformerConfig
 
 # mini-GLUE

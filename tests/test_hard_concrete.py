@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import log_thetas, taus
 
 from hard_concrete import (
     GAMMA,
@@ -18,7 +19,6 @@ from hard_concrete import (
     prob_open,
     sample_gate,
 )
-from strategies import log_thetas, taus
 
 N = 20_000
 GRID = (torch.arange(N, dtype=torch.float64) + 0.5) / N  # u = (i + 1/2) / N: every quantile once

@@ -4,15 +4,15 @@ import copy
 
 import pytest
 import torch
+from strategies import assert_close, generator, make_layer, normal
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.checkpoint import checkpoint
 
 import train_glue_mini
 from budget import Lagrangian, expected_density, freeze_gates, kept_density, resample, total_parameters
-from glue.flags import build_parser, settle
+from cli.flags import build_parser, settle
 from salora import adapt, load_adapter, merge, orthogonality, prune, salora_layers, save_adapter
-from strategies import assert_close, generator, make_layer, normal
 from train_glue_mini import fine_tune, predict, task_loss
 
 # Other models: (model in eval mode, its inputs, targets)

@@ -6,9 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import mutants
+import pytest
 from conftest import IMPL, MODULES, ROOT, equation_of
 
 NAMES = [f"{i:03}-{file.removesuffix('.py')}" for i, (file, *_) in enumerate(mutants.MUTANTS)]
@@ -20,7 +19,7 @@ def test_every_fault_has_its_place_once_and_its_test_exists():
         path, name = test.split("::")
         assert f"def {name.split('[')[0]}(" in (ROOT / path).read_text(encoding="utf-8"), test
     assert len(set(mutants.MUTANTS)) == len(mutants.MUTANTS) >= 65
-    assert {file for file, *_ in mutants.MUTANTS} == {f"{name}.py" for name in MODULES}
+    assert {f"{name}.py" for name in MODULES} <= {file for file, *_ in mutants.MUTANTS}
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,14 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
-
-from budget import freeze_gates
-from salora import adapt, export_peft, import_peft, prune, salora_layers
 from strategies import generator
 from test_salora import Bomb
 from test_tiny_transformer import SMALL, batch
+from torch import nn
+
+from budget import freeze_gates
+from hub.peft import export_peft, import_peft
+from salora import adapt, prune, salora_layers
 from tiny_transformer import SequenceClassifier, hub_name, load_pretrained
 
 TARGETS = ["query", "key", "value", "out", "up", "down"]

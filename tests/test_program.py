@@ -12,8 +12,8 @@ import torch
 
 import train_glue_mini
 from budget import freeze_gates
-from glue import report
-from glue.flags import build_parser, settle
+from cli import report
+from cli.flags import build_parser, settle
 from glue.mini import TASKS as MINI_TASKS
 from glue.tasks import NAMES, task_of
 from train_glue_mini import main

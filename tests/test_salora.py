@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import assert_close, layers, make_layer, naive_forward, normal, seeds, sizes
 from torch import nn
 
 import salora
 from budget import freeze_gates
 from hard_concrete import sample_gate
 from salora import SaLoRALinear, adapt, canonicalize, merge, orthogonality, prune, salora_layers
-from strategies import assert_close, layers, make_layer, naive_forward, normal, seeds, sizes
 
 
 class Net(nn.Module):

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from glue.tasks import load_task
-from glue.tokens import collate, load_tokenizer
+from glue.tokens import collate
+from hub.tokenizers import load_tokenizer
 from salora import adapt, merge, salora_layers
 from tiny_transformer import (
     MaskedLM,

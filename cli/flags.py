@@ -9,7 +9,7 @@ import torch
 from budget import CONTROLLERS, GateSchedule, Lagrangian
 from glue.mini import TASKS as MINI_TASKS
 from glue.tasks import NAMES, TASKS
-from tiny_transformer import read_json, read_torch
+from hub.checkpoints import read_json, read_torch
 
 ABOUT = "Fine-tune an encoder on a GLUE task, or on a generated stand-in for one, with SaLoRA."
 RECIPES = {  # decisions that go together; a single flag overrides its part

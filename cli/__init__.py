@@ -1,0 +1,1 @@
+"""What stands around the training loop: flags, run folders and resume, several processes, reports and pictures."""

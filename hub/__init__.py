@@ -1,0 +1,1 @@
+"""Other people's files: checkpoint folders, PEFT adapters, tokenizers."""
