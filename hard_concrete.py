@@ -53,10 +53,14 @@ def mean_gate(log_theta, tau=TAU, gamma=GAMMA, zeta=ZETA):
 
 
 class HardConcreteGate(nn.Module):
-    """r gates. Free, they are sampled in train mode and take their median in eval mode; fixed, they are constants.
+    """r gates, one a triplet. Calling the module returns the gates (r,) of this pass. They are, in this order,
+
+    held open  all 1, so that the layer is plain LoRA; log_theta requires no gradient. Every gate starts so.
+    free       sampled in train mode, the median in eval mode; log_theta trains. `release` begins it.
+    fixed      constants for good. `fix` begins it.
 
     log_theta  (r,) parameter, 0 at the start, where P(g > 0) = 11/12: Fig. 6 starts there
-    u          (r,) noise in (0, 1), the same until `budget.resample` draws it anew; 1/2 until then
+    u          (r,) noise in (0, 1), the same until `budget.resample` draws it anew; 1/2 (the median) until then
     fixed      (r,) the constants, or None while the gates are free
     """
 
@@ -65,13 +69,65 @@ class HardConcreteGate(nn.Module):
         self.log_theta = nn.Parameter(torch.zeros(r))
         self.register_buffer("u", torch.full((r,), 0.5), persistent=False)
         self.register_buffer("fixed", None)
+        self.hold_open()
+
+    def hold_open(self):
+        """All gates are 1 until they are released."""
+        self.fix(torch.ones_like(self.log_theta))
+
+    def release(self):
+        """From here on the gates are random and log_theta trains."""
+        self.fixed = None
+        self.log_theta.requires_grad_(True)
+
+    def fix(self, gates):
+        """From here on the gates are these constants (r,), and log_theta does not train."""
+        self.fixed = gates.detach()
+        self.log_theta.requires_grad_(False)
+        self.log_theta.grad = None
 
     def settled(self):
         """The gates (r,) without noise: what evaluation, pruning and merging use in either mode."""
         return median_gate(self.log_theta) if self.fixed is None else self.fixed
 
+    def open_probability(self):
+        """P(g > 0) of every gate (r,): Eq. (8) where it is free, and 0 or 1 where it is a constant."""
+        return prob_open(self.log_theta) if self.fixed is None else (self.fixed > 0).float()
+
     def forward(self):
-        """The gates (r,) of this pass."""
         if self.training and self.fixed is None:
             return sample_gate(self.log_theta, self.u)  # Eq. (7)
         return self.settled()
+
+    def keep(self, kept):
+        """Only the gates with these indices stay."""
+        set_data(self.log_theta, self.log_theta.data[kept])
+        self.u = self.u[kept]
+        self.fixed = None if self.fixed is None else self.fixed[kept]
+
+    def extra_repr(self):
+        r = len(self.log_theta)
+        if r == 0 or self.log_theta.is_meta:
+            return f"{r} gates"
+        if self.fixed is not None:
+            return f"{r} gates, fixed, {int((self.fixed > 0).sum())} of them open"
+        low, high = self.log_theta.min().item(), self.log_theta.max().item()
+        return f"{r} gates, free, log_theta {low:.2f} to {high:.2f}"
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        """A state decides how many gates there are and whether they are fixed: a pruned layer's fits a fresh one."""
+        log_theta, fixed = (state_dict.get(prefix + name) for name in ("log_theta", "fixed"))
+        if log_theta is not None:
+            set_data(self.log_theta, self.log_theta.data.new_zeros(log_theta.shape))
+            self.u = self.u.new_full(log_theta.shape, 0.5)
+            self.fixed = None if fixed is None else self.u.new_ones(fixed.shape)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def set_data(p, data):
+    """Give a Parameter data of another shape, and no gradient. It stays the same object for all who hold it."""
+    p.grad = None
+    # Autograd remembers a Parameter's shape while any graph through it lives, that of the last loss for instance.
+    # A change of dtype makes it forget.
+    p.data = torch.empty(0, dtype=torch.float16 if p.dtype != torch.float16 else torch.float32, device=p.device)
+    p.data = data

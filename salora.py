@@ -5,9 +5,11 @@ A frozen linear map W (d, k) gets an update of r triplets: column B[:, i], gate 
     h = W x + (alpha / r0) B diag(g) A x        Eqs. (3) and (5); r0 is the rank at creation
 
 `adapt` puts such layers into any model, `orthogonality` keeps the triplets independent (Eq. 9), `canonicalize` makes
-them so, `prune` removes the closed ones for good, `merge` folds the rest into W; then come files, ours and PEFT's.
+them so, `prune` removes the closed ones for good, and `merge` folds the rest into W. `save_adapter` and `load_adapter`
+keep all but W in a file. Functions over layers take any iterable of SaLoRALinear, or what `salora_layers` returns.
+
 Nothing merges or prunes by itself. Left out: adapters for embeddings and convolutions, dropout inside the adapter,
-several adapters at once.
+several adapters at once. PEFT's files are read and written in hub/peft.py.
 """
 
 import os
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hard_concrete import HardConcreteGate
+from hard_concrete import HardConcreteGate, set_data
 
 
 class SaLoRALinear(nn.Module):
@@ -40,6 +42,7 @@ class SaLoRALinear(nn.Module):
         self.B = nn.Parameter(base.weight.new_zeros(d, r))
         self.gate = HardConcreteGate(r).to(base.weight.device)
         self.r0, self.alpha = r, alpha
+        self.allocating = False  # while a RankAllocator is still to decide which triplets stay
 
     @property
     def r(self):
@@ -66,8 +69,23 @@ class SaLoRALinear(nn.Module):
         """The update of W (d, k) with settled gates: (alpha / r0) B diag(g) A."""
         return self.scale * (self.B * self.gate.settled().to(self.B.dtype)) @ self.A
 
+    def keep(self, kept):
+        """Only the triplets with these indices stay. A and B remain the same Parameters, so optimizers keep track."""
+        for p, axis in ((self.A, 0), (self.B, 1)):
+            grad = p.grad
+            set_data(p, p.data.index_select(axis, kept))
+            p.grad = None if grad is None else grad.index_select(axis, kept)
+        self.gate.keep(kept)
+
     def extra_repr(self):
         return f"r={self.r}, r0={self.r0}, alpha={self.alpha}"
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        """A state decides the rank: a pruned layer's fits a fresh one."""
+        r = len(state_dict.get(prefix + "A", self.A))
+        set_data(self.A, self.A.data.new_zeros(r, self.A.shape[1]))
+        set_data(self.B, self.B.data.new_zeros(self.B.shape[0], r))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def adapt(model, targets, r=8, alpha=16):
@@ -110,12 +128,17 @@ def salora_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, SaLoRALinear)}
 
 
+def layer_list(layers):
+    """A list of SaLoRALinear, from any iterable of them or from the dict that `salora_layers` returns."""
+    return list(layers.values() if isinstance(layers, dict) else layers)
+
+
 def orthogonality(layers):
     """Eq. (9): the sum over layers of ||B^T B - I||^2_F + ||A A^T - I||^2_F. A scalar with gradient."""
     total = 0.0
-    for layer in layers:
-        eye = torch.eye(layer.r, dtype=layer.A.dtype, device=layer.A.device)
-        total = total + (layer.B.T @ layer.B - eye).square().sum() + (layer.A @ layer.A.T - eye).square().sum()
+    for layer in layer_list(layers):
+        I = torch.eye(layer.r, dtype=layer.A.dtype, device=layer.A.device)
+        total = total + (layer.B.T @ layer.B - I).square().sum() + (layer.A @ layer.A.T - I).square().sum()
     return total
 
 
@@ -141,14 +164,11 @@ def canonicalize(layer):
 def prune(layer):
     """Remove, in place, the triplets of one layer whose settled gate is 0; its outputs in eval mode do not change.
 
-    Returns the indices (r',) of the triplets that stay, to slice optimiser state with. A second call removes nothing.
-    A, B and log_theta become new, smaller parameters.
+    Returns the indices (r',) of the triplets that stay, to slice an optimizer's state with. A second call removes
+    nothing. A, B and log_theta stay the same Parameters with smaller data, so that whoever holds them goes on.
     """
-    gate = layer.gate
-    kept = gate.settled().nonzero().flatten()
-    layer.A, layer.B = nn.Parameter(layer.A[kept]), nn.Parameter(layer.B[:, kept])
-    gate.log_theta, gate.u = nn.Parameter(gate.log_theta[kept]), gate.u[kept]
-    gate.fixed = None if gate.fixed is None else gate.fixed[kept]
+    kept = layer.gate.settled().nonzero().flatten()
+    layer.keep(kept)
     return kept
 
 
@@ -166,53 +186,87 @@ def merge(model):
 
 
 def adapter_state(model):
-    """The triplets by layer and every other trained weight, as plain tensors and numbers; no buffers, no `base`."""
+    """A snapshot of the triplets by layer, of every other trained weight, and of running statistics (BatchNorm's).
+
+    A dict of plain tensors and numbers that shares no memory with the model. W is not in it: names are those of the
+    model before `adapt`, so a bias that trains inside an adapted layer is found again.
+    """
     layers = salora_layers(model)
-    inside = {id(p) for layer in layers.values() for p in layer.parameters()}
-    others = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside}
+    ours = {id(p) for layer in layers.values() for p in (layer.A, layer.B, layer.gate.log_theta)}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours}
+    running = {name: b for name, b in model.named_buffers() if name.rsplit(".", 1)[-1] in RUNNING_STATISTICS}
     return {
         "format": "salora-1",
-        "others": others,
-        "layers": {
-            name: {"r0": m.r0, "alpha": m.alpha, "A": m.A.detach(), "B": m.B.detach(),
-                   "log_theta": m.gate.log_theta.detach(), "fixed": m.gate.fixed}
-            for name, m in layers.items()
-        },
-    }  # fmt: skip
+        "others": {_name_before_adapt(name, layers): p.detach().clone() for name, p in trained.items()},
+        "running": {name: b.clone() for name, b in running.items()},
+        "layers": {name: _layer_state(layer) for name, layer in layers.items()},
+    }
 
 
+RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _layer_state(layer):
+    gate = layer.gate
+    return {
+        "r0": layer.r0,
+        "alpha": layer.alpha,
+        "A": layer.A.detach().clone(),
+        "B": layer.B.detach().clone(),
+        "log_theta": gate.log_theta.detach().clone(),
+        "fixed": None if gate.fixed is None else gate.fixed.clone(),
+    }
+
+
+def _name_before_adapt(name, layers):
+    """encoder.query.base.bias -> encoder.query.bias, where encoder.query is an adapted layer."""
+    for layer in layers:
+        name = name.replace(f"{layer}.base.", f"{layer}.") if name.startswith(f"{layer}.base.") else name
+    return name
+
+
+@torch.no_grad()
 def load_adapter_state(model, state):
     """Give a model the layers and weights of `adapter_state` instead of those it had. Returns it, otherwise frozen.
 
+    Free gates come back free, but log_theta requires no gradient until it is released (a RankAllocator does that).
     Raises ValueError, before any number changes, where a name or a shape does not fit the model.
     """
     if not isinstance(state, dict) or state.get("format") != "salora-1":
         raise ValueError("not a SaLoRA adapter: no 'format': 'salora-1' in it")
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-    new = {id(layer): layer.base for layer in salora_layers(model).values()}
+    old, modules = salora_layers(model), dict(model.named_modules())
+    new = {id(layer): layer.base for layer in old.values()}
     for name, saved in state["layers"].items():
-        old = modules.get(name)
-        base = old.base if isinstance(old, SaLoRALinear) else old
+        module = modules.get(name)
+        base = module.base if isinstance(module, SaLoRALinear) else module
         shape = (saved["B"].shape[0], saved["A"].shape[1])
         if type(base) is not nn.Linear or base.weight.shape != shape:
             raise ValueError(f"the adapter has a layer {name} of shape {shape}, but the model has {base} there")
-        new[id(old)] = layer = SaLoRALinear(base, saved["r0"], saved["alpha"]).train(old.training)
-        device = base.weight.device
-        layer.A, layer.B = (nn.Parameter(saved[side].to(base.weight)) for side in "AB")  # its device and dtype
-        layer.gate.log_theta = nn.Parameter(saved["log_theta"].to(device))
-        layer.gate.u = torch.full_like(layer.gate.log_theta, 0.5)
-        layer.gate.fixed = None if saved["fixed"] is None else saved["fixed"].to(device)
-    for name, value in state["others"].items():
-        if name not in parameters or parameters[name].shape != value.shape:
+        new[id(module)] = layer = SaLoRALinear(base, saved["r0"], saved["alpha"]).train(module.training)
+        layer.A.data, layer.B.data = (saved[side].to(base.weight, copy=True) for side in "AB")
+        gate, device = layer.gate, base.weight.device
+        gate.log_theta.data = saved["log_theta"].to(device, copy=True)
+        gate.u = torch.full_like(gate.log_theta, 0.5)
+        gate.fixed = None if saved["fixed"] is None else saved["fixed"].to(device, copy=True)
+    tensors = {_name_before_adapt(name, old): t for name, t in (*model.named_parameters(), *model.named_buffers())}
+    values = {**state["others"], **state.get("running", {})}
+    for name, value in values.items():
+        if name not in tensors or tensors[name].shape != value.shape:
             raise ValueError(f"the adapter has a weight {name} of shape {tuple(value.shape)} that the model lacks")
     model.requires_grad_(False)
-    for name, value in state["others"].items():
-        parameters[name].copy_(value).requires_grad_(True)
+    for name, value in values.items():
+        tensors[name].copy_(value).requires_grad_(name in state["others"])
     return _replace(model, new)
 
 
 def save_adapter(model, path):
-    """Write `adapter_state` to a file, whole or not at all. `base` weights are not in it."""
+    """Write the finished adapter to a file, whole or not at all. `base` weights are not in it.
+
+    Raises ValueError while a RankAllocator is still at work: a snapshot on the way is `adapter_state`.
+    """
+    unfinished = [name for name, layer in salora_layers(model).items() if layer.allocating]
+    if unfinished:
+        raise ValueError(f"the ranks of {unfinished[0]} are not decided yet: call the allocator's finish() first")
     torch.save(adapter_state(model), f"{path}.part")
     os.replace(f"{path}.part", path)
 

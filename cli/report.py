@@ -1,46 +1,89 @@
-"""What the main job prints and draws: status lines, tables, training.png and ranks.png."""
+"""What a run prints and writes: status lines, tables, its files."""
 
 import csv
 import json
-import math
-import os
-import re
 from statistics import mean, stdev
 
-from budget import expected_density, kept_density
+from budget import kept_density, total_parameters
+from cli.pictures import FEW_STEPS, draw_ranks, draw_training, rank_grid
+from cli.runs import write_atomically, write_settings
+from cli.workers import workers
 from glue.metrics import METRICS
+from glue.tasks import task_of
+from salora import salora_layers, save_adapter
 
-COLUMNS = ["step", "phase", "loss", "C", "kept", "lam", "triplets"]  # of log.csv
-
-
-def whole(path, write):
-    """Call write(path of a temporary file), then put the file in place: readers see all of it or nothing."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
+COLUMNS = ["step", "phase", "loss", "lr", "C", "kept", "lam", "triplets"]  # of log.csv
 
 
-def write_run(out, log, summary, rank):
+def announce(settings, folder, model, train, dev, allocator):
+    """Say what is going to happen, and write settings.json."""
+    everything = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    budgeted = total_parameters(salora_layers(model))
+    device = settings.device + (f" and {workers() - 1} more" if workers() > 1 else "")
+    print(f"{settings.task}, {settings.method}, seed {settings.seed} on {device}: "
+          f"{len(train)} training rows, {len(dev)} dev rows")  # fmt: skip
+    print(f"{everything:,} parameters, {trained:,} trained, {budgeted:,} budgeted; run folder {folder}")
+    if settings.method == "salora":
+        settings.gate_lr = allocator.gate_lr
+        schedule = allocator.schedule
+        print(f"gates train from step {schedule.T_start} to {schedule.T_end} of {allocator.total_steps}, "
+              f"gate lr {allocator.gate_lr:.3g}{too_short(schedule.window)}", flush=True)  # fmt: skip
+    write_settings(settings, folder)
+
+
+def too_short(window):
+    """A warning, or nothing."""
+    few = f"; fewer than {FEW_STEPS} steps are too short for ranks to mean anything: give it more --epochs"
+    return few if 0 < window < FEW_STEPS else ""
+
+
+def finish_run(settings, folder, model, allocator, journal, predicted, dev):
+    """Score, write the files of the run, say how it went. Returns the summary."""
+    task, layers = task_of(settings.task), salora_layers(model)
+    gold = [row[2] for row in dev]
+    summary = {
+        "task": settings.task,
+        "method": settings.method,
+        "metric": task.metric,
+        "score": METRICS[task.metric](predicted, gold),
+        "density_target": getattr(allocator, "density", 1.0) if layers else None,
+        "density_expected": allocator.C_end,
+        "density_kept": kept_density(layers) if layers else None,
+        "adapter_params_total": total_parameters(layers),
+        "adapter_params_kept": sum(layer.r * layer.triplet_size for layer in layers.values()),
+        "ranks": {name: layer.r for name, layer in layers.items()},
+        "steps": journal.rows[-1]["step"],
+        "seconds": round(journal.seconds, 2),
+        "seed": settings.seed,
+        "device": settings.device,
+    }
+    save_adapter(model, folder / "adapter.pt")
+    schedule = getattr(allocator, "schedule", None)
+    short = too_short(schedule.window) if schedule else ""
+    write_run(folder, journal.rows, summary, settings.rank, short)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    if layers:
+        print(rank_table(summary["ranks"]))
+        kept = summary["adapter_params_kept"]
+        print(f"kept {kept:,} of {summary['adapter_params_total']:,} adapter parameters: {summary['density_kept']:.4f}")
+    seconds = summary["seconds"]
+    print(f"{settings.task}: {scores(task, predicted, gold)} in {seconds:.1f} s; see {folder}", flush=True)
+    return summary
+
+
+def write_run(folder, log, summary, rank, short=""):
     """log.csv, training.png, ranks.png where there are ranks, and last, as the sign of a finished run, summary.json."""
     run = f"{summary['task']}, {summary['method']}, seed {summary['seed']}"
     title = f"{run}: {summary['metric']} {summary['score']:.3f}"
-    whole(out / "log.csv", lambda path: write_log(log, path))
-    whole(out / "training.png", lambda path: draw_training(log, path, summary["density_target"], title))
+    write_atomically(folder / "log.csv", lambda path: write_log(log, path))
+    density = summary["density_target"]
+    write_atomically(folder / "training.png", lambda path: draw_training(log, path, density, title))
     if summary["ranks"]:
-        whole(out / "ranks.png", lambda path: draw_ranks(summary["ranks"], rank, path, title))
-    whole(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1) + "\n"))
-
-
-def log_row(step, phase, loss, layers, lagrangian):
-    """One row of the log, the only place where training waits for the device. Raises where the loss is no number."""
-    row = {"step": step, "phase": phase, "loss": loss.item(), "C": None, "kept": None, "lam": None, "triplets": ""}
-    if not math.isfinite(row["loss"]):
-        raise FloatingPointError(f"the loss is {row['loss']} at step {step}: try a smaller --lr")
-    if layers:
-        kept = sum(int((layer.gate.settled() > 0).sum()) for layer in layers)
-        row.update(C=expected_density(layers).item(), kept=kept_density(layers), lam=lagrangian.lam.sum().item())
-        row["triplets"] = f"{kept}/{sum(layer.r0 for layer in layers)}"
-    return row
+        title += "\nwindow too short for ranks to mean anything" if short else ""
+        write_atomically(folder / "ranks.png", lambda path: draw_ranks(summary["ranks"], rank, path, title))
+    text = json.dumps(summary, indent=1) + "\n"
+    write_atomically(folder / "summary.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def scores(task, predicted, gold):
@@ -53,18 +96,8 @@ def write_predictions(out, task, test, predicted):
     part = {"MNLI": "-mm" if "mismatched" in test else "-m"}.get(task.folder, "")
     labels = [task.labels[p] if task.labels else f"{min(5.0, max(0.0, p)):.3f}" for p in predicted]
     lines = ["index\tprediction", *(f"{i}\t{label}" for i, label in enumerate(labels))]
-    whole(out / f"{task.folder}{part}.tsv", lambda path: path.write_text("\n".join(lines) + "\n"))
+    write_atomically(out / f"{task.folder}{part}.tsv", lambda path: path.write_text("\n".join(lines) + "\n"))
     return out / f"{task.folder}{part}.tsv"
-
-
-def append(path, row):
-    """Add a row, {column: value}, to a CSV file, with a header line if the file is new."""
-    new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def write_log(log, path):
@@ -74,27 +107,15 @@ def write_log(log, path):
         writer.writerows(log)
 
 
-def status_line(row, steps, density, rows_per_second):
-    """step 0050/0400 | loss .512 | C .71 -> .50 | lambda .33 | kept 37/96 | 812 rows/s | eta 12 s"""
-    parts = [f"step {row['step']:0{len(str(steps))}d}/{steps}", f"loss {row['loss']:.3f}"]
+def status_line(row, total_steps, allocator, rows_per_second):
+    """step 0050/0400 | loss .512 | C .71 -> .50 | lambda .33 | kept 37/96 | 812 rows/s"""
+    parts = [f"step {row['step']:0{len(str(total_steps))}d}/{total_steps}", f"loss {row['loss']:.3f}"]
     if row["phase"] == "window":
-        parts += [f"C {row['C']:.3f} -> {density}"]
+        parts += [f"C {row['C']:.3f} -> {allocator.density}"]
         parts += [f"lambda {row['lam']:.2f}"] if row["lam"] else []
     if row["triplets"]:
         parts += [f"kept {row['triplets']}"]
     return " | ".join(parts + [f"{rows_per_second:.0f} rows/s"])
-
-
-def split_name(name):
-    """A layer's name -> (number of the block, name of the matrix in it): encoder.layers.2.up -> (2, "up")."""
-    found = re.fullmatch(r"(?:.*?\.)?(\d+)\.(.+)", name)
-    return (int(found[1]), found[2]) if found else (0, name)
-
-
-def rank_grid(ranks):
-    """{name: rank} -> (matrix names, block numbers, {(matrix, block): rank})."""
-    cells = {split_name(name)[::-1]: rank for name, rank in ranks.items()}
-    return list(dict.fromkeys(m for m, _ in cells)), sorted({b for _, b in cells}), cells
 
 
 def rank_table(ranks):
@@ -120,47 +141,3 @@ def score_table(summaries):
     return "\n".join([*lines, f"{'average':<22}{mean(means):>8.4f}"])
 
 
-def draw_training(log, path, density, title):
-    """Loss, densities and, where it moves, lambda over steps; the gates' window is shaded."""
-    from matplotlib.figure import Figure
-
-    gated, driven = any(row["phase"] == "window" for row in log), any(row["lam"] for row in log)
-    panels = 1 + gated + (gated and driven)
-    figure = Figure(figsize=(8, 1 + 2 * panels), layout="constrained")
-    axes = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
-    steps, window = [row["step"] for row in log], [row["step"] for row in log if row["phase"] == "window"]
-    axes[0].plot(steps, [row["loss"] for row in log], color="tab:blue")
-    axes[0].set(ylabel="task loss", title=title)
-    if gated:
-        axes[1].plot(steps, [row["C"] for row in log], color="tab:orange", label="expected density C, Eq. (11)")
-        kept = [row["kept"] for row in log]
-        axes[1].plot(steps, kept, color="tab:green", ls="--", label="density of settled gates")
-        axes[1].axhline(density, color="gray", lw=1, label=f"target b = {density}")
-        axes[1].set(ylabel="density", ylim=(0, 1.05))
-        axes[1].legend(fontsize=8)
-        if driven:
-            axes[2].plot(steps, [row["lam"] for row in log], color="tab:red")
-            axes[2].set(ylabel="lambda")
-        for axis in axes:
-            axis.axvspan(window[0], window[-1], color="tab:orange", alpha=0.12, lw=0)
-    axes[-1].set(xlabel="optimiser step")
-    figure.savefig(path, format="png", dpi=110)
-
-
-def draw_ranks(ranks, largest, path, title):
-    """Heat map of the rank of every matrix: a row a kind of matrix, a column a block (as in the paper's Fig. 7)."""
-    from matplotlib.figure import Figure
-
-    matrices, blocks, cells = rank_grid(ranks)
-    figure = Figure(figsize=(2.4 + 0.6 * len(blocks), 1.2 + 0.5 * len(matrices)), layout="constrained")
-    axis = figure.subplots()
-    grid = [[cells.get((m, b), float("nan")) for b in blocks] for m in matrices]
-    image = axis.imshow(grid, cmap="YlGnBu", vmin=0, vmax=largest, aspect="auto")
-    for (m, b), rank in cells.items():
-        color = "white" if rank > 0.6 * largest else "black"
-        axis.text(blocks.index(b), matrices.index(m), rank, ha="center", va="center", color=color)
-    axis.set_xticks(range(len(blocks)), blocks)
-    axis.set_yticks(range(len(matrices)), matrices)
-    axis.set(xlabel="block", title=title)
-    figure.colorbar(image, label="rank")
-    figure.savefig(path, format="png", dpi=110)

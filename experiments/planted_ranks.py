@@ -5,10 +5,10 @@
 
 Every matrix gets an update of a planted rank from 0 to 8. The student has rank 8 everywhere, sees only the teacher's
 outputs, and may keep exactly the parameters that the teacher's updates need. Compared are
-    exact, paper   SaLoRA by those recipes
+    ours, paper    SaLoRA by those recipes
     svd            LoRA of rank 8, cut by singular values to the same budget when it is trained
     uniform        LoRA of one rank for all matrices, the largest that fits the budget
-and, if --methods names them, exact with one decision taken differently.
+and, if --methods names them, ours with one decision taken differently.
 One row a length, seed, noise and method is added to a CSV file in --out; table and picture come from all its rows.
 """
 
@@ -27,23 +27,33 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from budget import freeze_gates, total_parameters
-from cli.flags import build_parser, positive, settle
-from cli.report import append, whole
-from experiments.recipe import VARIANTS
+from budget import FixedRanks, RankAllocator, Recipe, freeze_gates, total_parameters
+from cli.flags import positive
+from cli.runs import append, write_atomically
+from cli.setup import TARGETS
 from glue.metrics import spearman
 from glue.pretrain import mini_encoder
 from salora import adapt, canonicalize, prune, salora_layers
 from tiny_transformer import MaskedLM, load_pretrained
-from train_glue_mini import TARGETS, fine_tune
+from train_glue_mini import fine_tune
 
 RANK = 8
 COLUMNS = "network steps method noise seed right correlation share loss planted learned".split()
-DECISIONS = ["spread 0", "not canonical", "beta 0.1", "warmup 0", "rule median", "quadratic", "linear",
-             "no restart", "window 0.5-0.8"]
-METHODS = {name: VARIANTS[name] for name in ("exact", "paper")}  # flags of the main job
-METHODS |= {"svd": ["--method", "lora"], "uniform": ["--method", "lora"]}  # these four, unless others are asked for
-METHODS |= {name: VARIANTS[name] for name in DECISIONS}
+METHODS = {
+    "ours": Recipe.ours(),
+    "paper": Recipe.paper(),
+    "svd": None,
+    "uniform": None,
+    "spread 0": Recipe.ours(spread=0.0),
+    "not canonical": Recipe.ours(canonical=False, spread=0.0),
+    "beta 0.1": Recipe.ours(beta=0.1),
+    "warmup 0": Recipe.ours(warmup=0.0),
+    "rule median": Recipe.ours(rule="median"),
+    "quadratic": Recipe.ours(controller="quadratic"),
+    "linear": Recipe.ours(controller="linear"),
+    "no restart": Recipe.ours(restart=False),
+    "window 0.5-0.8": Recipe.ours(window=(0.5, 0.8)),
+}  # the first four, unless others are asked for
 
 
 class Bank(nn.ModuleList):
@@ -84,7 +94,7 @@ def plant(network, targets, generator):
             p.data.copy_(torch.linalg.qr(torch.randn(p.shape, generator=generator))[0])  # orthonormal columns
         layer.B.data *= 0.5 + torch.rand(RANK, generator=generator)
         ranks[name] = int(torch.randint(RANK + 1, (), generator=generator))
-        layer.gate.fixed = (torch.arange(RANK) < ranks[name]).float()
+        layer.gate.fix((torch.arange(RANK) < ranks[name]).float())
     return ranks
 
 
@@ -117,14 +127,16 @@ def learn(kind, steps, method, noise, seed):
             y = teacher.eval()(x)
         return (x,), y + noise * torch.randn(y.shape, generator=generator)
 
-    rank = uniform if method == "uniform" else RANK
-    flags = [*METHODS[method], *([] if method in ("svd", "uniform") else ["--density", str(density)])]
-    flags += ["--steps", str(steps), "--batch-size", str(size), "--lr", str(lr)]
-    args = settle(build_parser().parse_args(flags))
-    args.seed, args.device = seed, "cpu"
     torch.manual_seed(seed)
+    rank, recipe = uniform if method == "uniform" else RANK, METHODS[method]
     adapt(network, targets, rank, alpha=rank)
-    fine_tune(args, network, [(x,) for x in inputs], None, batch_of=batch_of)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=lr)
+    if recipe is None:
+        allocator = FixedRanks(network, steps, Recipe.ours().warmup)
+    else:
+        allocator = RankAllocator(network, optimizer, steps, density, recipe, seed)
+    rows = [(x,) for x in inputs]
+    fine_tune(network, rows, optimizer, allocator, lr=lr, batch_size=size, seed=seed, batch_of=batch_of)
     layers = salora_layers(network)
     if method == "svd":
         cut_by_svd(layers.values(), density)
@@ -206,7 +218,7 @@ def main(argv=None):
                 print(f"seed {seed}, noise {noise}, {method}: {row['right']:.0%} of the ranks right, {seconds:.0f} s")
     rows = list(csv.DictReader(open(path)))
     print(table(rows))
-    whole(out / f"{args.network}.png", lambda path: draw(rows, path))
+    write_atomically(out / f"{args.network}.png", lambda path: draw(rows, path))
     print(f"see {path} and {out / args.network}.png")
     return rows
 

@@ -23,12 +23,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_glue_mini
-from cli import report
+from cli.runs import append, write_atomically
 from glue.mini import TASKS as MINI_TASKS
 
 LORA = ["--method", "lora", "--rank"]
 VARIANTS = {
-    "exact": [], "lora-8": [*LORA, "8"], "lora-4": [*LORA, "4"], "lora-1": [*LORA, "1"],
+    "ours": [], "lora-8": [*LORA, "8"], "lora-4": [*LORA, "4"], "lora-1": [*LORA, "1"],
     "full": ["--method", "full"], "head": ["--method", "head"],
     "b=0.75": ["--density", "0.75"], "b=0.25": ["--density", "0.25"], "b=0.125": ["--density", "0.125"],
     "paper": ["--recipe", "paper"], "paper, sgd": ["--recipe", "paper", "--controller", "sgd"],
@@ -42,11 +42,11 @@ VARIANTS = {
     "quadratic": ["--controller", "quadratic"], "linear": ["--controller", "linear"],
 }  # fmt: skip
 GROUPS = {
-    "methods": ["exact", "lora-8", "full", "head"],
-    "budget": ["exact", "b=0.75", "b=0.25", "b=0.125"],
-    "size": ["exact", "lora-8", "lora-4", "b=0.125", "lora-1"],
+    "methods": ["ours", "lora-8", "full", "head"],
+    "budget": ["ours", "b=0.75", "b=0.25", "b=0.125"],
+    "size": ["ours", "lora-8", "lora-4", "b=0.125", "lora-1"],
     "paper": ["lora-8", *[name for name in VARIANTS if name.startswith("paper")]],
-    "ablation": ["exact", *list(VARIANTS)[list(VARIANTS).index("not canonical") :]],
+    "ablation": ["ours", *list(VARIANTS)[list(VARIANTS).index("not canonical") :]],
 }
 COLUMNS = ["variant", "task", "seed", "score", "density_target", "density_expected", "density_kept", "spare", "seconds"]
 
@@ -144,11 +144,11 @@ def main(argv=None):
                     continue
                 name = f"{variant}-{task}-s{seed}-{time.time_ns()}".replace(" ", "")
                 row = one(variant, task, seed, flags, str(out / name))
-                report.append(path, row)
+                append(path, row)
                 print(f"{variant}, {task}, seed {seed}: {row['score']:.4f}, {row['seconds']:.0f} s", flush=True)
     rows = list(csv.DictReader(open(path)))
     print(table(rows))
-    report.whole(out / "recipe.png", lambda path: draw(rows, path))
+    write_atomically(out / "recipe.png", lambda path: draw(rows, path))
     print(f"see {path} and {out / 'recipe.png'}")
     return rows
 

@@ -38,9 +38,10 @@ def normal(*shape, seed, dtype=torch.float64):
 
 
 def make_layer(d, k, r, seed, bias=True, alpha=16.0, dtype=torch.float64):
-    """A layer with B != 0, gates at random log_theta around 0 and random noise: nothing is at a special value."""
+    """A layer with B != 0, free gates at random log_theta and random noise: nothing is at a special value."""
     base = nn.Linear(k, d, bias=bias)
     layer = SaLoRALinear(base, r, alpha)
+    layer.gate.release()
     g = generator(seed)
     with torch.no_grad():
         for p in layer.parameters():

@@ -14,6 +14,8 @@ from torch import nn
 from budget import (
     GateSchedule,
     Lagrangian,
+    LinearLagrangian,
+    Recipe,
     expected_density,
     freeze_gates,
     kept_density,
@@ -25,6 +27,7 @@ from budget import (
 from hard_concrete import sample_gate
 from salora import SaLoRALinear, prune
 
+PENALTIES = [(Lagrangian, torch.optim.Adam), (Lagrangian, torch.optim.SGD), (LinearLagrangian, torch.optim.Adam)]
 densities = st.floats(0.01, 1) | st.sampled_from([0.125, 0.25, 0.5, 0.75, 1.0])
 
 
@@ -76,6 +79,9 @@ def test_fresh_roberta_shapes_cost_what_the_paper_says():
         assert total_parameters(bank) == budgeted, "1.33 M and 3.54 M in the paper"
         assert sum(layer.r for layer in bank) == gates
     bank = [SaLoRALinear(nn.Linear(k, m), 8, 16) for m, k in ((12, 12), (48, 12), (12, 48))]
+    assert float(expected_density(bank).detach()) == 1, "held open until the window"
+    for layer in bank:
+        layer.gate.release()
     assert float(expected_density(bank).detach()) == pytest.approx(11 / 12, abs=1e-6), "Fig. 6 starts at 0.92"
 
 
@@ -239,8 +245,11 @@ def test_unknown_rules_are_refused():
         freeze_gates([make_layer(2, 2, 1, seed=0)], 0.5, rule="best")
     with pytest.raises(ValueError, match="survivors.*two"):
         freeze_gates([make_layer(2, 2, 1, seed=0)], 0.5, survivors="two")
-    with pytest.raises(ValueError, match="controller.*pid"):
-        Lagrangian(0.5, controller="pid")
+    for name, value in (("controller", "pid"), ("rule", "best"), ("survivors", "two")):
+        with pytest.raises(ValueError, match=f"{name} must be one of .*, got '{value}'"):
+            Recipe(**{name: value})
+    with pytest.raises(ValueError, match="0 <= start <= end <= 1"):
+        Recipe(window=(0.6, 0.5))
 
 
 # Eq. (12)
@@ -248,55 +257,55 @@ def test_unknown_rules_are_refused():
 
 @given(st.floats(0, 1), st.floats(0.05, 1), st.floats(0, 9))
 def test_quadratic_penalty_is_eq_12(C, target, lam):
-    for controller in ("quadratic", "sgd"):
-        lagrangian = Lagrangian(target, controller=controller)
-        lagrangian.lam.data.fill_(lam)
-        assert float(lagrangian(torch.tensor(C)).detach()) == pytest.approx(lam * (C - target) ** 2, abs=1e-5)
+    lagrangian = Lagrangian(target)
+    lagrangian.lam.data.fill_(lam)
+    assert float(lagrangian(torch.tensor(C)).detach()) == pytest.approx(lam * (C - target) ** 2, abs=1e-5)
 
 
-@given(st.floats(0, 1), st.floats(0.05, 1), st.floats(0, 9), st.floats(0, 9), st.floats(0, 1))
-@example(C=0.5, target=0.95, lam1=1.0, lam2=1.0, progress=0.1)  # above 11/12 there is nothing to come down from
-def test_linear_penalty_has_two_multipliers_and_a_target_that_warms_up(C, target, lam1, lam2, progress):
-    lagrangian = Lagrangian(target, controller="linear")
+@given(st.floats(0, 1), st.floats(0.05, 1), st.floats(0, 9), st.floats(0, 9))
+def test_linear_penalty_has_two_multipliers(C, target, lam1, lam2):
+    lagrangian = LinearLagrangian(target)
     lagrangian.lam.data = torch.tensor([lam1, lam2])
-    aim = lagrangian.target_at(progress)
-    gap = C - aim
-    assert float(lagrangian(torch.tensor(C), progress).detach()) == pytest.approx(lam1 * gap + lam2 * gap**2, abs=1e-4)
-    late = (lagrangian(torch.tensor(C), 1.0), lagrangian(torch.tensor(C)))
-    assert torch.equal(*late), "without a progress it is the target itself that counts"
-    assert lagrangian.target_at(0) == pytest.approx(max(target, 11 / 12))
-    assert lagrangian.target_at(0.25) == pytest.approx((max(target, 11 / 12) + target) / 2), "a straight line"
-    assert lagrangian.target_at(0.5) == pytest.approx(target)
-    assert target - 1e-9 <= lagrangian.target_at(min(1.0, progress + 0.1)) <= aim + 1e-9, "it only falls, to b"
+    gap = C - target
+    assert float(lagrangian(torch.tensor(C)).detach()) == pytest.approx(lam1 * gap + lam2 * gap**2, abs=1e-4)
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.sampled_from(["quadratic", "sgd", "linear"]))
-def test_multipliers_climb_the_penalty_and_are_never_negative(densities_seen, controller):
-    lagrangian = Lagrangian(0.5, lr=0.3, controller=controller)
+@given(st.integers(2, 200), st.integers(0, 100), st.floats(0.05, 1))
+@example(window=40, start=10, density=0.95)  # above 11/12 there is nothing to come down from
+def test_the_target_of_the_schedule_falls_from_c_of_fresh_gates_to_b_in_half_of_the_window(window, start, density):
+    total = start + window + 10
+    schedule = GateSchedule(total, start / total, (start + window) / total)
+    targets = [schedule.target_at(step, density) for step in range(schedule.T_start, schedule.T_end)]
+    top = max(density, 11 / 12)
+    line = [max(density, top - (top - density) * 2 * (i + 1) / window) for i in range(window)]
+    assert targets == pytest.approx(line, abs=1e-9), "a straight line, then b"
+    assert targets[-1] == density
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.sampled_from(PENALTIES))
+def test_multipliers_climb_the_penalty_and_are_never_negative(densities_seen, penalty):
+    Penalty, Optimizer = penalty
+    lagrangian = Penalty(0.5, 0.3, Optimizer)
     for C in densities_seen:
         before = lagrangian.lam.detach().clone()
         lagrangian(torch.tensor(C)).backward()
         lagrangian.ascend()
         assert (lagrangian.lam >= 0).all(), "lambda is never negative"
         assert lagrangian.lam.grad is None or not lagrangian.lam.grad.any(), "a gradient is left for the next step"
-        if controller != "linear":
+        if Penalty is Lagrangian:
             assert (lagrangian.lam >= before).all(), "(C - b)^2 is never negative: lambda only grows"
             assert abs(C - 0.5) < 0.01 or (lagrangian.lam > 0).all(), "where C is not b, lambda climbs"
 
 
 def test_multipliers_start_at_zero_and_ascend_by_the_papers_step():
-    for controller, n in (("quadratic", 1), ("sgd", 1), ("linear", 2), ("projection", 1)):
-        lagrangian = Lagrangian(0.5, controller=controller)
+    for Penalty, n in ((Lagrangian, 1), (LinearLagrangian, 2)):
+        lagrangian = Penalty(0.5)
         assert lagrangian.lam.tolist() == [0] * n and lagrangian.optimizer.param_groups[0]["lr"] == 0.01
 
 
-def test_names_of_controllers_and_rules_may_come_from_a_command_line():
+def test_names_of_rules_may_come_from_a_command_line():
     """There a text is equal to the one in the code, but another object."""
-    linear, sgd, one, median = (name[:1] + name[1:] for name in ("linear", "sgd", "one", "median"))
-    lagrangian = Lagrangian(0.5, controller=linear)
-    lagrangian.lam.data.fill_(1)
-    assert lagrangian.lam.shape == (2,) and float(lagrangian(torch.tensor(0.75)).detach()) == 0.25 + 0.25**2
-    assert isinstance(Lagrangian(0.5, controller=sgd).optimizer, torch.optim.SGD)
+    one, median = (name[:1] + name[1:] for name in ("one", "median"))
     layer = make_layer(2, 2, 3, seed=0)
     layer.gate.log_theta.data = torch.tensor([0.5, -9.0, 0.5], dtype=torch.float64)
     freeze_gates([layer], 0.5, median, one)
@@ -304,23 +313,25 @@ def test_names_of_controllers_and_rules_may_come_from_a_command_line():
 
 
 def test_literal_sgd_ascent_is_one_gradient_step():
-    lagrangian = Lagrangian(0.5, lr=0.1, controller="sgd")
+    lagrangian = Lagrangian(0.5, 0.1, torch.optim.SGD)
     lagrangian(torch.tensor(0.9)).backward()
     lagrangian.ascend()
     assert float(lagrangian.lam.detach()) == pytest.approx(0.1 * 0.4**2), "lambda <- lambda + lr (C - b)^2"
 
 
-@pytest.mark.parametrize("controller", ["quadratic", "linear"])
+@pytest.mark.parametrize("Penalty", [Lagrangian, LinearLagrangian])
 @pytest.mark.parametrize("target", [0.125, 0.25, 0.5, 0.75, 0.9])
-def test_controller_drives_c_to_the_target_on_a_bare_problem(controller, target):
+def test_controller_drives_c_to_the_target_on_a_bare_problem(Penalty, target):
     """No task, only gates of unequal cost: gradient descent on log theta, ascent on lambda."""
     bank = [make_layer(d, k, 8, seed=d, dtype=torch.float32) for d, k in ((4, 4), (16, 4), (4, 16))]
     for layer in bank:
         layer.gate.log_theta.data.zero_()
-    lagrangian = Lagrangian(target, lr=0.05, controller=controller)
+    lagrangian, schedule = Penalty(target, lr=0.05), GateSchedule(300, 0, 1)
     descent = torch.optim.Adam([layer.gate.log_theta for layer in bank], lr=0.05)
     for step in range(300):
-        lagrangian(expected_density(bank), step / 300).backward()
+        if Penalty is LinearLagrangian:
+            lagrangian.target = schedule.target_at(step, target)
+        lagrangian(expected_density(bank)).backward()
         descent.step()
         descent.zero_grad()
         lagrangian.ascend()
@@ -354,5 +365,5 @@ def test_impossible_windows_are_refused(window):
 
 @given(layers())
 def test_a_free_gate_counts_by_probability_and_a_fixed_one_by_what_it_is(layer):
-    layer.gate.fixed = torch.tensor([float(j % 2) for j in range(layer.r)])
+    layer.gate.fix(torch.tensor([float(j % 2) for j in range(layer.r)]))
     assert float(expected_density([layer])) == pytest.approx((layer.r // 2) / layer.r)

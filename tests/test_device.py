@@ -7,14 +7,14 @@ from strategies import generator, make_layer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_glue_mini
-from budget import CONTROLLERS, Lagrangian, expected_density, resample, total_parameters
-from cli import report
-from cli.flags import build_parser, settle
+from budget import CONTROLLERS, Lagrangian, RankAllocator, Recipe, expected_density, resample, total_parameters
+from cli.journal import Journal
+from cli.setup import TARGETS
 from glue.mini import examples
 from glue.tokens import MiniTokenizer
 from salora import adapt, canonicalize, merge, orthogonality, prune, salora_layers
 from tiny_transformer import SequenceClassifier, TinyTransformer, TransformerConfig
-from train_glue_mini import TARGETS, fine_tune
+from train_glue_mini import fine_tune
 
 SMALL = dict(vocab_size=130, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 
@@ -23,49 +23,51 @@ class Done(Exception):
     pass
 
 
+def stop_at(monkeypatch, phases, last):
+    """Reports note the phase instead of reading values back, and end the run at the phase `last`."""
+
+    def add(self, step, loss, optimizer, allocator, batch_size):
+        phases.append(allocator.schedule.phase(step))
+        if phases[-1] == last and len(phases) > 2:
+            raise Done
+
+    monkeypatch.setattr(Journal, "add", add)
+
+
+def fake_run(model, steps, recipe, rows, batch_size):
+    layers = salora_layers(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    allocator = RankAllocator(model, optimizer, steps, recipe=recipe)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(Done):
+        fine_tune(model, rows, optimizer, allocator, lr=1e-3, batch_size=batch_size)
+    return layers
+
+
 @pytest.mark.parametrize("controller", CONTROLLERS)
 @pytest.mark.parametrize("window", [(0, 1), (1, 1)], ids=["window", "open"])
 def test_steps_stay_on_their_device_and_read_nothing_back(monkeypatch, window, controller):
-    """`fine_tune` itself runs its steps on fake tensors, up to its first report."""
-    flags = ["--steps", "600", "--batch-size", "4", "--no-canonical", "--beta", "0.1", "--controller", controller]
-    args = settle(build_parser().parse_args([*flags, "--device", "cpu", "--window", *map(str, window)]))
-    args.device, args.seed = "meta", 0
+    """`fine_tune` itself runs three steps on fake tensors."""
     rows = MiniTokenizer().encode(examples("mini-mnli", 40))
-
-    def stop(*values):
-        raise Done
-
-    monkeypatch.setattr(report, "log_row", stop)
-    monkeypatch.setattr(report, "whole", stop)
     model = SequenceClassifier(TinyTransformer(TransformerConfig(**SMALL, type_vocab_size=2)), 3)
     adapt(model, TARGETS).classifier.requires_grad_(True)
-    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(Done):  # after 3 whole steps
-        fine_tune(args, model.to("meta"), rows, None)
+    phases = []
+    stop_at(monkeypatch, phases, "window" if window == (0, 1) else "open")
+    fake_run(model.to("meta"), 600, Recipe(window, controller, beta=0.1, canonical=False), rows, 4)
+    assert len(phases) == 3
 
 
 def test_a_step_of_roberta_large_stays_on_its_device(monkeypatch):
-    """The largest published shape, a step with open and one with free gates: 3.54 M budgeted parameters."""
-    flags = ["--steps", "3", "--batch-size", "2", "--window", "0.3", "1", "--beta", "1"]
-    args = settle(build_parser().parse_args(flags))
-    args.device, args.seed, args.canonical, args.spread = "meta", 0, False, 0
+    """The largest published shape, steps with open and with free gates: 3.54 M budgeted parameters."""
     sizes = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
     rows = MiniTokenizer().encode(examples("mini-mnli", 40))
     phases = []
-
-    def row(step, phase, *rest):
-        phases.append(phase)
-        if phase == "window":
-            raise Done
-
-    monkeypatch.setattr(report, "log_row", row)
-    monkeypatch.setattr(report, "status_line", lambda *values: "")
+    stop_at(monkeypatch, phases, "window")
     with torch.device("meta"):
         model = SequenceClassifier(TinyTransformer(TransformerConfig(**sizes)), 3)
         adapt(model, TARGETS).classifier.requires_grad_(True)
-    assert total_parameters(salora_layers(model).values()) == 3_538_944
-    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(Done):
-        fine_tune(args, model, rows, None)
-    assert phases == ["open", "window"]
+    assert total_parameters(salora_layers(model)) == 3_538_944
+    fake_run(model, 3, Recipe((0.3, 1), canonical=False, spread=0, beta=1), rows, 2)
+    assert phases == ["open", "window", "window"]
 
 
 def test_the_fake_device_notices_a_tensor_on_the_wrong_device():

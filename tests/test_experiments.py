@@ -11,7 +11,7 @@ from experiments import planted_ranks, recipe
 
 def test_planted_ranks_are_found(tmp_path, capsys):
     """16 maps of 32 x 32 with updates of rank 0 to 8 and noisy outputs: each learned rank is the planted one."""
-    flags = ["--quick", "--steps", "600", "--methods", "exact", "--out", str(tmp_path)]
+    flags = ["--quick", "--steps", "600", "--methods", "ours", "--out", str(tmp_path)]
     [row] = planted_ranks.main(flags)
     assert float(row["right"]) == 1 and row["learned"] == row["planted"], "every matrix gets the rank it deserves"
     assert float(row["share"]) == 1 and float(row["loss"]) < 0.001, "within the budget, and the teacher is matched"
@@ -34,7 +34,7 @@ def test_planted_updates_have_the_ranks_that_are_said(monkeypatch, tiny_weights)
         assert int((values > 0.4).sum()) == int((values > 1e-4).sum()) == ranks[name]
 
 
-@pytest.mark.parametrize("variants", [["exact", "lora-8"], ["head"]])
+@pytest.mark.parametrize("variants", [["ours", "lora-8"], ["head"]])
 def test_recipe_study_adds_rows_and_does_none_twice(tmp_path, capsys, tiny_weights, monkeypatch, variants):
     monkeypatch.chdir(tmp_path)
     flags = ["--weights", str(tiny_weights), "--rows", "32", "--batch-size", "8", "--out", str(tmp_path / "out")]
@@ -48,21 +48,21 @@ def test_recipe_study_adds_rows_and_does_none_twice(tmp_path, capsys, tiny_weigh
 
 
 def test_recipe_table_compares_with_every_lora_over_the_seeds_of_both():
-    scores = {"exact": [0.9, 0.8, 0.7], "lora-8": [0.8, 0.5], "lora-4": [0.6]}
+    scores = {"ours": [0.9, 0.8, 0.7], "lora-8": [0.8, 0.5], "lora-4": [0.6]}
     rows = [
         {"variant": v, "task": task, "seed": str(s), "score": x, "density_kept": "0.5", "density_expected": "0.5"}
         for v, some in scores.items() for s, x in enumerate(some) for task in ("mini-cola", "mini-rte")
     ]  # fmt: skip
-    head, exact, lora, *_ = recipe.table(rows).splitlines()
+    head, ours, lora, *_ = recipe.table(rows).splitlines()
     assert head.split()[:9] == "cola rte mean - lora-8 +- s.e. - lora-4".split()
-    assert exact.split()[:8] == "exact 0.8000 0.8000 0.8000 +0.2000 0.1000 +0.3000 -".split()
+    assert ours.split()[:8] == "ours 0.8000 0.8000 0.8000 +0.2000 0.1000 +0.3000 -".split()
     assert lora.split()[4:6] == ["+0.0000", "0.0000"]
 
 
 def test_spare_room_is_counted_in_the_cheapest_triplets(tmp_path, tiny_weights, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--weights", str(tiny_weights), "--rows", "16", "--steps", "4"]
-    row = recipe.one("exact", "mini-cola", 0, flags, str(tmp_path / "run"))
+    row = recipe.one("ours", "mini-cola", 0, flags, str(tmp_path / "run"))
     assert 0 <= row["spare"] < 1, "the budget rule leaves no room for another triplet"
     assert row["spare"] == pytest.approx((row["density_target"] - row["density_kept"]) * 3584 / 32)
 

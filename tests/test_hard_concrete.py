@@ -134,23 +134,69 @@ def test_gradients_agree_with_finite_differences_away_from_the_kinks(log_theta, 
 
 def test_module_samples_in_train_mode_takes_the_median_in_eval_mode_and_obeys_fixed():
     gate = HardConcreteGate(4)
+    gate.release()
     gate.log_theta.data = torch.tensor([-3.0, -0.5, 0.5, 3.0])
     gate.u.copy_(torch.tensor([0.2, 0.3, 0.6, 0.9]))
     assert torch.equal(gate(), gate()), "train mode: the noise u stays until it is drawn anew"
     assert torch.allclose(gate(), sample_gate(gate.log_theta, gate.u)), "train mode: Eq. (7) with the noise in u"
     assert torch.allclose(gate.settled(), median_gate(gate.log_theta)), "settled gates know no noise, whatever the mode"
     assert torch.allclose(gate.eval()(), median_gate(gate.log_theta)), "eval mode: the median"
-    gate.fixed = torch.tensor([1.0, 0.0, 0.25, 1.0])
+    gate.fix(torch.tensor([1.0, 0.0, 0.25, 1.0]))
     assert torch.equal(gate.train()(), gate.fixed) and torch.equal(gate.eval()(), gate.fixed), "fixed in either mode"
 
 
 def test_without_noise_train_and_eval_mode_agree():
     gate = HardConcreteGate(5)
+    gate.release()
     assert torch.allclose(gate.train()(), gate.eval()()), "u starts at 1/2, the median"
 
 
 def test_noise_is_not_part_of_a_gates_state():
-    assert set(HardConcreteGate(2).state_dict()) == {"log_theta"}
+    gate = HardConcreteGate(2)
+    assert set(gate.state_dict()) == {"log_theta", "fixed"}
+    gate.release()
+    assert set(gate.state_dict()) == {"log_theta"}
+
+
+def test_a_fresh_gate_is_held_open_and_log_theta_trains_between_release_and_fix():
+    """An optimizer made from what requires a gradient must not collect log_theta before the window opens."""
+    gate = HardConcreteGate(3)
+    assert torch.equal(gate(), torch.ones(3)) and not gate.log_theta.requires_grad
+    assert torch.equal(gate.open_probability(), torch.ones(3))
+    gate.release()
+    assert gate.fixed is None and gate.log_theta.requires_grad
+    assert torch.allclose(gate.open_probability(), prob_open(gate.log_theta))
+    gate.log_theta.grad = torch.ones(3)
+    gate.fix(torch.tensor([1.0, 0.0, 0.5]))
+    assert gate().tolist() == [1, 0, 0.5] and not gate.log_theta.requires_grad and gate.log_theta.grad is None
+    assert gate.open_probability().tolist() == [1, 0, 1]
+    gate.hold_open()
+    assert gate().tolist() == [1, 1, 1]
+
+
+def test_a_printed_gate_tells_its_phase_and_log_theta():
+    gate = HardConcreteGate(3)
+    assert "3 gates, fixed, 3 of them open" in str(gate)
+    gate.release()
+    gate.log_theta.data = torch.tensor([-1.5, 0, 4.25])
+    assert "3 gates, free, log_theta -1.50 to 4.25" in str(gate)
+    gate.fix(torch.tensor([1.0, 0, 0]))
+    assert "3 gates, fixed, 1 of them open" in str(gate)
+    assert "2 gates" in str(HardConcreteGate(2).to("meta"))
+
+
+@pytest.mark.parametrize("phase", ["open", "free", "fixed"])
+def test_a_gates_state_loads_into_a_fresh_one_whatever_its_size_and_phase(phase):
+    gate, other = HardConcreteGate(5), HardConcreteGate(8)
+    gate.log_theta.data.normal_()
+    if phase != "open":
+        gate.release()
+    if phase == "fixed":
+        gate.fix(torch.tensor([1.0, 0, 1, 0.5, 0]))
+    held = other.log_theta
+    other.load_state_dict(gate.state_dict())
+    assert torch.equal(other.eval()(), gate.eval()()) and (other.fixed is None) == (phase == "free")
+    assert other.log_theta is held and len(held) == len(other.u) == 5
 
 
 @given(st.lists(log_thetas, min_size=2, max_size=5), taus)

@@ -6,14 +6,21 @@ import pytest
 import torch
 from strategies import assert_close, generator, make_layer, normal
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.checkpoint import checkpoint
 
-import train_glue_mini
-from budget import Lagrangian, expected_density, freeze_gates, kept_density, resample, total_parameters
-from cli.flags import build_parser, settle
+from budget import (
+    GateSchedule,
+    RankAllocator,
+    Recipe,
+    expected_density,
+    freeze_gates,
+    kept_density,
+    resample,
+    total_parameters,
+)
+from cli.afterwards import predict
 from salora import adapt, load_adapter, merge, orthogonality, prune, salora_layers, save_adapter
-from train_glue_mini import fine_tune, predict, task_loss
+from train_glue_mini import fine_tune, task_loss
 
 # Other models: (model in eval mode, its inputs, targets)
 
@@ -65,6 +72,7 @@ def randomize(model):
     g = generator(3)
     for layer in salora_layers(model).values():
         layer.B.data.normal_(generator=g)
+        layer.gate.release()
         layer.gate.log_theta.data = 3 * torch.randn(layer.r, generator=g)
     return model
 
@@ -73,6 +81,9 @@ def test_adapting_another_model_changes_no_output_and_only_triplets_and_gates_ge
     model, call, targets = build()
     before, weights = call(model), {name: p.clone() for name, p in model.named_parameters()}
     adapt(model, targets, r=3)
+    assert torch.equal(call(model), before), "B = 0: nothing has changed"
+    for layer in salora_layers(model).values():
+        layer.gate.release()
     assert torch.equal(call(model), before), "B = 0: nothing has changed"
     call(model.train()).square().sum().backward()
     ours = {f"{name}.{p}" for name in salora_layers(model) for p in ("A", "B", "gate.log_theta")}
@@ -165,7 +176,7 @@ def test_a_layer_is_one_graph_in_every_phase(phase, training):
     torch._dynamo.reset()
     layer = free(make_layer(6, 5, 4, seed=1)).train(training)
     if phase != "window":
-        layer.gate.fixed = torch.ones(4, dtype=torch.float64)
+        layer.gate.fix(torch.ones(4, dtype=torch.float64))
     if phase in ("frozen", "pruned", "closed"):
         freeze_gates([layer], 0.5 if phase != "closed" else 1e-9)
     if phase in ("pruned", "closed"):
@@ -182,7 +193,7 @@ def test_a_layer_is_one_graph_in_every_phase(phase, training):
 
 def test_a_kept_gate_counts_whole_however_little_it_is_worth():
     layer = make_layer(5, 4, 4, seed=0)
-    layer.gate.fixed = torch.tensor([0.0, 0.01, 0.4, 1.0])
+    layer.gate.fix(torch.tensor([0.0, 0.01, 0.4, 1.0]))
     assert float(expected_density([layer])) == kept_density([layer]) == 0.75, "Eq. (11) counts parameters"
     assert len(prune(layer)) == 3
 
@@ -202,13 +213,14 @@ def batch_of_rows(rows, model=None, device=None):
     return (torch.stack([x for _, x, _ in rows]),), torch.tensor([y for _, _, y in rows])
 
 
-class Loop:
-    """Runs `fine_tune` on a small net and calls `look(step, loop)` before every step of the optimiser."""
+PAPER = dict(rule="budget", survivors="one", beta=0.05)
 
-    def __init__(self, folder, monkeypatch, look, *flags):
-        paper = ["--recipe", "paper", "--rule", "budget", "--survivors", "one", "--beta", "0.05", "--device", "cpu"]
-        self.args = settle(build_parser().parse_args([*paper, "--batch-size", "10", "--steps", "40", *flags]))
-        self.args.seed = 0
+
+class Loop:
+    """Runs `fine_tune` on a small net and calls `look(step, loop)` before every step of the optimizer."""
+
+    def __init__(self, look, lr=2e-3, steps=40, accumulate=1, density=0.5, **changes):
+        self.recipe = Recipe.paper(**{**PAPER, **changes})
         torch.manual_seed(0)
         self.model = adapt(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 2)), ["0", "2"], 4, 8).eval()
         self.layers = list(salora_layers(self.model).values())
@@ -216,47 +228,42 @@ class Loop:
         inputs = torch.randn(45, 6)
         rows = [([0] * (i % 3), x, int(x[0] + x[1] > 0)) for i, x in enumerate(inputs)]
         self.step, self.seen = 0, []
-
-        def lagrangian(*values):
-            self.lagrangian = Lagrangian(*values)
-            return self.lagrangian
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=lr)
+        self.allocator = RankAllocator(self.model, self.optimizer, steps, density, self.recipe)
 
         def note(rows, model, device):
             self.seen.append((rows, torch.cat([layer.gate().detach() for layer in self.layers])))
             return batch_of_rows(rows)
 
         def before_step(optimizer, *rest):
-            if isinstance(optimizer, torch.optim.AdamW):
-                self.optimizer = optimizer
-                look(self.step, self)
-                self.step, self.seen = self.step + 1, []
+            look(self.step, self)
+            self.step, self.seen = self.step + 1, []
 
-        monkeypatch.setattr(train_glue_mini, "Lagrangian", lagrangian)
-        hook = register_optimizer_step_pre_hook(before_step)
-        try:
-            self.log, self.C_end, _ = fine_tune(self.args, self.model, rows, folder, batch_of=note)
-        finally:
-            hook.remove()
-        assert self.step == self.args.steps
+        self.optimizer.register_step_pre_hook(before_step)
+        journal = fine_tune(self.model, rows, self.optimizer, self.allocator, lr=lr, batch_size=10,
+                            accumulate=accumulate, batch_of=note)  # fmt: skip
+        self.log, self.C_end = journal.rows, self.allocator.C_end
+        assert self.step == steps
         after = dict(self.model.named_parameters())
         assert frozen and all(torch.equal(p, after[n]) for n, p in frozen.items()), "W never changes"
 
 
 @pytest.mark.parametrize("controller", ["quadratic", "linear"])
 @pytest.mark.parametrize("parts", [1, 3])
-def test_gradients_of_the_main_loop_are_those_of_alg_1(tmp_path, monkeypatch, parts, controller):
+def test_gradients_of_the_main_loop_are_those_of_alg_1(parts, controller):
     """Those of every step, whatever came before, equal autograd's on the whole batch at once: Eqs. (5), (9), (12)."""
-    phases = []
+    phases, schedule = [], GateSchedule(40)
+    aims = [0.5 if controller == "quadratic" else schedule.target_at(step, 0.5) for step in range(40)]
 
     def look(step, loop):
         twin = copy.deepcopy(loop.model).train()
         layers = list(salora_layers(twin).values())
         twin.zero_grad()
         (x,), labels = batch_of_rows([row for part, _ in loop.seen for row in part])
-        loss = nn.functional.cross_entropy(twin(x), labels) + loop.args.beta * orthogonality(layers)
+        loss = nn.functional.cross_entropy(twin(x), labels) + loop.recipe.beta * orthogonality(layers)
         if layers[0].gate.fixed is None:
-            C, lam = expected_density(layers), loop.lagrangian.lam.detach()
-            gap = C - loop.lagrangian.target_at((step + 1 - 8) / 12)
+            C, lam = expected_density(layers), loop.allocator.lagrangian.lam.detach()
+            gap = C - aims[step]
             loss = loss + (lam[0] * gap**2 if controller == "quadratic" else lam[0] * gap + lam[1] * gap**2)
         loss.backward()
         for (name, p), q in zip(loop.model.named_parameters(), twin.parameters(), strict=True):
@@ -265,11 +272,11 @@ def test_gradients_of_the_main_loop_are_those_of_alg_1(tmp_path, monkeypatch, pa
                 assert torch.allclose(p.grad, q.grad, atol=1e-6), f"step {step}: {name}"
         phases.append("window" if layers[0].gate.fixed is None else "fixed")
 
-    Loop(tmp_path, monkeypatch, look, "--accumulate", str(parts), "--controller", controller)
+    Loop(look, accumulate=parts, controller=controller)
     assert phases == ["fixed"] * 8 + ["window"] * 12 + ["fixed"] * 20
 
 
-def test_micro_batches_of_a_step_see_one_mask_and_every_step_of_the_window_its_own(tmp_path, monkeypatch):
+def test_micro_batches_of_a_step_see_one_mask_and_every_step_of_the_window_its_own():
     masks = []
 
     def look(step, loop):
@@ -278,12 +285,12 @@ def test_micro_batches_of_a_step_see_one_mask_and_every_step_of_the_window_its_o
         assert all(torch.equal(gates[0], other) for other in gates), f"step {step}"
         masks.append([layer.gate.u.clone() for layer in loop.layers])
 
-    Loop(tmp_path, monkeypatch, look, "--accumulate", "3")
+    Loop(look, accumulate=3)
     window = [u for step in masks[8:20] for u in step]
     assert all(not torch.equal(a, b) for i, a in enumerate(window) for b in window[:i]), "across epochs and layers, too"
 
 
-def test_main_loop_keeps_gates_open_then_free_then_fixed_at_exactly_t_start_and_t_end(tmp_path, monkeypatch):
+def test_main_loop_keeps_gates_open_then_free_then_fixed_at_exactly_t_start_and_t_end():
     thetas = []
 
     def look(step, loop):
@@ -296,14 +303,14 @@ def test_main_loop_keeps_gates_open_then_free_then_fixed_at_exactly_t_start_and_
         if step <= 20:
             thetas.append(torch.cat([layer.gate.log_theta.detach().clone() for layer in loop.layers]))
 
-    loop = Loop(tmp_path, monkeypatch, look)
+    loop = Loop(look)
     assert all(not theta.any() for theta in thetas[:9])
     assert float(thetas[9].abs().max()) == pytest.approx(14 / 12, rel=1e-3), "Adam's first step: eta = 14 / window"
     assert loop.C_end == loop.log[19]["C"] != loop.log[20]["C"], "C_end is what was expected just before T_end"
     assert {row["C"] for row in loop.log[20:]} == {kept_density(loop.layers)}
 
 
-def test_main_loop_lowers_the_learning_rate_linearly_and_moves_a_and_b_only(tmp_path, monkeypatch):
+def test_main_loop_lowers_the_learning_rate_linearly_and_moves_a_and_b_only():
     rates = []
 
     def look(step, loop):
@@ -312,51 +319,49 @@ def test_main_loop_lowers_the_learning_rate_linearly_and_moves_a_and_b_only(tmp_
         tensors = {id(p) for group in loop.optimizer.param_groups for p in group["params"]}
         assert tensors == {id(p) for layer in loop.layers for p in (layer.A, layer.B)}
 
-    Loop(tmp_path, monkeypatch, look, "--lr", "0.01", "--warmup", "0")
+    Loop(look, lr=0.01)
     assert rates == pytest.approx([0.01 * (1 - step / 40) for step in range(40)])
 
 
-@pytest.mark.parametrize("flag", ["--no-restart", "--restart"])
-def test_main_loop_warms_the_learning_rate_up_anew_and_restarts_it_if_asked(tmp_path, monkeypatch, flag):
-    """It rises at the start and at both ends of the window; with --restart it falls from the top twice."""
+@pytest.mark.parametrize("restart", [False, True])
+def test_main_loop_warms_the_learning_rate_up_anew_and_restarts_it_if_asked(restart):
+    """It rises at the start and at both ends of the window; with a restart it falls from the top twice."""
     rates = []
 
     def look(step, loop):
         rates.append(loop.optimizer.param_groups[0]["lr"])
 
-    Loop(tmp_path, monkeypatch, look, "--lr", "0.01", "--warmup", "0.1", flag)
-    again = flag == "--restart"
-    falls = [1 - (step - 20) / 20 if again and step >= 20 else 1 - step / 40 for step in range(40)]
+    Loop(look, lr=0.01, warmup=0.1, restart=restart)
+    falls = [1 - (step - 20) / 20 if restart and step >= 20 else 1 - step / 40 for step in range(40)]
     rising = {start + i: (i + 1) / 5 for start in (0, 8, 20) for i in range(4)}  # a tenth of 40 steps
     assert rates == pytest.approx([0.01 * fall * rising.get(step, 1) for step, fall in enumerate(falls)])
 
 
-def test_main_loop_drives_c_to_the_density_and_lambda_up(tmp_path, monkeypatch):
-    for density in ("0.5", "0.75"):
-        loop = Loop(tmp_path, monkeypatch, lambda *_: None, "--density", density, "--steps", "200")
+def test_main_loop_drives_c_to_the_density_and_lambda_up():
+    for density in (0.5, 0.75):
+        loop = Loop(lambda *_: None, density=density, steps=200)
         lam = [row["lam"] for row in loop.log]
         assert lam[:40] == [0] * 40 and all(a < b for a, b in zip(lam[39:99], lam[40:100], strict=True))
         assert len(set(lam[99:])) == 1, "lambda rests outside the window"
-        assert abs(loop.C_end - float(density)) < 0.1, f"C is {loop.C_end:.3f}, but should be {density}"
+        assert abs(loop.C_end - density) < 0.1, f"C is {loop.C_end:.3f}, but should be {density}"
 
 
-def test_projection_in_the_main_loop_leads_c_down_to_the_density(tmp_path, monkeypatch):
-    loop = Loop(tmp_path, monkeypatch, lambda *_: None, "--controller", "projection", "--density", "0.25")
-    aims = [loop.lagrangian.target_at((step + 1 - 8) / 12) for step in range(8, 20)]
+def test_projection_in_the_main_loop_leads_c_down_to_the_density():
+    loop = Loop(lambda *_: None, controller="projection", density=0.25)
+    aims = [GateSchedule(40).target_at(step, 0.25) for step in range(8, 20)]
     assert aims[0] > 0.7 and aims[-1] == 0.25 and sorted(aims, reverse=True) == aims
     assert [row["C"] for row in loop.log[8:20]] == pytest.approx(aims, abs=1e-4)
     assert not any(row["lam"] for row in loop.log)
 
 
-def test_predictions_come_in_the_order_of_the_rows(monkeypatch):
-    monkeypatch.setattr(train_glue_mini, "batch_of", batch_of_rows)
+def test_predictions_come_in_the_order_of_the_rows():
     torch.manual_seed(3)
     rows = [([0] * (7 * i % 300), torch.randn(6), 0) for i in range(300)]
     for labels in (4, 1):
         model = nn.Sequential(nn.Linear(6, labels), nn.Dropout(0.9))
         outputs = [model.eval()(x[None])[0] for _, x, _ in rows]
         expected = [h.item() if labels == 1 else int(h.argmax()) for h in outputs]
-        assert predict(model.train(), rows, "cpu") == pytest.approx(expected, abs=1e-5)
+        assert predict(model.train(), rows, "cpu", batch_of_rows) == pytest.approx(expected, abs=1e-5)
 
 
 def test_loss_is_cross_entropy_of_classes_and_squared_error_of_scores():

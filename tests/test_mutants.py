@@ -13,6 +13,7 @@ from conftest import IMPL, MODULES, ROOT, equation_of
 NAMES = [f"{i:03}-{file.removesuffix('.py')}" for i, (file, *_) in enumerate(mutants.MUTANTS)]
 
 
+@pytest.mark.slow  # not in the default run, where a student who renames something would meet it
 def test_every_fault_has_its_place_once_and_its_test_exists():
     for file, old, new, test in mutants.MUTANTS:
         mutants.check(file, old, new)

@@ -27,6 +27,7 @@ def trained(model, targets, pruned=True, survivors="one"):
     g = generator(7)
     for i, layer in enumerate(layers):
         layer.B.data.normal_(generator=g)
+        layer.gate.release()
         layer.gate.log_theta.data = torch.randn(4, generator=g) * 3 - (9 if i == 1 else 0)
     freeze_gates(layers, 0.5, survivors=survivors)
     if pruned:
@@ -106,6 +107,7 @@ def test_names_that_end_alike_are_told_apart(tmp_path, pad):
     adapt(model, ["up", "block.up"], r=4, alpha=6)
     for layer, keep in zip(salora_layers(model).values(), (3, 1), strict=True):
         layer.B.data.normal_()
+        layer.gate.release()
         layer.gate.log_theta.data = torch.tensor([9.0] * keep + [-9.0] * (4 - keep))
     export_peft(model, tmp_path, pad=pad)
     x = torch.randn(3, 6)
@@ -150,11 +152,11 @@ def test_heads_go_along_with_and_without_safetensors(tmp_path, monkeypatch, pack
 def test_export_refuses_an_empty_adapter_and_import_what_it_cannot_represent(tmp_path):
     model = adapt(nn.Sequential(nn.Linear(4, 3)), ["0"], r=2, alpha=2)
     layer = model[0]
-    layer.gate.fixed = torch.zeros(2)
+    layer.gate.fix(torch.zeros(2))
     with pytest.raises(ValueError, match="no triplet is open"):
         export_peft(model, tmp_path)
     assert not list(tmp_path.iterdir())
-    layer.gate.fixed = torch.ones(2)
+    layer.gate.fix(torch.ones(2))
     export_peft(model, tmp_path)
     with pytest.raises(ValueError, match="no place for 0.lora_A.weight, 0.lora_B.weight"):
         import_peft(nn.ModuleDict({"other": nn.Linear(4, 3)}), tmp_path)

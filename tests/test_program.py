@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import budget
 import train_glue_mini
-from budget import freeze_gates
-from cli import report
+from cli import report, setup
 from cli.flags import build_parser, settle
 from glue.mini import TASKS as MINI_TASKS
 from glue.tasks import NAMES, task_of
+from salora import salora_layers
 from train_glue_mini import main
 
 KEYS = {
@@ -152,7 +153,7 @@ def test_the_status_line_and_the_start_say_what_is_going_on(go, capsys):
     go()
     out = capsys.readouterr().out
     assert "mini-cola, salora, seed 0 on cpu: 48 training rows, 1000 dev" in out
-    assert "11,346 parameters, 3,986 trained, 3,584 budgeted" in out  # 2 blocks of (4 x 32 + 2 x 48) x 8
+    assert "11,346 parameters, 3,890 trained, 3,584 budgeted" in out  # 2 blocks of (4 x 32 + 2 x 48) x 8
     assert "gates train from step 4 to 10 of 20, gate lr 2.33" in out
     assert "step 10/20 | loss 0." in out and " | C 0.500 -> 0.5 | kept " in out and "/96 | " in out
     assert "of 3,584 adapter parameters: 0.49" in out or "kept 1,792 of 3,584 adapter parameters: 0.5000" in out
@@ -163,18 +164,18 @@ def test_the_status_line_and_the_start_say_what_is_going_on(go, capsys):
 
 def test_noise_is_drawn_once_a_step_of_the_window_and_gates_move_only_there(go, monkeypatch):
     draws, seen = [], []
-    resample, orthogonality = train_glue_mini.resample, train_glue_mini.orthogonality
+    resample, orthogonality = budget.resample, budget.orthogonality
 
     def counted(layers, generator):
         resample(layers, generator)
-        draws.append(torch.cat([layer.gate.u for layer in layers]))
+        draws.append(torch.cat([layer.gate.u for layer in layers.values()]))
 
     def spy(layers):
-        seen.append(torch.cat([layer.gate.log_theta.detach().clone() for layer in layers]))
+        seen.append(torch.cat([layer.gate.log_theta.detach().clone() for layer in layers.values()]))
         return orthogonality(layers)
 
-    monkeypatch.setattr(train_glue_mini, "resample", counted)
-    monkeypatch.setattr(train_glue_mini, "orthogonality", spy)
+    monkeypatch.setattr(budget, "resample", counted)
+    monkeypatch.setattr(budget, "orthogonality", spy)
     go("--recipe", "paper")
     assert len(draws) == 6 and all(not torch.equal(a, b) for a, b in zip(draws, draws[1:], strict=False))
     assert all(not theta.any() for theta in seen[:5]), "log theta stays 0 until the window's first step is done"
@@ -185,9 +186,9 @@ def test_frozen_weights_stay_bitwise_and_survivors_are_plain_lora(go, monkeypatc
     kept = {}
     fine_tune = train_glue_mini.fine_tune
 
-    def watched(args, model, *rest):
-        before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-        result = fine_tune(args, model, *rest)
+    def watched(model, *rest, **more):
+        before = {n: p.clone() for n, p in model.named_parameters() if n.startswith("encoder") and ".base." in n}
+        result = fine_tune(model, *rest, **more)
         after = dict(model.named_parameters())
         assert before and all(torch.equal(value, after[name]) for name, value in before.items())
         kept["model"] = model
@@ -195,47 +196,26 @@ def test_frozen_weights_stay_bitwise_and_survivors_are_plain_lora(go, monkeypatc
 
     monkeypatch.setattr(train_glue_mini, "fine_tune", watched)
     go()
-    layers = train_glue_mini.salora_layers(kept["model"]).values()
+    layers = salora_layers(kept["model"]).values()
     assert all(torch.equal(layer.gate.fixed, torch.ones(layer.r)) and layer.scale == 2 for layer in layers)
 
 
 @pytest.mark.parametrize("flag,moments", [("--canonical", False), ("--no-canonical", True)])
 def test_moments_start_anew_with_canonical_triplets_only(go, monkeypatch, flag, moments):
-    made, seen, AdamW, resample = [], [], torch.optim.AdamW, train_glue_mini.resample
+    made, seen, AdamW, resample = [], [], torch.optim.AdamW, budget.resample
 
     def make(*values, **named):
         made.append(AdamW(*values, **named))
         return made[-1]
 
     def spy(layers, noise):
-        seen.append({p in made[0].state for layer in layers for p in (layer.A, layer.B)})
+        seen.append({p in made[0].state for layer in layers.values() for p in (layer.A, layer.B)})
         resample(layers, noise)
 
     monkeypatch.setattr(torch.optim, "AdamW", make)
-    monkeypatch.setattr(train_glue_mini, "resample", spy)
+    monkeypatch.setattr(budget, "resample", spy)
     go(flag)
     assert seen[0] == {moments} and seen[1] == {True}
-
-
-def test_pruning_cuts_the_moments_of_adam_with_the_parameters():
-    from strategies import make_layer
-
-    layer = make_layer(5, 4, 6, seed=1)
-    other = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
-    optimizer = torch.optim.AdamW([other, layer.A, layer.B], lr=0.1)
-    (layer(torch.ones(2, 4, dtype=torch.float64)).sum() + other.sum()).backward()
-    optimizer.step()
-    moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in (("A", layer.A), ("B", layer.B))}
-    layer.gate.log_theta.data = torch.tensor([5.0, -5, 4, -4, 3, -3], dtype=torch.float64)
-    freeze_gates([layer], 0.5)
-    train_glue_mini.prune_with_state(layer, optimizer)
-    assert torch.equal(optimizer.state[layer.A]["exp_avg"], moments["A"][::2])
-    assert torch.equal(optimizer.state[layer.B]["exp_avg"], moments["B"][:, ::2])
-    assert [p is q for p, q in zip(optimizer.param_groups[0]["params"], (other, layer.A, layer.B), strict=True)]
-    assert len(optimizer.state) == 3, "nothing is kept for parameters that are gone"
-    optimizer.zero_grad()
-    layer(torch.ones(2, 4, dtype=torch.float64)).sum().backward()
-    optimizer.step()
 
 
 # Resume
@@ -323,7 +303,7 @@ def wide(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("recipe", ["exact", "paper"])
+@pytest.mark.parametrize("recipe", ["ours", "paper"])
 def test_accumulating_equals_the_whole_batch_noise_included(go, tmp_path, wide, recipe):
     flags = ["--weights", wide, "--task", "mini-mrpc", "--steps", 50, "--batch-size", 10, "--recipe", recipe]
     one = go(*flags, "--out", tmp_path / "one")
@@ -339,7 +319,7 @@ def test_recomputing_activations_changes_nothing(go, tmp_path):
     assert adapter_of(tmp_path / "one") == adapter_of(tmp_path / "again")
 
 
-@pytest.mark.parametrize("recipe", ["exact", "paper"])
+@pytest.mark.parametrize("recipe", ["ours", "paper"])
 def test_two_processes_train_like_one(go, tmp_path, wide, recipe):
     flags = ["--weights", wide, "--task", "mini-mnli", "--steps", 50, "--batch-size", 10, "--recipe", recipe]
     one = go(*flags, "--out", tmp_path / "one")
@@ -370,7 +350,7 @@ CHANGES = {
     "--density": [0.25], "--rule": ["median"], "--survivors": ["median"], "--no-canonical": [], "--beta": [0.1],
     "--controller": ["sgd"], "--gate-lr": [0.02], "--window": [0.1, 0.4], "--epochs": [2], "--steps": [24],
     "--batch-size": [4], "--lr": [1e-4], "--max-length": [6], "--seed": [1], "--precision": ["bf16"],
-    "--pool": [4], "--spread": [1], "--warmup": [0.2], "--dropout": [0.1], "--no-restart": [],
+    "--spread": [1], "--warmup": [0.2], "--dropout": [0.1], "--no-restart": [],
 }  # fmt: skip
 
 
@@ -404,15 +384,15 @@ def test_every_flag_has_help_and_is_either_tried_above_or_must_not_change_the_nu
 
 def test_recipes_are_the_published_one_and_the_default():
     parser = build_parser()
-    paper, exact = (settle(parser.parse_args(["--recipe", name])) for name in ("paper", "exact"))
+    paper, ours = (settle(parser.parse_args(["--recipe", name])) for name in ("paper", "ours"))
     assert (paper.rule, paper.survivors, paper.canonical, paper.beta) == ("median", "median", False, 0.1)
-    assert (exact.rule, exact.survivors, exact.canonical) == ("budget", "one", True)
-    assert (exact.restart, paper.restart) == (True, False)
-    assert exact.epochs == 12 and settle(parser.parse_args(["--task", "sst2"])).epochs == 3
-    assert settle(parser.parse_args([])).__dict__ == {**exact.__dict__, "recipe": None}
+    assert (ours.rule, ours.survivors, ours.canonical) == ("budget", "one", True)
+    assert (ours.restart, paper.restart) == (True, False)
+    assert ours.epochs == 12 and settle(parser.parse_args(["--task", "sst2"])).epochs == 3
+    assert settle(parser.parse_args([])).__dict__ == ours.__dict__
     assert settle(parser.parse_args(["--recipe", "paper", "--rule", "budget"])).rule == "budget"
     full, lora = (settle(parser.parse_args(["--method", name])) for name in ("full", "lora"))
-    assert (paper.dropout, exact.dropout, full.dropout, lora.dropout) == (None, 0, None, 0)
+    assert (paper.dropout, ours.dropout, full.dropout, lora.dropout) == (None, 0, None, 0)
 
 
 def test_help_and_public_names():
@@ -454,12 +434,12 @@ def refused(capsys, call, *flags):
         (["--seed", 10**16], "--seed takes different numbers below 10^9, got 10000000000000000"),
         (["--epochs", 1, "--steps", 1], "argument --steps: not allowed with argument --epochs"),
         (["--data", "."], "task mini-cola is generated and reads no --data: drop it, or take --task cola"),
-        (["--method", "full", "--rank", 4], "--rank is about adapters, which --method full has not"),
-        (["--method", "head", "--alpha", 4], "--alpha is about adapters, which --method head has not"),
+        (["--method", "full", "--rank", 4], "--rank is about adapters, and --method full has none"),
+        (["--method", "head", "--alpha", 4], "--alpha is about adapters, and --method head has none"),
         (["--device", "meta"], "no device 'meta' here"),
         (["--device", "cuda:99"], "no device 'cuda:99' here"),
         (["--device", "abacus"], "no device 'abacus' here"),
-        (["--method", "lora", "--density", 0.5], "--density is about trained gates, which --method lora has not"),
+        (["--method", "lora", "--density", 0.5], "--density is about trained gates, and --method lora has none"),
         (["--method", "full", "--no-canonical"], "--canonical is about trained gates"),
         (["--weights", "nowhere"], "no config.json in nowhere"),
         (["--task", "cola"], "task cola needs --data DIR"),
@@ -481,9 +461,9 @@ def test_an_interruption_says_what_can_be_done(go, tmp_path, capsys, monkeypatch
     def stop(*values):
         raise KeyboardInterrupt
 
-    for name in ("load_task", "task_loss"):
+    for module, name in ((setup, "load_task"), (train_glue_mini, "task_loss")):
         with monkeypatch.context() as now, pytest.raises(SystemExit) as exit_:
-            now.setattr(train_glue_mini, name, stop)
+            now.setattr(module, name, stop)
             go("--out", tmp_path / "run" / name)
         assert exit_.value.code == 130
         assert capsys.readouterr().err == "\ninterrupted; no epoch was finished\n"

@@ -1,0 +1,64 @@
+"""What a run keeps while it trains: a log, a status line now and then, a checkpoint an epoch."""
+
+import math
+import time
+
+import torch
+
+from cli import report
+from cli.runs import write_atomically
+from cli.workers import worker
+from salora import adapter_state
+
+
+class Journal:
+    """A log row for every 1/200 of the steps, a status line for every tenth row, and a checkpoint at every epoch.
+
+    folder: where the checkpoint goes; without one there is none. rows: the log, dicts with the keys report.COLUMNS.
+    """
+
+    def __init__(self, total_steps, folder=None):
+        self.total_steps, self.folder, self.rows = total_steps, folder, []
+        self.every = max(1, total_steps // 200)
+        self.seconds_before, self.started, self.first = 0.0, time.time(), 0
+
+    @property
+    def seconds(self):
+        """Spent on training, those before an interruption included."""
+        return self.seconds_before + time.time() - self.started
+
+    def begin_epoch(self, step, model, optimizer, allocator):
+        """Leave a checkpoint. The running loss starts anew, so that a resumed run has the same log."""
+        self.running, self.counted = 0.0, 0
+        if self.folder is None or worker() > 0 or step == self.first:
+            return
+        state = {
+            "format": "salora-run-2",
+            "adapter": adapter_state(model),
+            "optimizer": optimizer.state_dict(),
+            "allocator": allocator.state_dict(),
+            "journal": {"step": step, "rows": self.rows, "seconds": self.seconds},
+        }
+        write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
+
+    def load_state_dict(self, state):
+        self.first, self.rows, self.seconds_before = state["step"], state["rows"], state["seconds"]
+
+    def add(self, step, loss, optimizer, allocator, batch_size):
+        """Note the loss (a tensor) of a step that is done. Only every `every`-th call waits for the device.
+
+        Raises FloatingPointError where the loss is not finite.
+        """
+        done = step + 1
+        self.running, self.counted = self.running + loss, self.counted + 1
+        if done % self.every and done < self.total_steps:
+            return
+        mean = (self.running / self.counted).item()
+        self.running, self.counted = 0.0, 0
+        if not math.isfinite(mean):
+            raise FloatingPointError(f"the loss is {mean} at step {done}, not finite: try a smaller --lr")
+        self.rows.append({"step": done, "loss": mean, "lr": optimizer.param_groups[0]["lr"], **allocator.status()})
+        if len(self.rows) % 10 == 0 or done == self.total_steps:
+            pace = (time.time() - self.started) / (done - self.first)  # seconds a step
+            line = report.status_line(self.rows[-1], self.total_steps, allocator, batch_size / pace)
+            print(f"{line} | eta {pace * (self.total_steps - done):.0f} s", flush=True)

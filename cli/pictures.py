@@ -1,0 +1,65 @@
+"""The pictures of a run: training.png and ranks.png."""
+
+import re
+
+FEW_STEPS = 50  # of a window: in fewer, a gate moves by more than 14 / 50 of log theta a step, and ranks are chance
+
+
+def split_name(name):
+    """A layer's name -> (number of the block, name of the matrix in it): encoder.layers.2.up -> (2, "up")."""
+    found = re.fullmatch(r"(?:.*?\.)?(\d+)\.(.+)", name)
+    return (int(found[1]), found[2]) if found else (0, name)
+
+
+def rank_grid(ranks):
+    """{name: rank} -> (matrix names, block numbers, {(matrix, block): rank})."""
+    cells = {split_name(name)[::-1]: rank for name, rank in ranks.items()}
+    return list(dict.fromkeys(m for m, _ in cells)), sorted({b for _, b in cells}), cells
+
+
+def draw_training(log, path, density, title):
+    """Loss and learning rate, densities and, where it moves, lambda over steps; the window of the gates is shaded."""
+    from matplotlib.figure import Figure
+
+    gated, driven = any(row["phase"] == "window" for row in log), any(row["lam"] for row in log)
+    panels = 2 + gated + (gated and driven)
+    figure = Figure(figsize=(8, 1 + 1.8 * panels), layout="constrained")
+    axes = list(figure.subplots(panels, sharex=True))
+    steps = [row["step"] for row in log]
+    axes[0].plot(steps, [row["loss"] for row in log], color="tab:blue")
+    axes[0].set(ylabel="task loss", title=title)
+    axes[-1].plot(steps, [row["lr"] for row in log], color="tab:purple")
+    axes[-1].set(ylabel="learning rate", xlabel="optimizer step", ylim=(0, None))
+    if gated:
+        window = [row["step"] for row in log if row["phase"] == "window"]
+        for axis in axes:
+            axis.axvspan(window[0], window[-1], color="tab:orange", alpha=0.12, lw=0, label="the gates train")
+        axes[1].plot(steps, [row["C"] for row in log], color="tab:orange", label="expected density C, Eq. (11)")
+        kept = [row["kept"] for row in log]
+        axes[1].plot(steps, kept, color="tab:green", ls="--", label="density of settled gates")
+        axes[1].axhline(density, color="gray", lw=1, label=f"budget b = {density}")
+        axes[1].set(ylabel="density", ylim=(0, 1.05))
+        axes[1].legend(fontsize=8)
+        if driven:
+            axes[2].plot(steps, [row["lam"] for row in log], color="tab:red")
+            axes[2].set(ylabel="lambda")
+    figure.savefig(path, format="png", dpi=110)
+
+
+def draw_ranks(ranks, largest, path, title):
+    """Heat map of the rank of every matrix: a row a kind of matrix, a column a block (as in the paper's Fig. 7)."""
+    from matplotlib.figure import Figure
+
+    matrices, blocks, cells = rank_grid(ranks)
+    figure = Figure(figsize=(2.4 + 0.6 * len(blocks), 1.2 + 0.5 * len(matrices)), layout="constrained")
+    axis = figure.subplots()
+    grid = [[cells.get((m, b), float("nan")) for b in blocks] for m in matrices]
+    image = axis.imshow(grid, cmap="YlGnBu", vmin=0, vmax=largest, aspect="auto")
+    for (m, b), rank in cells.items():
+        color = "white" if rank > 0.6 * largest else "black"
+        axis.text(blocks.index(b), matrices.index(m), rank, ha="center", va="center", color=color)
+    axis.set_xticks(range(len(blocks)), blocks)
+    axis.set_yticks(range(len(matrices)), matrices)
+    axis.set(xlabel="block", title=title)
+    figure.colorbar(image, label="rank")
+    figure.savefig(path, format="png", dpi=110)
