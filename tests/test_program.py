@@ -392,7 +392,7 @@ def test_recipes_are_the_published_one_and_the_default():
     assert settle(parser.parse_args([])).__dict__ == ours.__dict__
     assert settle(parser.parse_args(["--recipe", "paper", "--rule", "budget"])).rule == "budget"
     full, lora = (settle(parser.parse_args(["--method", name])) for name in ("full", "lora"))
-    assert (paper.dropout, ours.dropout, full.dropout, lora.dropout) == (None, 0, None, 0)
+    assert (paper.dropout, ours.dropout, full.dropout, lora.dropout) == (None, [0.0, 0.0], None, [0.0, 0.0])
 
 
 def test_help_and_public_names():
