@@ -62,8 +62,9 @@ class SaLoRALinear(nn.Module):
         """x (..., k) -> (..., d)."""
         if self.r == 0:
             return self.base(x)
-        B = self.B * (self.scale * self.gate()).to(self.B.dtype)  # (d, r)  the gate costs d r, not tokens x r
-        return self.base(x) + F.linear(F.linear(x, self.A), B)  # Eq. (5)
+        h = F.linear(x, self.A)  # (..., r)  A x
+        h = h * (self.scale * self.gate()).to(h.dtype)  # (..., r)  times (alpha / r0) and the gate
+        return self.base(x) + F.linear(h, self.B)  # (..., d)  Eq. (5)
 
     def delta(self):
         """The update of W (d, k) with settled gates: (alpha / r0) B diag(g) A."""
