@@ -22,6 +22,7 @@ from salora import canonicalize, layer_list, orthogonality, prune, salora_layers
 
 C_START = 11 / 12  # C of fresh gates: Eq. (8) at log_theta = 0
 EPS = 1e-6  # noise stays in [EPS, 1 - EPS]: float32 could draw an exact 0, whose logit is -inf
+GRID = 64  # points at which `project` tries C: 63^5 intervals are more than float32 can tell apart
 TRAVEL = 14  # how far log_theta must be able to go: see Recipe.gate_lr
 
 
@@ -75,18 +76,21 @@ def start_gates(layers, spread):
 def project(layers, density):
     """Add one number to every log_theta, the one with which C = density in (0, 1) (not in the paper).
 
-    C grows with that number, so bisection finds it: 60 halvings of an interval that holds it, to float32's last digit.
+    C grows with that number, so it lies between two neighbors of a grid that spans all closed to all open. Five grids,
+    each between the neighbors found in the last, reach float32's precision, and no step waits for the device.
     """
     layers = layer_list(layers)
-    log_theta = torch.cat([layer.gate.log_theta for layer in layers])
-    cost = torch.cat([torch.full_like(layer.gate.log_theta, layer.triplet_size) for layer in layers])
+    log_theta = torch.cat([layer.gate.log_theta for layer in layers])  # (n,)
+    cost = torch.cat([torch.full_like(layer.gate.log_theta, layer.triplet_size) for layer in layers])  # (n,)
     low, high = -log_theta.max() - 30, -log_theta.min() + 30  # all gates closed, all gates open
-    for _ in range(60):
-        middle = (low + high) / 2
-        below = (prob_open(log_theta + middle) * cost).sum() / cost.sum() < density
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    grid = torch.linspace(0, 1, GRID, device=log_theta.device)
+    for _ in range(5):
+        shifts = low + (high - low) * grid  # (GRID,)
+        C = prob_open(log_theta + shifts[:, None]) @ (cost / cost.sum())  # (GRID,)  Eq. (11)
+        right = (C < density).sum().clamp(1, GRID - 1)
+        low, high = shifts.take(right - 1), shifts.take(right)
     for layer in layers:
-        layer.gate.log_theta += middle
+        layer.gate.log_theta += (low + high) / 2
 
 
 @torch.no_grad()
@@ -97,12 +101,15 @@ def freeze_gates(layers, density, rule="budget", survivors="one"):
                    ties go to the earlier layer, then to the earlier triplet
     rule "median": keep the gates whose median is positive, however many they are; density has no say
     survivors "one": a kept gate becomes 1, a plain LoRA triplet; "median": it keeps its median
-    Raises ValueError for a density outside (0, 1] and for other rules and survivors.
+    Raises ValueError for a density outside (0, 1] and for other rules and survivors, FloatingPointError for a
+    log_theta that is not finite.
     """
     layers = layer_list(layers)
     check_density(density)
     if rule not in RULES or survivors not in SURVIVORS:
         raise ValueError(f"rule is budget or median and survivors one or median, got {rule!r} and {survivors!r}")
+    if not all(layer.gate.log_theta.isfinite().all() for layer in layers):
+        raise FloatingPointError("log_theta is not finite, so nothing can be decided: try a smaller learning rate")
     medians = [median_gate(layer.gate.log_theta) for layer in layers]
     if rule == "median":
         masks = [median > 0 for median in medians]

@@ -102,6 +102,15 @@ def test_projection_reaches_gates_that_are_far_away(bank, density, away):
     assert float(expected_density(bank).detach()) == pytest.approx(density, abs=1e-5)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_log_theta_that_is_not_finite_is_refused_where_triplets_are_chosen(value):
+    layer = SaLoRALinear(nn.Linear(5, 4), 3, 16)
+    layer.gate.log_theta.data[1] = value
+    project([layer], 0.5)  # must not turn it into a number
+    with pytest.raises(FloatingPointError, match="log_theta is not finite"):
+        freeze_gates([layer], 0.5)
+
+
 @given(banks(), st.floats(0, 8))
 def test_gates_start_at_odds_that_grow_with_energy_per_parameter_and_c_as_in_the_paper(bank, spread):
     start_gates(iter(bank), spread)
