@@ -9,7 +9,6 @@ run from model to score, `main` the program. Flags, run folders, resume, process
 data in glue/. Left out: hyper-parameter search, choosing an epoch by its dev score, ensembles.
 """
 
-import random
 from contextlib import nullcontext, redirect_stdout
 
 import torch
@@ -21,7 +20,7 @@ from cli.afterwards import evaluate, predict
 from cli.flags import build_parser, recipe_of
 from cli.journal import Journal
 from cli.runs import errors_as_lines, plan, read_finished
-from cli.setup import prepare
+from cli.setup import prepare, seed_of
 from cli.workers import add_up, one_at_a_time, share_of, start_workers, worker
 from glue.tokens import batch_of, batches_of
 from salora import load_adapter_state
@@ -51,11 +50,8 @@ def fine_tune(model, rows, optimizer, allocator, *, lr, batch_size, seed=0, accu
         epoch, index = divmod(step, steps_per_epoch)
         if index == 0:
             journal.begin_epoch(step, model, optimizer, allocator)
-            seed_now = 1000 * seed + epoch
-            batches = batches_of(rows, batch_size, 1, seed_now)
-            if hasattr(allocator, "noise"):
-                allocator.noise.manual_seed(seed_now)
-            torch.manual_seed(seed_now + 10**6 * worker())
+            batches = batches_of(rows, batch_size, seed_of(seed, "batches", epoch))
+            torch.manual_seed(seed_of(seed, "dropout", epoch, worker()))
         batch = batches[index]
 
         # If T_start <= t < T_end: sample a gate mask set G, shared by the whole batch. At T_end triplets go for good
@@ -84,11 +80,6 @@ def fine_tune(model, rows, optimizer, allocator, *, lr, batch_size, seed=0, accu
         journal.add(step, loss, optimizer, allocator, batch_size)
     allocator.finish()
     return journal
-
-
-def seed_of(*names):
-    """A seed for every use of chance in a run, so that no two of them draw the same numbers."""
-    return random.Random(repr(names)).getrandbits(63)
 
 
 def run(settings, folder, model, train, dev, saved=None):

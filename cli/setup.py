@@ -1,5 +1,6 @@
 """The parts of a run, from its settings: data, tokens, and a model with its adapters."""
 
+import random
 from pathlib import Path
 
 import torch
@@ -13,6 +14,11 @@ from tiny_transformer import SequenceClassifier, load_pretrained
 
 TARGETS = ["query", "key", "value", "out", "up", "down"]  # all six matrices of a layer, as in the paper
 DROPOUTS = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
+
+
+def seed_of(*names):
+    """A seed for every use of chance in a run, so that no two of them draw the same numbers."""
+    return random.Random(repr(names)).getrandbits(63)
 
 
 def build(settings):
@@ -31,7 +37,7 @@ def build(settings):
     settings.weights = str(Path(folder).resolve())  # so that --evaluate and --resume find it from anywhere
     settings.dropout = [getattr(config, name) for name in DROPOUTS]
 
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(seed_of(settings.seed, "weights"))
     model = SequenceClassifier(encoder, task.num_labels)
     if settings.method in ("salora", "lora"):
         adapt(model, TARGETS, settings.rank, settings.alpha).classifier.requires_grad_(True)

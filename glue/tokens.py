@@ -68,12 +68,7 @@ def batch_of(rows, model, device):
     return (ids, mask, types if model.encoder.config.type_vocab_size > 1 else None), labels
 
 
-def batches_of(rows, size, pool, seed):
-    """The rows of an epoch, shuffled, in lists of `size`. Every `pool` batches are cut from rows sorted by length, so
-    that rows of like length meet and little is padded; pool 1 changes nothing."""
-    rng = random.Random(seed)
-    rows = rng.sample(rows, len(rows))
-    pools = [rows[i : i + pool * size] for i in range(0, len(rows), pool * size)]
-    rows = [row for some in pools for row in sorted(some, key=lambda row: len(row[0]))]
-    batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-    return rng.sample(batches, len(batches))
+def batches_of(rows, size, seed):
+    """The rows of an epoch, shuffled, in lists of `size`; the last may be shorter."""
+    rows = random.Random(seed).sample(rows, len(rows))
+    return [rows[i : i + size] for i in range(0, len(rows), size)]

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from budget import (
+    FixedRanks,
     GateSchedule,
     RankAllocator,
     Recipe,
@@ -288,6 +289,25 @@ def test_micro_batches_of_a_step_see_one_mask_and_every_step_of_the_window_its_o
     Loop(look, accumulate=3)
     window = [u for step in masks[8:20] for u in step]
     assert all(not torch.equal(a, b) for i, a in enumerate(window) for b in window[:i]), "across epochs and layers, too"
+
+
+def test_every_epoch_of_every_seed_has_an_order_and_a_dropout_of_its_own():
+    """The second epoch of seed 0 is not the first of seed 1."""
+    orders, dropouts = [], []
+    rows = [([0], torch.randn(6), i) for i in range(20)]
+    for seed in range(3):
+        seen = []
+
+        def note(part, model, device):
+            seen.extend(i for *_, i in part)
+            dropouts.append(torch.initial_seed())
+            return (torch.stack([x for _, x, _ in part]),), torch.zeros(len(part), dtype=torch.long)
+
+        model = adapt(nn.Sequential(nn.Linear(6, 2)), ["0"], 1, 8)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+        fine_tune(model, rows, optimizer, FixedRanks(model, 6), lr=0.1, batch_size=10, seed=seed, batch_of=note)
+        orders += [tuple(seen[i : i + 20]) for i in (0, 20, 40)]
+    assert len(set(orders)) == len(orders) == 9 and len(set(dropouts)) == 9
 
 
 def test_main_loop_keeps_gates_open_then_free_then_fixed_at_exactly_t_start_and_t_end():
