@@ -23,6 +23,8 @@ from cli.runs import errors_as_lines, plan, read_finished
 from cli.setup import prepare, seed_of
 from cli.workers import add_up, one_at_a_time, share_of, start_workers, worker
 from glue.tokens import batch_of, batches_of
+from peers import PEERS
+from peers.alora import hold_out
 from salora import load_adapter_state
 
 
@@ -82,6 +84,16 @@ def fine_tune(model, rows, optimizer, allocator, *, lr, batch_size, seed=0, accu
     return journal
 
 
+@torch.no_grad()
+def loss_of(model, rows):
+    """The task's loss of encoded rows, without dropout: a number."""
+    training = model.training
+    inputs, labels = batch_of(rows, model, next(model.parameters()).device)
+    loss = task_loss(model.eval()(*inputs), labels).item()
+    model.train(training)
+    return loss
+
+
 def run(settings, folder, model, train, dev, saved=None):
     """Train, score and write the run's files. Returns the summary, or None in all workers but the first.
 
@@ -89,11 +101,18 @@ def run(settings, folder, model, train, dev, saved=None):
     """
     if saved:
         load_adapter_state(model, saved["adapter"])
+    options = {} if settings.density is None else {"density": settings.density}
+    if settings.method == "alora":
+        train, held_out = hold_out(train, settings.batch_size)
+        options["score"] = lambda: -loss_of(model, held_out)
     total_steps = settings.steps or settings.epochs * -(-len(train) // settings.batch_size)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.lr)
     if settings.method == "salora":
         allocator = RankAllocator(model, optimizer, total_steps, settings.density, recipe_of(settings),
                                   seed=seed_of(settings.seed, "gates"), gradients_are_summed=True)  # fmt: skip
+    elif settings.method in PEERS and PEERS[settings.method].allocator:
+        allocator = PEERS[settings.method].allocator(model, optimizer, total_steps, warmup=settings.warmup,
+                                                     seed=seed_of(settings.seed, "gates"), **options)  # fmt: skip
     else:
         allocator = FixedRanks(model, total_steps, settings.warmup)
     journal = Journal(total_steps, folder)

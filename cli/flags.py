@@ -8,6 +8,7 @@ import torch
 
 from budget import CONTROLLERS, RULES, SURVIVORS, Recipe, check_density
 from glue.tasks import NAMES, TASKS
+from peers import PEERS
 
 ABOUT = "Fine-tune an encoder on a GLUE task, or on a generated stand-in for one, with SaLoRA."
 RECIPES = {"ours": Recipe.ours, "paper": Recipe.paper}
@@ -16,9 +17,23 @@ METHODS = {  # what trains, and the learning rates that do well on generated and
     "lora": (2e-3, 1e-3),
     "full": (5e-4, 5e-5),
     "head": (3e-3, 1e-3),
+    "adalora": (2e-3, 1e-3),
+    "sora": (2e-3, 1e-3),
+    "alora": (2e-3, 1e-3),
+    "rm-lora": (2e-3, 1e-3),
+    "adapter-h": (2e-3, 1e-3),
+    "adapter-p": (2e-3, 1e-3),
+    "prefix": (1e-2, 5e-3),
+    "prompt": (1e-2, 5e-3),
+    "bitfit": (3e-3, 1e-3),
+    "ia3": (1e-2, 5e-3),
 }
+TRIPLET_METHODS = ["salora", "lora", *(name for name, peer in PEERS.items() if peer.install is None)]
+SIZED_METHODS = ["salora", "lora", *(name for name, peer in PEERS.items() if peer.sized)]
+BUDGETED_METHODS = ["salora", *(name for name, peer in PEERS.items() if peer.budgeted)]
+LEAST_LENGTH = 6  # tokens: four special ones and a word of both sentences
 SHARED_DECISIONS = ["warmup", "dropout"]  # of a recipe: these are about every method, the others about trained gates
-GATE_FLAGS = ["recipe", "density", *(f.name for f in fields(Recipe) if f.name not in SHARED_DECISIONS)]
+GATE_FLAGS = ["recipe", *(f.name for f in fields(Recipe) if f.name not in SHARED_DECISIONS)]
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,14 +85,16 @@ def build_parser():
     g.add_argument("--task", choices=[*NAMES, "all"], default="mini-cola", metavar="TASK",
                    help="mini-cola (default), all (the eight generated tasks), or one of " + ", ".join(NAMES[1:]))
     g.add_argument("--method", choices=list(METHODS), default="salora", metavar="METHOD",
-                   help="salora (default); lora: the same, every gate open; full: every weight; head: only the head")
+                   help="salora (default); lora: the same, every gate open; full: every weight; head: only the head; "
+                   "or one of the methods in peers/: " + ", ".join(PEERS))
     g.add_argument("--data", metavar="DIR", help="folder with GLUE's official files, for an official task")
     g.add_argument("--weights", metavar="DIR", help="checkpoint folder of a RoBERTa- or BERT-family encoder; without "
                    "it a tiny encoder is pre-trained on first use")
     g.add_argument("--rows", type=positive, metavar="N", help="use only the first N training rows")
 
     g = p.add_argument_group("adapters and their budget")
-    g.add_argument("--rank", type=positive, metavar="R", help="triplets per matrix at the start (default 8)")
+    g.add_argument("--rank", type=positive, metavar="R", help="triplets per matrix at the start; units of an adapter; "
+                   "vectors of a prefix or prompt (default 8)")
     g.add_argument("--alpha", type=above_zero, help="the scale of an update is alpha / rank (default 16)")
     g.add_argument("--density", type=float, metavar="B", help="the budget: share of the adapter parameters to keep "
                    "(default 0.5)")
@@ -156,32 +173,39 @@ def settle(args):
 
     Raises ValueError where flags do not go together.
     """
-    gates, adapters = args.method == "salora", args.method in ("salora", "lora")
+    gates, triplets, sized = args.method == "salora", args.method in TRIPLET_METHODS, args.method in SIZED_METHODS
+    budgeted = args.method in BUDGETED_METHODS
     lacks = {} if gates else {"trained gates": GATE_FLAGS}
-    lacks |= {} if adapters else {"adapters": ["rank", "alpha"]}
+    lacks |= {} if budgeted else {"a budget": ["density"]}
+    lacks |= {} if sized else {"adapters": ["rank"]}
+    lacks |= {} if triplets else {"low-rank adapters": ["alpha"]}
     for what, flags in lacks.items():
         for flag in flags:
             if getattr(args, flag) is not None:
                 flag = "--" + flag.replace("_", "-")
                 raise ValueError(f"{flag} is about {what}, and --method {args.method} has none: drop one of them")
-    if args.max_length < 6:
+    if args.max_length < LEAST_LENGTH:
         room = "room for four special tokens and a word of both sentences"
-        raise ValueError(f"--max-length must be at least 6, {room}, got {args.max_length}")
+        raise ValueError(f"--max-length must be at least {LEAST_LENGTH}, {room}, got {args.max_length}")
 
     official = args.task in TASKS
     defaults = {"lr": METHODS[args.method][official]}
     defaults |= {} if args.steps else {"epochs": 3 if official else 12}
-    defaults |= {"rank": 8, "alpha": 16.0} if adapters else {}
-    defaults |= {"density": 0.5, "recipe": "ours"} if gates else {}
+    defaults |= {"rank": 8} if sized else {}
+    defaults |= {"alpha": 16.0} if triplets else {}
+    defaults |= {"density": 0.5} if budgeted else {}
+    defaults |= {"recipe": "ours"} if gates else {}
     recipe = RECIPES[args.recipe or "ours"]()
-    shared = SHARED_DECISIONS if adapters else ["warmup"]  # what trains whole keeps its checkpoint's dropout
-    defaults |= {name: getattr(recipe, name) for name in [*(GATE_FLAGS[2:] if gates else []), *shared]}
+    whole = args.method in ("full", "head")  # what trains whole keeps its checkpoint's dropout
+    shared = ["warmup"] if whole else SHARED_DECISIONS
+    defaults |= {name: getattr(recipe, name) for name in [*(GATE_FLAGS[1:] if gates else []), *shared]}
     for flag, value in defaults.items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
     args.dropout = None if args.dropout is None else [args.dropout] * 2  # of hidden states, of attention
-    if gates:
+    if budgeted:
         check_density(args.density)
+    if gates:
         recipe_of(args)
     args.device = device_of(args.device or "auto")
     return args

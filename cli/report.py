@@ -10,6 +10,7 @@ from cli.runs import write_atomically, write_settings
 from cli.workers import workers
 from glue.metrics import METRICS
 from glue.tasks import task_of
+from peers import PEERS
 from salora import salora_layers, save_adapter
 
 COLUMNS = ["step", "phase", "loss", "lr", "C", "kept", "lam", "triplets"]  # of log.csv
@@ -24,6 +25,8 @@ def announce(settings, folder, model, train, dev, allocator):
     print(f"{settings.task}, {settings.method}, seed {settings.seed} on {device}: "
           f"{len(train)} training rows, {len(dev)} dev rows")  # fmt: skip
     print(f"{everything:,} parameters, {trained:,} trained, {budgeted:,} budgeted; run folder {folder}")
+    if settings.method in PEERS and not budgeted:
+        print(f"{settings.method} trains no low-rank update of a matrix: there is nothing to merge or export")
     if settings.method == "salora":
         settings.gate_lr = allocator.gate_lr
         schedule = allocator.schedule

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import torch
 
+from cli.flags import LEAST_LENGTH, TRIPLET_METHODS
 from glue.mini import TASKS as MINI_TASKS
 from glue.pretrain import mini_encoder
 from glue.tasks import load_task, task_of
 from glue.tokens import tokenizer_for
+from peers import PEERS
 from salora import adapt
 from tiny_transformer import SequenceClassifier, load_pretrained
 
@@ -39,11 +41,16 @@ def build(settings):
 
     torch.manual_seed(seed_of(settings.seed, "weights"))
     model = SequenceClassifier(encoder, task.num_labels)
-    if settings.method in ("salora", "lora"):
+    if settings.method in TRIPLET_METHODS:
         adapt(model, TARGETS, settings.rank, settings.alpha).classifier.requires_grad_(True)
-    if settings.method == "head":
+    elif settings.method in PEERS:
+        size = [] if settings.rank is None else [settings.rank]
+        PEERS[settings.method].install(model, *size)
+    elif settings.method == "head":
         model.encoder.requires_grad_(False)
-    length = min(settings.max_length, config.max_length)
+    length = min(settings.max_length, model.encoder.config.max_length)  # a prompt takes up some of its encoder's
+    if length < LEAST_LENGTH:
+        raise ValueError(f"--rank {settings.rank} leaves room for {length} tokens of a row: take a shorter prompt")
     return model.to(settings.device), lambda rows: tokenizer.encode(rows, length)
 
 

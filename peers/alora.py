@@ -1,0 +1,129 @@
+"""ALoRA: ranks move from where they are not missed to where they are needed (Liu et al., NAACL 2024, arXiv 2403.16187).
+
+Train; score every rank by what its absence costs and what it does alone, on rows that training does not see (Eq. 6);
+close the worst ranks, and open as many in the matrices that lost none; train on, and repeat (sections 3.3, 3.4).
+
+A matrix has r0 slots, of which the share `density` is open at the start and, over all matrices, always: a move closes
+as many as it opens. A closed slot has gate 0; one that opens starts afresh, A random and B = 0, so that opening it
+changes no output. The budget is a number of ranks, as in the paper, whatever a rank costs.
+The paper's K_1, K_2, N_A and n_A are those below. Left out: architecture weights, which the paper does without, too.
+"""
+
+import torch
+
+from budget import check_density
+from peers.allocator import Allocator, normal
+
+START, END = 0.2, 0.5  # moves take place between these fractions of all steps, as SaLoRA's gates train (K_1, K_2)
+ROUNDS = 8  # N_A
+CLOSED = 0.125  # n_A over the number of open ranks: the rounds together can replace every rank once
+
+
+def hold_out(rows, batch):
+    """(rows to train on, rows to score ranks on): the last ones, a batch of them or an eighth, whichever is less."""
+    n = max(1, min(batch, len(rows) // 8))
+    return rows[:-n], rows[-n:]
+
+
+class ALoRA(Allocator):
+    """The moments of RankAllocator, for ALoRA.
+
+    score: () -> S(M), the negative loss of the model as it is on validation rows; evaluated twice for every open rank.
+    density: the share of the r0 slots of all matrices that are open.
+    """
+
+    def __init__(self, model, optimizer, total_steps, score, density=0.5, **rest):
+        check_density(density)
+        super().__init__(model, optimizer, total_steps, **rest)
+        self.score, self.density = score, density
+        length = (END - START) / ROUNDS
+        self.moves = {round((START + i * length) * total_steps) for i in range(ROUNDS)}
+
+    @property
+    def phase(self):
+        return "open" if self.step <= min(self.moves) else "window" if self.step <= max(self.moves) else "frozen"
+
+    def before_step(self, step):
+        """At the start every matrix gets the same number of open ranks, or one more; later, a move where one is due."""
+        super().before_step(step)
+        if step == 0:
+            self.open_evenly()
+        if step in self.moves:
+            self.move()
+
+    def open_evenly(self):
+        layers = list(self.layers.values())
+        total = int(self.density * sum(layer.r for layer in layers) + 1e-6)
+        for i, layer in enumerate(layers):
+            open_now = total // len(layers) + (i < total % len(layers))
+            layer.gate.fix((torch.arange(layer.r, device=layer.A.device) < open_now).float())
+
+    @torch.no_grad()
+    def importance(self):
+        """{(i, j): IS of rank j of matrix i}, for every open rank: Eq. (6)."""
+        gates = [layer.gate.fixed for layer in self.layers.values()]
+        whole = [gate.clone() for gate in gates]
+        ranks = [(i, j) for i, gate in enumerate(gates) for j in gate.nonzero().flatten().tolist()]
+        everything, scores = self.score(), {}  # S(M)
+        for i, j in ranks:
+            gates[i][j] = 0
+            without = self.score()  # S(M without r)
+            for gate in gates:
+                gate.zero_()
+            gates[i][j] = 1
+            alone = self.score()  # S(M with only r)
+            for gate, before in zip(gates, whole):
+                gate.copy_(before)
+            scores[i, j] = everything - without + alone
+        return scores
+
+    def plan(self, scores):
+        """(ranks to close, matrices to open one in, a matrix as often as it gets one): equally many of both."""
+        gates = [layer.gate.fixed for layer in self.layers.values()]
+        worst = sorted(scores, key=scores.get)
+        for n in range(round(CLOSED * len(scores)), 0, -1):  # the largest number for which there is room
+            close = worst[:n]
+            losers = {i for i, _ in close}
+            room = {i: int((gate == 0).sum()) for i, gate in enumerate(gates) if i not in losers}
+            if sum(room.values()) >= n:
+                return close, share_out(n, room, matrix_means(scores))
+        return [], []
+
+    @torch.no_grad()
+    def move(self):
+        close, receivers = self.plan(self.importance())
+        layers = list(self.layers.values())
+        gates = [layer.gate.fixed.clone() for layer in layers]
+        for i in receivers:
+            j = int((gates[i] == 0).nonzero()[0])
+            self.start_afresh(layers[i], j)
+            gates[i][j] = 1
+        for i, j in close:
+            gates[i][j] = 0
+        for layer, gate in zip(layers, gates):
+            layer.gate.fix(gate)
+
+    def start_afresh(self, layer, j):
+        """Rank j of a layer becomes new, in the optimizer as well."""
+        k = layer.A.shape[1]
+        layer.A[j] = normal((k,), self.noise, layer.A) / k**0.5
+        layer.B[:, j] = 0
+        for p, row in ((layer.A, j), (layer.B, (slice(None), j))):
+            for moment in self.optimizer.state.get(p, {}).values():
+                if isinstance(moment, torch.Tensor) and moment.shape == p.shape:
+                    moment[row] = 0
+
+
+def matrix_means(scores):
+    """{matrix: the mean score of its open ranks}."""
+    found = {}
+    for (i, _), score in scores.items():
+        found.setdefault(i, []).append(score)
+    return {i: sum(some) / len(some) for i, some in found.items()}
+
+
+def share_out(n, room, means):
+    """n ranks for the matrices with room, {matrix: how many fit}: one for each in turn, the most important first."""
+    order = sorted(room, key=lambda i: -means.get(i, float("-inf")))
+    turns = [i for turn in range(max(room.values())) for i in order if room[i] > turn]
+    return turns[:n]

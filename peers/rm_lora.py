@@ -1,0 +1,57 @@
+"""RM-LoRA: regularized and masked LoRA (under review at TMLR, 2024).
+
+Two additions to LoRA, against directions that are never used: a pull of A and B towards orthogonality (Eq. 10), and
+random masks, so that a step updates only r_hat of the R directions of a matrix (Algorithm 1). No rank is cut: all R
+directions stay. The variants of the paper: beta = 0 is GM-LoRA, share = 1 is R-LoRA, both together are plain LoRA.
+
+Adam and weight decay move a parameter whose gradient is 0. "Update only these directions" is meant here to the letter:
+the other rows of A and columns of B, and their moments, are put back after the step.
+"""
+
+import torch
+
+from peers.allocator import Allocator
+from salora import orthogonality
+
+BETA = 0.1  # weight of Eq. (10). The paper does not tell it; this is SaLoRA's for the same term
+SHARE = 0.5  # r_hat / R. The paper does not tell it either
+
+
+class RMLoRA(Allocator):
+    """The moments of RankAllocator, for RM-LoRA. beta: weight of Eq. (10). share: r_hat / R, in (0, 1]."""
+
+    def __init__(self, model, optimizer, total_steps, beta=BETA, share=SHARE, **rest):
+        if not 0 < share <= 1:
+            raise ValueError(f"share must be in (0, 1], got {share}")
+        super().__init__(model, optimizer, total_steps, **rest)
+        self.beta, self.share = beta, share
+        self.held = []  # what must not change in this step: (tensor, its axis of directions, which ones, their values)
+
+    def r_hat(self, layer):
+        """How many directions of a layer a step updates."""
+        return max(1, round(self.share * layer.r))
+
+    def after_backward(self):
+        """Add the gradient of beta times Eq. (10); then mask the gradients, and note what must not change."""
+        if self.beta:
+            (self.beta * orthogonality(self.layers)).backward()
+        self.held = []
+        for layer in self.layers.values():
+            shuffled = torch.randperm(layer.r, generator=self.noise).to(layer.A.device)
+            rest = shuffled[self.r_hat(layer) :]  # the directions that are not in R_t
+            for p, axis in ((layer.A, 0), (layer.B, 1)):
+                p.grad.index_fill_(axis, rest, 0)  # Alg. 1, line 13
+                for tensor in (p.data, *self.moments(p)):
+                    self.held.append((tensor, axis, rest, tensor.index_select(axis, rest)))
+
+    def moments(self, p):
+        """The optimizer's tensors of the shape of a parameter."""
+        state = self.optimizer.state.get(p, {}).values()
+        return [x for x in state if isinstance(x, torch.Tensor) and x.shape == p.shape]
+
+    @torch.no_grad()
+    def after_step(self):
+        """Put back what Adam's moments and weight decay have moved in spite of the mask."""
+        for tensor, axis, rest, before in self.held:
+            tensor.index_copy_(axis, rest, before)
+        super().after_step()
