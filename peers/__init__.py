@@ -7,7 +7,7 @@ from peers.adalora import AdaLoRA
 from peers.adapters import houlsby, pfeiffer
 from peers.alora import ALoRA
 from peers.bias import bitfit, ia3
-from peers.prefix import prefix, prompt
+from peers.prefix import prefix_tuning, prompt_tuning
 from peers.rm_lora import RMLoRA
 from peers.sora import SoRA
 
@@ -29,8 +29,8 @@ PEERS = {
     "rm-lora": Peer(allocator=RMLoRA),
     "adapter-h": Peer(houlsby),
     "adapter-p": Peer(pfeiffer),
-    "prefix": Peer(prefix),
-    "prompt": Peer(prompt),
+    "prefix": Peer(prefix_tuning),
+    "prompt": Peer(prompt_tuning),
     "bitfit": Peer(bitfit, sized=False),
     "ia3": Peer(ia3, sized=False),
 }

@@ -84,23 +84,24 @@ class AdaLoRA(Allocator):
         s = [I_bar * U_bar for I_bar, U_bar in zip(self.sensitivity, self.uncertainty)]  # Eq. (11)
         return [value + P.mean(0) + Q.mean(1) for value, P, Q in zip(s[0::3], s[1::3], s[2::3])]  # Eq. (7)
 
-    @torch.no_grad()
     def after_step(self):
-        """Eq. (6): every few steps, and in the end after every step, only the most important b(t) values stay."""
+        """Allocate every few steps, and in the end after every step."""
         super().after_step()
         t = self.step
         last_phase = t >= self.total_steps - self.t_f
         if last_phase or (t > self.t_i and t % self.interval == 0):
             self.allocate(budget_at(t, self.total_steps, self.t_i, self.t_f, self.first, self.last))
 
+    @torch.no_grad()
     def allocate(self, b):
+        """Eq. (6): only the b most important values stay."""
         S = torch.cat(self.importance())
         best = S.argsort(descending=True, stable=True)[:b]  # stable: ties go to the earlier triplet
         kept = torch.zeros_like(S, dtype=torch.bool)
         kept[best] = True
         self.kept = list(kept.split([layer.r for layer in self.layers.values()]))
         for layer, mask in zip(self.layers.values(), self.kept):
-            layer.gate.log_theta *= mask
+            layer.gate.log_theta.masked_fill_(~mask, 0)
 
     def state_dict(self):
         lists = {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty, "kept": self.kept}

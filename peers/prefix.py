@@ -1,7 +1,8 @@
 """Trained vectors beside the words, in a frozen encoder.
 
-`prefix` (Li and Liang, ACL 2021, arXiv 2101.00190): in every block l trained keys and l trained values that all tokens
-may attend to. `prompt` (Lester et al., EMNLP 2021, arXiv 2104.08691): l trained word vectors in front of the sentence.
+`prefix_tuning` (Li and Liang, ACL 2021, arXiv 2101.00190): in every block l trained keys and l trained values, to which
+all tokens may attend. `prompt_tuning` (Lester et al., EMNLP 2021, arXiv 2104.08691): l trained word vectors in front of
+the sentence.
 Neither starts as the frozen model: whatever the vectors are, they take a part of the attention from the start.
 Left out: Li and Liang's network that makes the prefix while it trains, and is thrown away afterwards.
 """
@@ -38,7 +39,7 @@ class PrefixBlock(Block):
         return self.out(h.transpose(1, 2).reshape(batch, seq, d))
 
 
-def prefix(model, l):
+def prefix_tuning(model, l):
     """Freeze the encoder, and give every block l trained keys and values. Per block 2 l d train."""
     layers, config = model.encoder.requires_grad_(False).layers, model.encoder.config
     for i, block in enumerate(layers):
@@ -85,6 +86,6 @@ class PromptedTransformer(TinyTransformer):
         return super().forward(ids, mask, types)[:, self.l :]  # (batch, seq, d)
 
 
-def prompt(model, l):
+def prompt_tuning(model, l):
     """Freeze the encoder, and put l trained words in front of every sentence. l d parameters train."""
     model.encoder = PromptedTransformer(model.encoder.requires_grad_(False), l)

@@ -13,8 +13,8 @@ import torch
 
 from peers.allocator import Allocator, normal, train_gates
 
-LAMBDA = 1.0  # at its highest. Adam moves a gate by eta_t at most, so at 1 only a steady gradient holds it open
-LEVELS = 7  # from 0 up to LAMBDA: the authors' number
+LAMBDA = 0.6  # at its highest: the authors' threshold, 7e-4, over their learning rate for it, 1.2e-3
+LEVELS = 7  # of lambda, from 0 up: the authors' number
 
 
 def soft_threshold(x, xi):
@@ -24,19 +24,21 @@ def soft_threshold(x, xi):
 
 def lambda_at(step, total_steps, highest=LAMBDA, levels=LEVELS):
     """lambda of a step: `levels` of equal length, from 0 to `highest`."""
-    return highest * (step * levels // total_steps) / (levels - 1)
+    level = step * levels // total_steps
+    return highest * (level / (levels - 1))
 
 
 class SoRA(Allocator):
-    """The moments of RankAllocator, for SoRA."""
+    """The moments of RankAllocator, for SoRA. highest: lambda at the end; from 1 on Adam can open no gate again."""
 
-    def __init__(self, model, optimizer, total_steps, **rest):
+    def __init__(self, model, optimizer, total_steps, highest=LAMBDA, **rest):
         super().__init__(model, optimizer, total_steps, **rest)
+        self.highest = highest
         train_gates(self.layers.values(), optimizer, weight_decay=0.0)  # the threshold is decay enough
 
     @property
     def lam(self):
-        return lambda_at(max(0, self.step - 1), self.total_steps)
+        return lambda_at(max(0, self.step - 1), self.total_steps, self.highest)
 
     @torch.no_grad()
     def before_step(self, step):
@@ -50,8 +52,8 @@ class SoRA(Allocator):
 
     @torch.no_grad()
     def after_step(self):
-        """The proximal half of Eq. (10)."""
-        xi = self.optimizer.param_groups[-1]["lr"] * lambda_at(self.step, self.total_steps)  # eta_t lambda
+        """The proximal half of Eq. (10), with xi = eta_t lambda."""
+        xi = self.optimizer.param_groups[-1]["lr"] * lambda_at(self.step, self.total_steps, self.highest)
         for layer in self.layers.values():
             layer.gate.log_theta.copy_(soft_threshold(layer.gate.log_theta, xi))
         super().after_step()

@@ -13,9 +13,11 @@ import torch
 import budget
 import train_glue_mini
 from cli import report, setup
-from cli.flags import build_parser, settle
+from cli.flags import METHODS, TRIPLET_METHODS, build_parser, settle
 from glue.mini import TASKS as MINI_TASKS
 from glue.tasks import NAMES, task_of
+from hard_concrete import HardConcreteGate
+from peers import PEERS
 from salora import salora_layers
 from train_glue_mini import main
 
@@ -23,6 +25,7 @@ KEYS = {
     "task", "method", "metric", "score", "density_target", "density_expected", "density_kept", "adapter_params_total",
     "adapter_params_kept", "ranks", "steps", "seconds", "seed", "device",
 }  # fmt: skip
+ALLOCATING = [name for name, peer in PEERS.items() if peer.allocator]
 FILES = ["adapter.pt", "log.csv", "ranks.png", "settings.json", "summary.json", "training.png"]
 
 
@@ -78,16 +81,21 @@ def test_the_status_line_shows_lambda_where_there_is_one(go, capsys):
     assert " -> 0.5 | lambda " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags,pictures", [("", 2), ("--recipe paper", 2), ("--method lora", 2), ("--method full", 1)])
+@pytest.mark.parametrize(
+    "flags,pictures",
+    [("", 2), ("--recipe paper", 2), *((f"--method {name}", 2) for name in ("lora", "adalora", "sora", "alora")),
+     ("--method full", 1), ("--method prefix", 1)],
+)  # fmt: skip
 def test_pictures_are_drawn(go, tmp_path, flags, pictures):
     go(*flags.split(), "--steps", 6, "--out", tmp_path / "run")
     drawn = [path for path in (tmp_path / "run").glob("*.png") if path.read_bytes().startswith(b"\x89PNG")]
     assert len(drawn) == pictures and all(path.stat().st_size > 5000 for path in drawn)
 
 
-@pytest.mark.parametrize("method", ["salora", "lora", "full"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "head"])
 def test_loss_falls(go, tmp_path, method):
-    flags = ["--steps", 120, "--rows", 16, "--batch-size", 16, "--lr", 3e-3, "--out", tmp_path / "run"]
+    lr = max(3e-3, METHODS[method][0])
+    flags = ["--steps", 120, "--rows", 16, "--batch-size", 16, "--lr", lr, "--out", tmp_path / "run"]
     go("--task", "mini-sst2", "--method", method, *flags)
     losses = [float(row["loss"]) for row in log_of(tmp_path / "run")]
     assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
@@ -97,13 +105,13 @@ def test_methods_train_what_they_say(go, tmp_path):
     lora = go("--method", "lora")
     assert lora["density_kept"] == lora["density_expected"] == lora["density_target"] == 1
     assert set(lora["ranks"].values()) == {8}
-    for method in ("full", "head"):
+    for method in [name for name in METHODS if name not in TRIPLET_METHODS]:
         summary = go("--method", method)
         assert set(summary) == KEYS and summary["ranks"] == {} and summary["adapter_params_total"] == 0
         assert summary["density_kept"] is summary["density_expected"] is summary["density_target"] is None
         folder = tmp_path / "runs" / f"mini-cola-{method}-s0"
         state = torch.load(folder / "adapter.pt", weights_only=True)["others"]
-        assert any(name.startswith("encoder") for name in state) == (method == "full")
+        assert any(name.startswith("encoder") for name in state) == (method != "head")
         assert any(name.startswith("classifier") for name in state)
 
 
@@ -124,9 +132,10 @@ def adapter_of(folder):
     return plain
 
 
-def test_equal_seeds_give_equal_runs_and_others_do_not(go, tmp_path):
+@pytest.mark.parametrize("method", ["salora", *PEERS])
+def test_equal_seeds_give_equal_runs_and_others_do_not(go, tmp_path, method):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        go("--seed", seed, "--out", tmp_path / name)
+        go("--method", method, "--seed", seed, "--out", tmp_path / name)
     assert adapter_of(tmp_path / "a") == adapter_of(tmp_path / "b") != adapter_of(tmp_path / "c")
     assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
 
@@ -182,21 +191,26 @@ def test_noise_is_drawn_once_a_step_of_the_window_and_gates_move_only_there(go, 
     assert all(not torch.equal(a, b) for a, b in zip(seen[4:10], seen[5:10], strict=False))
 
 
-def test_frozen_weights_stay_bitwise_and_survivors_are_plain_lora(go, monkeypatch, tiny_weights):
+@pytest.mark.parametrize("method", ["salora", *PEERS])
+def test_frozen_weights_stay_bitwise_and_survivors_are_plain_lora(go, monkeypatch, method):
     kept = {}
     fine_tune = train_glue_mini.fine_tune
 
     def watched(model, *rest, **more):
-        before = {n: p.clone() for n, p in model.named_parameters() if n.startswith("encoder") and ".base." in n}
+        frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad and ".gate." not in n}
+        before = {n: p.clone() for n, p in frozen.items()}
         result = fine_tune(model, *rest, **more)
         after = dict(model.named_parameters())
+        assert "encoder.layers.0.norm1.weight" in before or method == "adapter-h"
         assert before and all(torch.equal(value, after[name]) for name, value in before.items())
         kept["model"] = model
         return result
 
     monkeypatch.setattr(train_glue_mini, "fine_tune", watched)
-    go()
+    go("--method", method)
     layers = salora_layers(kept["model"]).values()
+    assert bool(layers) == (method in TRIPLET_METHODS)
+    assert all(type(layer.gate) is HardConcreteGate for layer in layers)
     assert all(torch.equal(layer.gate.fixed, torch.ones(layer.r)) and layer.scale == 2 for layer in layers)
 
 
@@ -222,14 +236,18 @@ def test_moments_start_anew_with_canonical_triplets_only(go, monkeypatch, flag, 
 
 
 @pytest.mark.parametrize("stop", [8, 16, 31], ids=["open", "window", "frozen"])
-@pytest.mark.parametrize("flags", [[], ["--recipe", "paper", "--controller", "linear"], ["--method", "full"]])
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--recipe", "paper", "--controller", "linear"], *(["--method", name] for name in ("full", *PEERS))],
+    ids=lambda flags: flags[-1] if flags else "salora",
+)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(go, tmp_path, monkeypatch, stop, flags):
     flags = ["--steps", 40, "--dropout", 0.1, *flags]  # 6 steps an epoch; the window is 8 to 20
     whole = go(*flags, "--out", tmp_path / "whole")
     task_loss, calls = train_glue_mini.task_loss, []
 
     def interrupted(outputs, labels):
-        calls.append(1)
+        calls.extend([1] * torch.is_grad_enabled())  # not where ALoRA scores its ranks
         if len(calls) == stop:
             raise KeyboardInterrupt
         return task_loss(outputs, labels)
@@ -249,7 +267,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(go, tmp_path, mo
 # Afterwards
 
 
-@pytest.mark.parametrize("method", ["salora", "lora", "full", "head"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_finished_run_scores_the_same_again(go, tmp_path, capsys, method):
     summary = go("--method", method, "--task", "mini-stsb", "--out", tmp_path / "run")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
@@ -303,9 +321,12 @@ def wide(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("recipe", ["ours", "paper"])
-def test_accumulating_equals_the_whole_batch_noise_included(go, tmp_path, wide, recipe):
-    flags = ["--weights", wide, "--task", "mini-mrpc", "--steps", 50, "--batch-size", 10, "--recipe", recipe]
+VARIANTS = [["--recipe", "ours"], ["--recipe", "paper"], *(["--method", name] for name in PEERS)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant[1])
+def test_accumulating_equals_the_whole_batch_noise_included(go, tmp_path, wide, variant):
+    flags = ["--weights", wide, "--task", "mini-mrpc", "--steps", 50, "--batch-size", 10, *variant]
     one = go(*flags, "--out", tmp_path / "one")
     four = go(*flags, "--accumulate", 4, "--out", tmp_path / "four")  # 10 rows in parts of 3, 3, 2, 2; 48 = 4 x 10 + 8
     worst = (losses_of(tmp_path / "one") - losses_of(tmp_path / "four")).abs().max()
@@ -324,14 +345,61 @@ def test_two_processes_train_like_one(go, tmp_path, wide, recipe):
     flags = ["--weights", wide, "--task", "mini-mnli", "--steps", 50, "--batch-size", 10, "--recipe", recipe]
     one = go(*flags, "--out", tmp_path / "one")
     rest = ["--rows", 48, "--device", "cpu", "--out", tmp_path / "two"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [Path(train_glue_mini.__file__), *flags, *rest]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("mini-mnli, salora, seed 0 on cpu and 1 more") == 1, "only the first worker speaks"
+    said = in_two_processes(tmp_path, [train_glue_mini.__file__, *flags, *rest])
+    assert said.count("mini-mnli, salora, seed 0 on cpu and 1 more") == 1, "only the first worker speaks"
     two = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert (losses_of(tmp_path / "one") - losses_of(tmp_path / "two")).abs().max() < 1e-5
     assert one["ranks"] == two["ranks"] and sorted(p.name for p in (tmp_path / "two").iterdir()) == FILES
+
+
+def in_two_processes(folder, command):
+    """What a program that runs under torchrun in two processes prints; it must succeed."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(list(map(str, torchrun + command)), capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+ONE_AFTER_THE_OTHER = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from train_glue_mini import main
+for flags in json.loads(sys.argv[2]):
+    main(flags)
+"""
+
+
+@pytest.fixture(scope="module")
+def in_pairs(wide, tmp_path_factory):
+    """(flags, folder): a run of every peer in two processes, which are started only once."""
+    folder = tmp_path_factory.mktemp("pairs")
+    flags = ["--weights", wide, "--task", "mini-mnli", "--steps", 50, "--batch-size", 10]
+    flags += ["--rows", 48, "--device", "cpu"]
+    runs = [[str(x) for x in (*flags, "--method", name, "--out", folder / name)] for name in PEERS]
+    (folder / "driver.py").write_text(ONE_AFTER_THE_OTHER)
+    in_two_processes(folder, [folder / "driver.py", Path(train_glue_mini.__file__).parent, json.dumps(runs)])
+    return flags, folder
+
+
+@pytest.mark.parametrize("method", PEERS)
+def test_two_processes_train_every_peer_like_one(go, tmp_path, in_pairs, method):
+    flags, folder = in_pairs
+    one = go(*flags, "--method", method, "--out", tmp_path / "one")
+    two = json.loads((folder / method / "summary.json").read_text())
+    assert (losses_of(tmp_path / "one") - losses_of(folder / method)).abs().max() < 1e-5
+    assert one["ranks"] == two["ranks"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_computes_in_it_and_trains_weights_in_fp32(go, tmp_path, wide, method):
+    flags = ["--weights", wide, "--method", method, "--steps", 12]
+    for precision in ("fp32", "bf16"):
+        summary = go(*flags, "--precision", precision, "--out", tmp_path / precision)
+    gap = (losses_of(tmp_path / "fp32") - losses_of(tmp_path / "bf16"))[:3, 0].abs()  # before decisions may differ
+    assert 0 < gap.max() < 0.05 and 0 <= abs(summary["score"]) <= 1
+    state = torch.load(tmp_path / "bf16" / "adapter.pt", weights_only=True)
+    triplets = [layer[side] for layer in state["layers"].values() for side in "AB"]
+    assert {tensor.dtype for tensor in (*state["others"].values(), *triplets)} == {torch.float32}
 
 
 def test_compiling_changes_rounding_only(go, tmp_path, wide, monkeypatch):
@@ -435,11 +503,17 @@ def refused(capsys, call, *flags):
         (["--epochs", 1, "--steps", 1], "argument --steps: not allowed with argument --epochs"),
         (["--data", "."], "task mini-cola is generated and reads no --data: drop it, or take --task cola"),
         (["--method", "full", "--rank", 4], "--rank is about adapters, and --method full has none"),
-        (["--method", "head", "--alpha", 4], "--alpha is about adapters, and --method head has none"),
+        (["--method", "head", "--alpha", 4], "--alpha is about low-rank adapters, and --method head has none"),
+        (["--method", "prefix", "--alpha", 4], "--alpha is about low-rank adapters, and --method prefix has none"),
+        (["--method", "bitfit", "--rank", 4], "--rank is about adapters, and --method bitfit has none"),
+        (["--method", "sora", "--density", 0.5], "--density is about a budget, and --method sora has none"),
+        (["--method", "adalora", "--density", 2], "density must be in (0, 1], got 2.0"),
+        (["--method", "alora", "--no-canonical"], "--canonical is about trained gates, and --method alora has none"),
+        (["--method", "prompt", "--rank", 41], "--rank 41 leaves room for 5 tokens of a row: take a shorter prompt"),
         (["--device", "meta"], "no device 'meta' here"),
         (["--device", "cuda:99"], "no device 'cuda:99' here"),
         (["--device", "abacus"], "no device 'abacus' here"),
-        (["--method", "lora", "--density", 0.5], "--density is about trained gates, and --method lora has none"),
+        (["--method", "lora", "--density", 0.5], "--density is about a budget, and --method lora has none"),
         (["--method", "full", "--no-canonical"], "--canonical is about trained gates"),
         (["--weights", "nowhere"], "no config.json in nowhere"),
         (["--task", "cola"], "task cola needs --data DIR"),
@@ -493,7 +567,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(go, tmp_path, c
     assert "no settings.json in file; expected the folder of a run" in refused(capsys, go, "--evaluate", "file")
 
 
-@pytest.mark.parametrize("method", ["salora", "lora"])
+@pytest.mark.parametrize("method", ["salora", "lora", *PEERS])
 def test_a_run_that_diverges_ends_with_the_step_and_what_to_do(go, capsys, method):
     message = refused(capsys, go, "--method", method, "--lr", 1e30)
     assert "error: the loss is nan at step " in message and message.endswith(": try a smaller --lr")
