@@ -18,7 +18,7 @@ LEVELS = 7  # of lambda, from 0 up: the authors' number
 
 
 def soft_threshold(x, xi):
-    """Eq. (11): the minimiser over z of (z - x)^2 / 2 + xi |z|, entry by entry. Exactly 0 where |x| <= xi."""
+    """Eq. (11): the minimizer over z of (z - x)^2 / 2 + xi |z|, entry by entry. Exactly 0 where |x| <= xi."""
     return x.sign() * (x.abs() - xi).clamp_min(0)
 
 
@@ -29,7 +29,10 @@ def lambda_at(step, total_steps, highest=LAMBDA, levels=LEVELS):
 
 
 class SoRA(Allocator):
-    """The moments of RankAllocator, for SoRA. highest: lambda at the end; from 1 on Adam can open no gate again."""
+    """The moments of RankAllocator, for SoRA.
+
+    highest: lambda at the end. Adam moves a gate by eta_t or so a step, and the threshold by eta_t lambda.
+    """
 
     def __init__(self, model, optimizer, total_steps, highest=LAMBDA, **rest):
         super().__init__(model, optimizer, total_steps, **rest)

@@ -43,6 +43,14 @@ def pytest_report_header():
 
 
 EQUATIONS = [  # words in the name of a test, and the place where what it states is written; the first that fits counts
+    ("adalora", "peers/adalora.py, Eqs. (4), (6) to (12): importance I_bar U_bar, and the b(t) best keep their value"),
+    ("sora", "peers/sora.py, Eqs. (10), (11): g <- T(g - eta gradient), T the soft threshold at xi = eta lambda"),
+    ("alora", "peers/alora.py, Eq. (6): IS(r) = S(M) - S(M without r) + S(M with only r); a move closes what it opens"),
+    ("rm_lora", "peers/rm_lora.py, Eq. (10) and Alg. 1: r_hat of R directions are updated a step"),
+    ("bottleneck|adapters_stand", "peers/adapters.py: x + W_up f(W_down x)"),
+    ("prefix|prompt", "peers/prefix.py: trained keys and values, or words, in front of a sentence's own"),
+    ("ia3|bitfit", "peers/bias.py: every bias; or l_k * k, l_v * v and l_ff * f(W_1 x)"),
+    ("peer|installed|closed_form_says|frozen_model_does", "peers/: each file's first lines"),
     ("penalty|multiplier|ascent|controller", "budget.py, Eq. (12): loss + beta R_orth + lambda (C - b)^2, lambda >= 0, "
      "with descent on log theta and ascent on lambda"),
     ("phases|schedule|windows", "budget.py, Alg. 1: open before T_start, window before T_end, then frozen"),

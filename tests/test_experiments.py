@@ -6,7 +6,8 @@ import csv
 import pytest
 import torch
 
-from experiments import planted_ranks, recipe
+from experiments import compare, planted_ranks, recipe
+from peers import PEERS
 
 
 def test_planted_ranks_are_found(tmp_path, capsys):
@@ -69,3 +70,35 @@ def test_spare_room_is_counted_in_the_cheapest_triplets(tmp_path, tiny_weights, 
 
 def test_groups_name_variants_that_exist():
     assert all(name in recipe.VARIANTS for group in recipe.GROUPS.values() for name in group)
+
+
+def test_comparison_adds_rows_with_sizes_and_does_none_twice(tmp_path, capsys, tiny_weights, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--weights", str(tiny_weights), "--rows", "32", "--batch-size", "8", "--steps", "6"]
+    methods = ["salora", "lora-4", "ia3", "head"]
+    for seeds in (["0"], ["0", "1"]):
+        out = ["--tasks", "mini-sst2", "--seeds", *seeds, "--out", str(tmp_path / "out")]
+        rows = compare.main(["--methods", *methods, *out, *flags])
+    assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for s in "01" for m in methods]
+    found = {row["method"]: (int(row["trained"]), int(row["final"])) for row in rows}
+    assert found["lora-4"] == (1792, 1792) and found["ia3"] == (128, 128) and found["head"] == (0, 0)
+    assert found["salora"][0] == 3584 and 1792 - 48 < found["salora"][1] <= 1792
+    assert (tmp_path / "out" / "compare.png").stat().st_size > 5000
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("salora, mini-sst2, seed") for line in lines) == 2
+    [row] = [line.split() for line in lines[-8:] if line.startswith("lora-4 ")]
+    assert row[1:3] == ["1,792", "1,792"] and row[6] == "2", "both seeds"
+
+
+def test_comparison_table_averages_only_seeds_that_have_run_on_every_task():
+    scores = {("a", "mini-cola", "0"): 0.5, ("a", "mini-rte", "0"): 0.7, ("a", "mini-cola", "1"): 0.9}
+    rows = [
+        {"method": m, "task": task, "seed": seed, "score": x, "trained": 2000, "final": 1000, "seconds_per_step": 0.5}
+        for (m, task, seed), x in scores.items()
+    ]
+    assert compare.table(rows).splitlines()[1].split() == "a 2,000 1,000 0.700 0.700 0.6000 - 1 0.5000".split()
+
+
+def test_methods_of_the_comparison_are_the_peers_and_their_rivals():
+    rivals = {"salora", "lora-8", "lora-4", "full", "head"}
+    assert set(compare.METHODS) == rivals | set(PEERS)

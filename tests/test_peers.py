@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import assert_close, generator, seeds
 from torch import nn
 
-from budget import kept_density
+from budget import FixedRanks, kept_density
 from hard_concrete import HardConcreteGate
 from hub.peft import export_peft
 from peers import PEERS, adalora, adapters, alora, rm_lora, sora
@@ -294,7 +294,8 @@ def test_sora_lambda_rises_in_seven_equal_levels_from_zero():
     values = [lambda_at(step, 70) for step in range(70)]
     assert values[0] == 0 and values[-1] == sora.LAMBDA and values == sorted(values)
     assert [values.count(value) for value in dict.fromkeys(values)] == [10] * 7
-    assert all(step == pytest.approx(1 / 6) for step in (b - a for a, b in itertools.pairwise(dict.fromkeys(values))))
+    steps = [b - a for a, b in itertools.pairwise(dict.fromkeys(values))]
+    assert steps == pytest.approx([sora.LAMBDA / 6] * 6)
 
 
 def test_sora_shrinks_gates_by_eta_times_lambda_after_every_step():
@@ -480,25 +481,24 @@ def test_rm_lora_changes_exactly_r_hat_rows_of_a_and_columns_of_b_a_step(Optimiz
     assert set(chosen) == set(every), "every choice of directions comes"
 
 
+@pytest.mark.parametrize("share,r_hat", [(0.25, 1), (0.5, 2), (1.0, 4)])
+def test_rm_lora_masks_the_gradients_themselves(share, r_hat):
+    """So that a clipping of gradients, or another optimizer, sees only what is updated."""
+
+    def look(moment, loop):
+        if moment == "after_backward":
+            for layer in loop.layers:
+                rows, columns = layer.A.grad.any(1), layer.B.grad.any(0)
+                assert int(rows.sum()) == r_hat and (loop.allocator.step == 0 or torch.equal(rows, columns))
+
+    Loop(lambda *parts: RMLoRA(*parts, share=share), steps=6, look=look)
+
+
 def test_rm_lora_without_mask_and_pull_is_lora_to_the_bit():
-    losses = {}
-    for name, make in (("lora", FixedRanksOf), ("rm", lambda *parts: RMLoRA(*parts, beta=0, share=1.0))):
-        losses[name] = [p.clone() for layer in Loop(make).layers for p in (layer.A, layer.B)]
-    assert all(torch.equal(a, b) for a, b in zip(*losses.values(), strict=True))
-
-
-def FixedRanksOf(model, optimizer, steps):
-    from budget import FixedRanks
-
-    return FixedRanks(model, steps)
-
-
-def test_rm_lora_draws_directions_for_each_matrix_by_itself_and_goes_on_with_them():
-    a, b = Loop(RMLoRA, steps=9), Loop(RMLoRA, steps=3)
-    held = [tuple(rest.tolist()) for _, _, rest, _ in a.allocator.held[::2]]
-    assert len(a.allocator.held) == 2 * 2 * 3, "A and B of two layers, each with two moments"
-    b.allocator.load_state_dict(a.allocator.state_dict())
-    assert b.allocator.step == 9 and torch.equal(b.allocator.noise.get_state(), a.allocator.noise.get_state()) and held
+    lora = Loop(lambda model, optimizer, steps: FixedRanks(model, steps))
+    same = Loop(lambda *parts: RMLoRA(*parts, beta=0, share=1.0))
+    for a, b in zip(lora.layers, same.layers, strict=True):
+        assert torch.equal(a.A, b.A) and torch.equal(a.B, b.B) and b.B.any()
 
 
 @pytest.mark.parametrize("share", [0, 1.5])
