@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from strategies import assert_close, generator, seeds
 from torch import nn
 
+import train_glue_mini
 from budget import FixedRanks, kept_density
 from hard_concrete import HardConcreteGate
 from hub.peft import export_peft
@@ -424,8 +425,9 @@ def test_alora_shares_out_in_turns_the_most_important_matrix_first():
 def test_alora_opens_ranks_afresh_so_that_opening_changes_no_output():
     loop = Loop(scored(ALoRA), steps=7)
     loop.layers[0].B.data[:, 2:] = 5.0  # of a closed rank: what it was, nobody sees
-    for p in (loop.layers[0].A, loop.layers[0].B):
-        assert loop.optimizer.state[p]["exp_avg_sq"].any()
+    for p in (loop.layers[0].A, loop.layers[0].B):  # as if all its ranks had been open before
+        for name in ("exp_avg", "exp_avg_sq"):
+            loop.optimizer.state[p][name].fill_(1.0)
     loop.allocator.plan = lambda scores: ([(1, 0)], [0])
     before = copy.deepcopy(loop.model)
     old_A = loop.layers[0].A.clone()
@@ -435,18 +437,48 @@ def test_alora_opens_ranks_afresh_so_that_opening_changes_no_output():
     assert torch.equal(loop.model(INPUTS), before(INPUTS)), "only what was closed is missing"
     layer = loop.layers[0]
     assert not layer.B[:, 2].any() and not torch.equal(layer.A[2], old_A[2]) and torch.equal(layer.A[:2], old_A[:2])
-    for p, row in ((layer.A, layer.A[2]), (layer.B, layer.B[:, 2])):
-        assert row.shape == (p.shape[1] if p is layer.A else p.shape[0],)
-        for name in ("exp_avg", "exp_avg_sq"):
-            moment = loop.optimizer.state[p][name]
-            assert not (moment[2] if p is layer.A else moment[:, 2]).any()
-            assert (moment[0] if p is layer.A else moment[:, 0]).any()
+    for name in ("exp_avg", "exp_avg_sq"):
+        moments = loop.optimizer.state[layer.A][name], loop.optimizer.state[layer.B][name].T
+        assert all(moment.any(1).tolist() == [True, True, False, True] for moment in moments)
 
 
 @given(st.integers(2, 200), st.integers(1, 40))
 def test_alora_scores_on_rows_that_it_does_not_train_on(n, batch):
     train, held_out = hold_out(list(range(n)), batch)
     assert train + held_out == list(range(n)) and 1 <= len(held_out) <= max(1, min(batch, n // 8))
+
+
+def test_alora_in_the_main_job_scores_by_the_negative_loss_of_rows_held_out_of_training(
+    monkeypatch, tiny_weights, tmp_path
+):
+    scored_on, trained_on, modes, losses = [], [], [], []
+    loss_of, batches_of = train_glue_mini.loss_of, train_glue_mini.batches_of
+
+    def noted(model, rows):
+        scored_on.extend(rows)
+        hook = model.register_forward_hook(lambda model, *rest: modes.append(model.training))
+        losses.append(loss_of(model, rows))
+        hook.remove()
+        assert model.training, "and goes on training afterwards"
+        return losses[-1]
+
+    def batches(rows, *rest):
+        trained_on.extend(rows)
+        return batches_of(rows, *rest)
+
+    def importance(allocator):
+        assert allocator.score() == -losses[-1] < 0
+        return {}
+
+    for name, spy in (("loss_of", noted), ("batches_of", batches)):
+        monkeypatch.setattr(train_glue_mini, name, spy)
+    monkeypatch.setattr(ALoRA, "importance", importance)
+    monkeypatch.setattr(ALoRA, "plan", lambda allocator, scores: ([], []))
+    flags = ["--method", "alora", "--weights", str(tiny_weights), "--rows", "40", "--batch-size", "4", "--steps", "3"]
+    train_glue_mini.main([*flags, "--dropout", "0.5", "--device", "cpu", "--out", str(tmp_path / "run")])
+    assert modes and not any(modes), "without dropout"
+    texts = lambda rows: {tuple(ids) for ids, *_ in rows}  # noqa: E731
+    assert len(trained_on) == 36 and len(texts(scored_on)) == 4 and not texts(scored_on) & texts(trained_on)
 
 
 # RM-LoRA
