@@ -3,8 +3,8 @@
 The update P Lambda Q (Eq. 3) is B diag(g) A here: P = B, Q = A, and g holds the singular values. All three are trained,
 with a pull of P and Q towards orthogonality (Eq. 4). Every triplet has an importance: the smoothed sensitivity of its
 entries times their uncertainty (Eqs. 7 to 11). The b(t) most important triplets of all matrices together keep their
-singular value (Eq. 6), where b(t) falls along a cubic curve (Eq. 12, appendix A). The others' is set to 0, but their
-vectors stay, so that a triplet can come back until b(t) has reached its end.
+singular value (Eq. 6), and that of the others becomes 0. Their vectors stay, so that a triplet can come back until
+b(t) has reached its end; it falls along a cubic curve (appendix A, in the form of the authors' code).
 
 The paper's budget counts triplets, whatever they cost: density is the share of triplets that stay, not of parameters.
 Left out: the paper's other measures of importance (magnitude, plain sensitivity).
@@ -23,7 +23,7 @@ INITIAL, FINAL = 0.1, 0.5  # t_i and t_f over T: about what the authors have for
 
 
 def budget_at(t, T, t_i, t_f, first, last):
-    """Eq. (12): b(t), how many triplets keep their value after t of T steps, from `first` down to `last`."""
+    """Appendix A: b(t), how many triplets keep their value after t of T steps, from `first` down to `last`."""
     if t <= t_i:
         return first
     if t >= T - t_f:

@@ -43,7 +43,7 @@ def pytest_report_header():
 
 
 EQUATIONS = [  # words in the name of a test, and the place where what it states is written; the first that fits counts
-    ("adalora", "peers/adalora.py, Eqs. (4), (6) to (12): importance I_bar U_bar, and the b(t) best keep their value"),
+    ("adalora", "peers/adalora.py, Eqs. (4), (6) to (11): importance I_bar U_bar, and the b(t) best keep their value"),
     ("sora", "peers/sora.py, Eqs. (10), (11): g <- T(g - eta gradient), T the soft threshold at xi = eta lambda"),
     ("alora", "peers/alora.py, Eq. (6): IS(r) = S(M) - S(M without r) + S(M with only r); a move closes what it opens"),
     ("rm_lora", "peers/rm_lora.py, Eq. (10) and Alg. 1: r_hat of R directions are updated a step"),

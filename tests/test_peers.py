@@ -143,7 +143,7 @@ def test_the_orthogonality_of_b_and_a_is_part_of_the_gradient(make):
 
 
 @given(st.data())
-def test_adalora_budget_falls_along_eq_12_from_all_triplets_to_the_last(data):
+def test_adalora_budget_falls_along_a_cubic_from_all_triplets_to_the_last(data):
     T = data.draw(st.integers(1, 300))
     t_i = data.draw(st.integers(0, T - 1))
     t_f = data.draw(st.integers(0, T - t_i - 1))
