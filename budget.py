@@ -28,9 +28,16 @@ TRAVEL = 14  # how far log_theta must be able to go: see Recipe.gate_lr
 
 def expected_density(layers):
     """Eq. (11): C, a scalar in [0, 1] with a gradient for log_theta. A fixed gate counts as the 0 or 1 it is."""
-    layers = layer_list(layers)
+    layers = _some(layers)
     spent = sum(layer.gate.open_probability().sum() * layer.triplet_size for layer in layers)
     return spent / total_parameters(layers)
+
+
+def _some(layers):
+    layers = layer_list(layers)
+    if not layers:
+        raise ValueError("no SaLoRA layers, so there is no density: call adapt(model, targets) first")
+    return layers
 
 
 def total_parameters(layers):
@@ -40,7 +47,7 @@ def total_parameters(layers):
 
 def kept_density(layers):
     """What `expected_density` promises, counted: the share of parameters in triplets whose settled gate is open."""
-    layers = layer_list(layers)
+    layers = _some(layers)
     kept = sum(int((layer.gate.settled() > 0).sum()) * layer.triplet_size for layer in layers)
     return kept / total_parameters(layers)
 

@@ -1,7 +1,6 @@
 """The gated linear layer and what is done to it, against naive loops in float64."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import assert_close, layers, make_layer, naive_forward, normal, seeds, sizes
 from torch import nn
+from torch.nn.utils.prune import random_unstructured
 
 import salora
 from budget import freeze_gates
@@ -313,7 +313,7 @@ def test_adapting_twice_is_refused_rather_than_nested():
 
 @pytest.mark.parametrize("rank", [0, -1])
 def test_a_rank_below_one_is_refused(rank):
-    with pytest.raises(ValueError, match=f"rank must be at least 1, got {rank}"):
+    with pytest.raises(ValueError, match=f"rank must be a whole number above 0, got {rank}"):
         adapt(Net(), ["shared"], r=rank)
 
 
@@ -384,7 +384,7 @@ class Bomb:
 
 def test_an_adapter_file_that_would_run_code_is_refused(tmp_path):
     torch.save({"format": "salora-1", "layers": Bomb()}, tmp_path / "a.pt")
-    with pytest.raises(pickle.UnpicklingError, match="weights_only"):
+    with pytest.raises(ValueError, match="a.pt is damaged or not an adapter"):
         salora.load_adapter(Net(), tmp_path / "a.pt")
 
 
@@ -408,6 +408,119 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name_and_leaves_the_model_al
     torch.save({"some": "thing"}, tmp_path / "c.pt")
     with pytest.raises(ValueError, match="not a SaLoRA adapter"):
         salora.load_adapter(Net(), tmp_path / "c.pt")
+
+
+NOT_FINITE, WHOLE = torch.full((2, 3), torch.nan), torch.ones(2, 3)
+
+
+@pytest.mark.parametrize("part, value", [
+    ("A", None), ("A", [1.0]), ("A", NOT_FINITE), ("A", WHOLE.int()), ("A", WHOLE.to_sparse()), ("A", WHOLE.to("meta")),
+    ("A", WHOLE[0]), ("B", WHOLE), ("log_theta", WHOLE[0]), ("fixed", WHOLE), ("r0", 10.0), ("r0", 0), ("r0", True),
+    ("alpha", "16"), ("alpha", torch.nan), ("alpha", None),
+])  # fmt: skip
+def test_an_adapter_of_damaged_content_is_refused_and_leaves_the_model_alone(part, value):
+    net = adapt(_seeded_net(), ["shared"], r=4)
+    before = {name: (p.clone(), p.requires_grad) for name, p in net.named_parameters()}
+    state = salora.adapter_state(net)
+    state["layers"]["shared"][part] = value
+    with pytest.raises(ValueError, match="layer shared of the adapter is damaged"):
+        salora.load_adapter_state(net, state)
+    after = {name: (p, p.requires_grad) for name, p in net.named_parameters()}
+    assert list(before) == list(after)
+    assert all(torch.equal(p, after[name][0]) and trains == after[name][1] for name, (p, trains) in before.items())
+
+
+@pytest.mark.parametrize("state", [None, [], {"format": "salora-1"}, {"format": "salora-1", "layers": {}, "others": 3},
+                                   {"format": "salora-1", "layers": {"shared": 3}, "others": {}},
+                                   {"format": "salora-1", "layers": {}, "others": {"head.bias": "x"}}])  # fmt: skip
+def test_what_is_no_adapter_is_refused(state):
+    with pytest.raises(ValueError, match="adapter"):
+        salora.load_adapter_state(Net(), state)
+
+
+def test_a_file_of_damaged_bytes_is_refused(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"PK\x03\x04 and then nothing")
+    with pytest.raises(ValueError, match="a.pt is damaged"):
+        salora.load_adapter(Net(), tmp_path / "a.pt")
+    with pytest.raises(FileNotFoundError):
+        salora.load_adapter(Net(), tmp_path / "b.pt")
+
+
+def test_a_bias_that_trains_inside_an_adapted_layer_is_saved_and_comes_back_trainable():
+    net = adapt(_seeded_net(), ["shared"])
+    net.shared.base.bias.requires_grad_(True).data.add_(1)
+    other = salora.load_adapter_state(_seeded_net(), salora.adapter_state(net))
+    assert torch.equal(other.shared.base.bias, net.shared.base.bias) and other.shared.base.bias.requires_grad
+    assert not other.shared.base.weight.requires_grad
+
+
+def test_running_statistics_that_move_in_a_frozen_model_are_saved():
+    def new():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
+
+    net, x = adapt(new(), ["0"]), torch.randn(9, 6)
+    net.train()(3 * x + 1)
+    other = salora.load_adapter_state(new(), salora.adapter_state(net))
+    assert torch.equal(other.eval()(x), net.eval()(x))
+
+
+def test_a_snapshot_shares_no_memory_with_the_model_nor_two_models_with_each_other():
+    net = adapt(_seeded_net(), ["shared"])
+    net.head.requires_grad_(True)
+    state = salora.adapter_state(net)
+    twins = [salora.load_adapter_state(_seeded_net(), state) for _ in range(2)]
+    kept = state["layers"]["shared"]["A"].clone(), state["others"]["head.weight"].clone()
+    with torch.no_grad():
+        for p in (*net.parameters(), *twins[0].parameters()):
+            p.add_(1)
+    for A, weight in ((state["layers"]["shared"]["A"], state["others"]["head.weight"]),
+                      (twins[1].shared.A, twins[1].head.weight)):  # fmt: skip
+        assert torch.equal(A, kept[0]) and torch.equal(weight, kept[1])
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_state_dict_of_pruned_and_fixed_layers_loads_into_fresh_ones(fixed):
+    net = adapt(_seeded_net(), ["shared"], r=4)
+    layer, x = net.shared, torch.randn(3, net.shared.A.shape[1])
+    nn.init.normal_(layer.B)
+    layer.gate.fix(torch.tensor([1.0, 0.0, 0.3, 1.0])) if fixed else layer.gate.release()
+    prune(layer)
+    fresh = adapt(_seeded_net(), ["shared"], r=4)
+    fresh.load_state_dict(net.state_dict())
+    assert fresh.shared.r == layer.r == (3 if fixed else 4)
+    assert torch.equal(fresh.eval().shared(x), net.eval().shared(x))
+
+
+def test_layers_whose_weight_is_computed_by_hooks_are_refused():
+    net = Net()
+    random_unstructured(net.shared, "weight", amount=0.5)
+    with pytest.raises(ValueError, match="computed by hooks"):
+        adapt(net, ["shared"])
+
+
+@pytest.mark.parametrize("rank", [2.5, True, "8"])
+def test_a_rank_that_is_no_whole_number_is_refused(rank):
+    with pytest.raises(ValueError, match="rank must be a whole number above 0"):
+        adapt(Net(), ["shared"], r=rank)
+
+
+def test_torchs_fast_path_around_an_adapter_is_refused_and_without_it_the_adapter_acts_in_eval_mode():
+    def new():
+        torch.manual_seed(0)
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+
+    with pytest.raises(ValueError, match="set_fastpath_enabled"):
+        adapt(new(), ["linear1"])
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        net, frozen, x = adapt(new(), ["linear1"]), new(), torch.randn(2, 3, 8)
+        assert torch.allclose(net(x), frozen(x), atol=1e-6)
+        for layer in salora_layers(net).values():
+            nn.init.normal_(layer.B)
+        assert (net(x) - frozen(x)).abs().max() > 0.01
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
 
 
 def test_adapt_takes_no_name_of_a_container_as_a_pattern_for_what_it_holds():
