@@ -35,7 +35,7 @@ class RealTokenizer:
             if largest is None:
                 raise ValueError(f"{self.path} turns {text!r} into no token at all: every row needs at least one")
             if largest >= self.size:
-                raise ValueError(f"{self.path} gives the token id {largest}, but its vocabulary ends at {self.size - 1}")
+                raise ValueError(f"{self.path} gives the token id {largest}, but its vocabulary has {self.size}")
         return [(e.ids, e.type_ids, row[2]) for e, row in zip(encodings, rows)]
 
 
