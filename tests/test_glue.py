@@ -302,6 +302,7 @@ def test_word_pieces_from_vocab_txt(tmp_path):
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "vocab.txt"])
 def test_damaged_tokeniser_files_are_refused_by_name(tmp_path, name):
     pytest.importorskip("tokenizers")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     (tmp_path / name).write_text("")
     with pytest.raises(ValueError, match=f"{name} cannot be read: "):
         load_tokenizer(tmp_path)

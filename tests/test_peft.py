@@ -1,7 +1,6 @@
 """Adapters out to PEFT and back: the same outputs through `PeftModel` as through our own layers."""
 
 import json
-import pickle
 import sys
 from functools import partial
 
@@ -51,18 +50,18 @@ def test_classifiers_give_the_same_through_peft(tmp_path, family, pad, pruned, s
     names = partial(hub_name, model_type=config.model_type)
     export_peft(model, tmp_path / "adapter", names, pad=pad)
     ids, mask, types = batch(pad=config.pad_token_id)
-    expected = model(ids, mask, types)
+    expected = model.double()(ids, mask, types)  # in float64, where only the float32 of the files makes a difference
     inputs = dict(input_ids=ids, attention_mask=mask, token_type_ids=types)
 
-    wrapped = peft.PeftModel.from_pretrained(other, tmp_path / "adapter").eval()
+    wrapped = peft.PeftModel.from_pretrained(other, tmp_path / "adapter").eval().double()
     difference = (wrapped(**inputs).logits - expected).abs().max()
     merged = (wrapped.merge_and_unload()(**inputs).logits - expected).abs().max()
     again = SequenceClassifier(load_pretrained(tmp_path / "base")[0], 3).eval()
-    import_peft(again, tmp_path / "adapter", names)
+    import_peft(again, tmp_path / "adapter", names).double()
     back = (again(ids, mask, types) - expected).abs().max()
     twice = (import_peft(again, tmp_path / "adapter", names)(ids, mask, types) - expected).abs().max()
     print(f"{family}, pad={pad}: PeftModel {difference:.1e}, merged {merged:.1e}, back {back:.1e}")
-    assert max(difference, merged, back, twice) < 1e-5
+    assert max(difference, merged, back, twice) < 1e-6
     tensors = [n for n, p in again.named_parameters() if p.requires_grad and n.startswith("classifier")]
     assert len(tensors) == 4, "the head comes back trainable"
 
@@ -166,11 +165,11 @@ def test_export_refuses_an_empty_adapter_and_import_what_it_cannot_represent(tmp
     odd += [("init_lora_weights", name) for name in ("pissa_niter_4", "olora", "loftq", "corda")]
     torch.save({"0.lora_A.weight": Bomb()}, tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_model.safetensors").unlink(missing_ok=True)
-    with pytest.raises(pickle.UnpicklingError, match="weights_only"):
+    with pytest.raises(ValueError, match="adapter_model.bin is damaged or not a PyTorch file of plain tensors"):
         import_peft(nn.Sequential(nn.Linear(4, 3)), tmp_path)
     for key, value in odd:
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, key: value}))
-        with pytest.raises(ValueError, match=f"no plain LoRA adapter: {key} is {value}$"):
+        with pytest.raises(ValueError, match=f"no plain LoRA adapter: {key} is {value!r}$"):
             import_peft(nn.Sequential(nn.Linear(4, 3)), tmp_path)
 
 
