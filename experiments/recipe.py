@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_glue_mini
-from cli.runs import append, write_atomically
+from cli.files import append, write_atomically
 from glue.mini import TASKS as MINI_TASKS
 
 LORA = ["--method", "lora", "--rank"]

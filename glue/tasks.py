@@ -22,7 +22,7 @@ class Task:
     also: str = ""  # a second metric that GLUE reports
     dev: str = "dev.tsv"
     header: tuple = ()  # the columns of a file without a header line
-    broken_lines: bool = False  # the official file has a few, which are left out
+    broken_lines: bool = False  # the official file has a few, which are counted and left out
 
     @property
     def num_labels(self):
@@ -59,7 +59,7 @@ def task_of(name):
 def load_task(name, folder=None):
     """(train rows, dev rows) of a task, each row (sentence, sentence or None, label); no row is in both.
 
-    label is a class number, or a float for a score. An official task is read from `folder`, which holds GLUE's
+    label is a class index, or a float for a score. An official task is read from `folder`, which holds GLUE's
     folders ("CoLA", "SST-2" ...) or is one of them. Raises FileNotFoundError or ValueError with the file's line.
     """
     if name in mini.TASKS:
@@ -92,7 +92,10 @@ def read_rows(path, task, labelled=True):
     if absent:
         raise ValueError(f"{path} has no column {', '.join(absent)}; its header is {', '.join(header) or 'empty'}")
     if task.broken_lines and labelled:
-        table = [(i, cells) for i, cells in table if len(cells) == len(header)]
+        whole = [(i, cells) for i, cells in table if len(cells) == len(header)]
+        if len(whole) < len(table):
+            print(f"{path}: {len(table) - len(whole)} broken lines left out, {len(whole)} rows read")
+        table = whole
     columns, rows = [header.index(column) for column in wanted], []
     for i, cells in table:
         if len(cells) != len(header):
