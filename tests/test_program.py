@@ -163,6 +163,7 @@ def test_the_status_line_and_the_start_say_what_is_going_on(go, capsys):
 # Phases
 
 
+@pytest.mark.equation("alg 1", "noise")
 def test_noise_is_drawn_once_a_step_of_the_window_and_gates_move_only_there(go, monkeypatch):
     draws, seen = [], []
     resample, orthogonality = budget.resample, budget.orthogonality
@@ -201,6 +202,7 @@ def test_frozen_weights_stay_bitwise_and_survivors_are_plain_lora(go, monkeypatc
     assert all(torch.equal(layer.gate.fixed, torch.ones(layer.r)) and layer.scale == 2 for layer in layers)
 
 
+@pytest.mark.equation("canonical")
 @pytest.mark.parametrize("flag,moments", [("--canonical", False), ("--no-canonical", True)])
 def test_moments_start_anew_with_canonical_triplets_only(go, monkeypatch, flag, moments):
     made, seen, AdamW, resample = [], [], torch.optim.AdamW, budget.resample
@@ -304,6 +306,7 @@ def wide(tmp_path_factory):
     return folder
 
 
+@pytest.mark.equation("alg 1", "noise")
 @pytest.mark.parametrize("recipe", ["ours", "paper"])
 def test_accumulating_equals_the_whole_batch_noise_included(go, tmp_path, wide, recipe):
     flags = ["--weights", wide, "--task", "mini-mrpc", "--steps", 50, "--batch-size", 10, "--recipe", recipe]
@@ -320,6 +323,7 @@ def test_recomputing_activations_changes_nothing(go, tmp_path):
     assert adapter_of(tmp_path / "one") == adapter_of(tmp_path / "again")
 
 
+@pytest.mark.equation("alg 1", "noise")
 @pytest.mark.parametrize("recipe", ["ours", "paper"])
 def test_two_processes_train_like_one(go, tmp_path, wide, recipe):
     flags = ["--weights", wide, "--task", "mini-mnli", "--steps", 50, "--batch-size", 10, "--recipe", recipe]

@@ -51,12 +51,14 @@ def randomize(model, seed=0):
 # Exact identities
 
 
+@pytest.mark.equation("5")
 @given(layers())
 def test_closed_gates_leave_exactly_the_frozen_layer(layer):
     x = normal(3, layer.A.shape[1], seed=1)
     assert torch.equal(opened(layer, 0.0)(x), layer.base(x)), "g = 0: h = W x"
 
 
+@pytest.mark.equation("3", "5")
 @given(layers())
 def test_open_gates_are_plain_lora(layer):
     x = normal(3, layer.A.shape[1], seed=1)
@@ -65,6 +67,7 @@ def test_open_gates_are_plain_lora(layer):
     assert_close(opened(layer, 1.0)(x), lora, layer.A.shape[1] + layer.r)  # g = 1: h = W x + alpha / r B A x
 
 
+@pytest.mark.equation("3")
 def test_a_fresh_layer_changes_nothing_and_a_is_drawn_so_that_aat_is_the_identity_on_average():
     base = nn.Linear(4096, 16)
     layer = SaLoRALinear(base, 8, 16)
@@ -77,6 +80,7 @@ def test_a_fresh_layer_changes_nothing_and_a_is_drawn_so_that_aat_is_the_identit
 # The layer itself
 
 
+@pytest.mark.equation("5")
 @given(layers(), seeds)
 def test_forward_is_eq_5_by_naive_loops(layer, seed):
     x = normal(2, layer.A.shape[1], seed=seed)
@@ -84,6 +88,7 @@ def test_forward_is_eq_5_by_naive_loops(layer, seed):
     assert_close(layer(x), naive_forward(layer, x, gates), layer.A.shape[1] + layer.r)
 
 
+@pytest.mark.equation("5", "median")
 @given(layers(), seeds)
 def test_eval_mode_uses_median_gates_and_ignores_the_noise(layer, seed):
     x = normal(2, layer.A.shape[1], seed=seed)
@@ -95,6 +100,7 @@ def test_eval_mode_uses_median_gates_and_ignores_the_noise(layer, seed):
     assert torch.equal(layer(x), before)
 
 
+@pytest.mark.equation("5")
 @given(layers(), st.integers(1, 3), st.integers(1, 3))
 def test_leading_axes_are_free(layer, n, m):
     x = normal(n, m, layer.A.shape[1], seed=3)
@@ -102,6 +108,7 @@ def test_leading_axes_are_free(layer, n, m):
     assert_close(layer(x), flat.reshape(n, m, -1), layer.A.shape[1])
 
 
+@pytest.mark.equation("5")
 def test_gradients_agree_with_finite_differences():
     layer = make_layer(4, 3, 2, seed=5)
     layer.gate.log_theta.data = torch.tensor([0.3, -0.4], dtype=torch.float64)
@@ -116,6 +123,7 @@ def test_gradients_agree_with_finite_differences():
     assert torch.autograd.gradcheck(f, (x, *inputs))
 
 
+@pytest.mark.equation("3")
 def test_only_triplets_and_gates_have_gradients_and_the_frozen_weight_stays_bitwise():
     layer = make_layer(5, 4, 3, seed=1)
     layer.gate.u.fill_(0.5)
@@ -132,6 +140,7 @@ def test_only_triplets_and_gates_have_gradients_and_the_frozen_weight_stays_bitw
 # Eq. (9)
 
 
+@pytest.mark.equation("9")
 @given(st.lists(layers(), min_size=1, max_size=3))
 def test_orthogonality_is_eq_9_by_naive_loops(bank):
     total = 0.0
@@ -144,6 +153,7 @@ def test_orthogonality_is_eq_9_by_naive_loops(bank):
     assert_close(orthogonality(iter(bank)), torch.tensor(total, dtype=torch.float64), 200)
 
 
+@pytest.mark.equation("9")
 def test_orthogonality_is_zero_for_orthonormal_factors_and_its_gradient_is_zero_at_b_0():
     layer = make_layer(6, 5, 3, seed=0)
     layer.B.data, layer.A.data = torch.eye(6, dtype=torch.float64)[:, :3], torch.eye(5, dtype=torch.float64)[2:]
@@ -156,6 +166,7 @@ def test_orthogonality_is_zero_for_orthonormal_factors_and_its_gradient_is_zero_
 # Canonical triplets
 
 
+@pytest.mark.equation("canonical")
 @given(sizes, sizes, st.integers(1, 8), seeds)
 def test_canonical_triplets_keep_the_product_and_are_a_singular_basis(d, k, r, seed):
     layer = make_layer(d, k, r, seed)
@@ -170,6 +181,7 @@ def test_canonical_triplets_keep_the_product_and_are_a_singular_basis(d, k, r, s
         assert_close(gram, torch.diag(expected), 256)  # orthogonal, sorted, and S shared evenly between A and B
 
 
+@pytest.mark.equation("canonical")
 def test_canonical_triplets_in_half_precision():
     layer = make_layer(6, 5, 3, seed=2, dtype=torch.bfloat16)
     product = layer.B.float() @ layer.A.float()
@@ -178,6 +190,7 @@ def test_canonical_triplets_in_half_precision():
     assert_close((layer.B @ layer.A).detach(), product.bfloat16().detach(), inner=3)
 
 
+@pytest.mark.equation("canonical")
 def test_canonical_triplets_of_an_untrained_layer_are_left_alone():
     layer = SaLoRALinear(nn.Linear(5, 4), 3, 16)
     before = layer.A.clone()
@@ -188,6 +201,7 @@ def test_canonical_triplets_of_an_untrained_layer_are_left_alone():
 # Pruning and merging
 
 
+@pytest.mark.equation("prune")
 @given(layers(), seeds)
 def test_pruned_layer_equals_the_masked_one(layer, seed):
     x = normal(2, layer.A.shape[1], seed=seed)
@@ -200,6 +214,7 @@ def test_pruned_layer_equals_the_masked_one(layer, seed):
     assert len(prune(layer)) == layer.r == len(kept), "pruning twice is pruning once"
 
 
+@pytest.mark.equation("prune", "merge")
 @given(layers(), st.floats(0.05, 1), st.sampled_from(["budget", "median"]), st.sampled_from(["one", "median"]))
 def test_freeze_prune_merge_all_give_the_frozen_models_outputs(layer, density, rule, survivors):
     x = normal(2, layer.A.shape[1], seed=4)
@@ -212,6 +227,7 @@ def test_freeze_prune_merge_all_give_the_frozen_models_outputs(layer, density, r
     assert_close(merged(x), expected, layer.A.shape[1] + 8)
 
 
+@pytest.mark.equation("prune")
 def test_triplets_can_be_removed_in_any_order():
     x = normal(3, 4, seed=9)
     once, bit_by_bit = make_layer(5, 4, 6, seed=3), make_layer(5, 4, 6, seed=3)
@@ -225,6 +241,7 @@ def test_triplets_can_be_removed_in_any_order():
     assert torch.equal(once(x), bit_by_bit(x)) and once.r == bit_by_bit.r == 3
 
 
+@pytest.mark.equation("prune")
 def test_a_layer_with_every_triplet_closed_is_the_frozen_layer():
     layer = opened(make_layer(5, 4, 3, seed=2), 0.0)
     prune(layer)
@@ -233,6 +250,7 @@ def test_a_layer_with_every_triplet_closed_is_the_frozen_layer():
     assert float(orthogonality([layer]).detach()) == 0
 
 
+@pytest.mark.equation("merge")
 def test_merged_model_equals_the_adapted_one_and_merging_twice_changes_nothing():
     net = randomize(adapt(Net().double(), [r"body\.\d", "shared"], r=2).double()).eval()
     x = normal(4, 6, seed=1)
@@ -245,6 +263,7 @@ def test_merged_model_equals_the_adapted_one_and_merging_twice_changes_nothing()
     assert torch.equal(merge(merged)(x), again)
 
 
+@pytest.mark.equation("merge")
 def test_merging_leaves_what_shares_a_weight_as_it_was():
     net = nn.ModuleDict({"words": nn.Embedding(7, 4), "scores": nn.Linear(4, 7, bias=False)})
     net["scores"].weight = net["words"].weight  # tied, as in language models
@@ -255,6 +274,7 @@ def test_merging_leaves_what_shares_a_weight_as_it_was():
     assert torch.equal(net["words"].weight, words)
 
 
+@pytest.mark.equation("merge")
 def test_nothing_merges_when_the_mode_changes():
     layer = make_layer(4, 4, 2, seed=1)
     before = layer.base.weight.clone()
@@ -265,6 +285,7 @@ def test_nothing_merges_when_the_mode_changes():
 # Adapting models
 
 
+@pytest.mark.equation("3")
 def test_adapt_replaces_by_suffix_and_by_pattern_and_freezes_the_rest():
     net = adapt(Net(), ["shared", r"body\.1"], r=2, alpha=4)
     assert list(salora_layers(net)) == ["body.1", "shared"]
@@ -275,11 +296,13 @@ def test_adapt_replaces_by_suffix_and_by_pattern_and_freezes_the_rest():
     assert "r=2, r0=2, alpha=4" in str(net.shared), "a printed model tells its ranks"
 
 
+@pytest.mark.equation("3")
 def test_adapt_takes_rank_8_and_alpha_16_unless_told():
     net = adapt(Net(), "shared")
     assert (net.shared.r, net.shared.scale) == (8, 2)
 
 
+@pytest.mark.equation("3")
 def test_a_target_is_a_whole_name_or_a_suffix_after_a_dot():
     net = adapt(Net(), "body.0")
     assert list(salora_layers(net)) == ["body.0"]
@@ -287,6 +310,7 @@ def test_a_target_is_a_whole_name_or_a_suffix_after_a_dot():
         adapt(Net(), ["hared"])
 
 
+@pytest.mark.equation("3")
 def test_adapt_refuses_targets_without_a_linear_layer_and_lists_candidates():
     with pytest.raises(ValueError, match="'quary' matches no module; nn.Linear layers here: 0, 1, head, shared$"):
         adapt(Net(), ["quary"])
@@ -298,12 +322,14 @@ def test_adapt_refuses_targets_without_a_linear_layer_and_lists_candidates():
     assert not salora_layers(net) and all(p.requires_grad for p in net.parameters()), "nothing is half done"
 
 
+@pytest.mark.equation("3")
 def test_adapt_refuses_linear_layers_whose_parent_bypasses_them():
     attention = nn.MultiheadAttention(8, 2)  # it reads out_proj.weight itself and would ignore an adapter
     with pytest.raises(ValueError, match="only nn.Linear can be adapted"):
         adapt(attention, ["out_proj"])
 
 
+@pytest.mark.equation("3")
 def test_adapting_twice_is_refused_rather_than_nested():
     net = adapt(Net(), ["shared"])
     with pytest.raises(ValueError, match="'shared' matches only SaLoRALinear"):
@@ -311,12 +337,14 @@ def test_adapting_twice_is_refused_rather_than_nested():
     assert list(salora_layers(adapt(net, [".*"]))) == ["body.0", "body.1", "shared", "head"]
 
 
+@pytest.mark.equation("3")
 @pytest.mark.parametrize("rank", [0, -1])
 def test_a_rank_below_one_is_refused(rank):
     with pytest.raises(ValueError, match=f"rank must be a whole number above 0, got {rank}"):
         adapt(Net(), ["shared"], r=rank)
 
 
+@pytest.mark.equation("3")
 def test_equal_seeds_give_equal_starts():
     first, second = (adapt(_seeded_net(), ["shared"]) for _ in range(2))
     assert torch.equal(first.shared.A, second.shared.A)
@@ -335,6 +363,7 @@ def trained(model):
     return {n for n, p in model.named_parameters() if p.requires_grad and not n.endswith("log_theta")}
 
 
+@pytest.mark.equation("adapter file")
 @pytest.mark.parametrize("stage", ["fresh", "window", "frozen", "pruned", "closed"])
 @pytest.mark.parametrize("training", [True, False])
 def test_saved_adapters_come_back_exactly(tmp_path, stage, training):
@@ -358,6 +387,7 @@ def test_saved_adapters_come_back_exactly(tmp_path, stage, training):
         assert trained(loaded) == trained(net)
 
 
+@pytest.mark.equation("adapter file")
 def test_loading_an_adapter_removes_the_one_that_was_there(tmp_path):
     net = randomize(adapt(_seeded_net(), ["shared"], r=2)).eval()
     salora.save_adapter(net, tmp_path / "a.pt")
@@ -366,6 +396,7 @@ def test_loading_an_adapter_removes_the_one_that_was_there(tmp_path):
     assert list(salora_layers(other)) == ["shared"] and torch.equal(other(x), net(x))
 
 
+@pytest.mark.equation("adapter file")
 @pytest.mark.parametrize("dtype,coarser", [(torch.bfloat16, torch.bfloat16), (torch.float64, torch.float32)])
 def test_an_adapter_takes_the_dtype_of_the_model_that_it_is_loaded_into(tmp_path, dtype, coarser):
     net = randomize(adapt(_seeded_net(), ["shared"], r=2)).eval()
@@ -382,12 +413,14 @@ class Bomb:
         return (eval, ("1 / 0",))
 
 
+@pytest.mark.equation("adapter file")
 def test_an_adapter_file_that_would_run_code_is_refused(tmp_path):
     torch.save({"format": "salora-1", "layers": Bomb()}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="a.pt is damaged or not an adapter"):
         salora.load_adapter(Net(), tmp_path / "a.pt")
 
 
+@pytest.mark.equation("adapter file")
 def test_an_adapter_that_does_not_fit_is_refused_by_name_and_leaves_the_model_alone(tmp_path):
     net = adapt(_seeded_net(), ["shared"])
     salora.save_adapter(net, tmp_path / "a.pt")
@@ -413,6 +446,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name_and_leaves_the_model_al
 NOT_FINITE, WHOLE = torch.full((2, 3), torch.nan), torch.ones(2, 3)
 
 
+@pytest.mark.equation("adapter file")
 @pytest.mark.parametrize("part, value", [
     ("A", None), ("A", [1.0]), ("A", NOT_FINITE), ("A", WHOLE.int()), ("A", WHOLE.to_sparse()), ("A", WHOLE.to("meta")),
     ("A", WHOLE[0]), ("B", WHOLE), ("log_theta", WHOLE[0]), ("fixed", WHOLE), ("r0", 10.0), ("r0", 0), ("r0", True),
@@ -430,6 +464,7 @@ def test_an_adapter_of_damaged_content_is_refused_and_leaves_the_model_alone(par
     assert all(torch.equal(p, after[name][0]) and trains == after[name][1] for name, (p, trains) in before.items())
 
 
+@pytest.mark.equation("adapter file")
 @pytest.mark.parametrize("state", [None, [], {"format": "salora-1"}, {"format": "salora-1", "layers": {}, "others": 3},
                                    {"format": "salora-1", "layers": {"shared": 3}, "others": {}},
                                    {"format": "salora-1", "layers": {}, "others": {"head.bias": "x"}}])  # fmt: skip
@@ -438,6 +473,7 @@ def test_what_is_no_adapter_is_refused(state):
         salora.load_adapter_state(Net(), state)
 
 
+@pytest.mark.equation("adapter file")
 def test_a_file_of_damaged_bytes_is_refused(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"PK\x03\x04 and then nothing")
     with pytest.raises(ValueError, match="a.pt is damaged"):
@@ -446,6 +482,7 @@ def test_a_file_of_damaged_bytes_is_refused(tmp_path):
         salora.load_adapter(Net(), tmp_path / "b.pt")
 
 
+@pytest.mark.equation("adapter file")
 def test_a_bias_that_trains_inside_an_adapted_layer_is_saved_and_comes_back_trainable():
     net = adapt(_seeded_net(), ["shared"])
     net.shared.base.bias.requires_grad_(True).data.add_(1)
@@ -454,6 +491,7 @@ def test_a_bias_that_trains_inside_an_adapted_layer_is_saved_and_comes_back_trai
     assert not other.shared.base.weight.requires_grad
 
 
+@pytest.mark.equation("adapter file")
 def test_running_statistics_that_move_in_a_frozen_model_are_saved():
     def new():
         torch.manual_seed(0)
@@ -465,6 +503,7 @@ def test_running_statistics_that_move_in_a_frozen_model_are_saved():
     assert torch.equal(other.eval()(x), net.eval()(x))
 
 
+@pytest.mark.equation("adapter file")
 def test_a_snapshot_shares_no_memory_with_the_model_nor_two_models_with_each_other():
     net = adapt(_seeded_net(), ["shared"])
     net.head.requires_grad_(True)
@@ -479,6 +518,7 @@ def test_a_snapshot_shares_no_memory_with_the_model_nor_two_models_with_each_oth
         assert torch.equal(A, kept[0]) and torch.equal(weight, kept[1])
 
 
+@pytest.mark.equation("adapter file")
 @pytest.mark.parametrize("fixed", [False, True])
 def test_a_state_dict_of_pruned_and_fixed_layers_loads_into_fresh_ones(fixed):
     net = adapt(_seeded_net(), ["shared"], r=4)
@@ -492,6 +532,7 @@ def test_a_state_dict_of_pruned_and_fixed_layers_loads_into_fresh_ones(fixed):
     assert torch.equal(fresh.eval().shared(x), net.eval().shared(x))
 
 
+@pytest.mark.equation("3")
 def test_layers_whose_weight_is_computed_by_hooks_are_refused():
     net = Net()
     random_unstructured(net.shared, "weight", amount=0.5)
@@ -499,12 +540,14 @@ def test_layers_whose_weight_is_computed_by_hooks_are_refused():
         adapt(net, ["shared"])
 
 
+@pytest.mark.equation("3")
 @pytest.mark.parametrize("rank", [2.5, True, "8"])
 def test_a_rank_that_is_no_whole_number_is_refused(rank):
     with pytest.raises(ValueError, match="rank must be a whole number above 0"):
         adapt(Net(), ["shared"], r=rank)
 
 
+@pytest.mark.equation("3")
 def test_torchs_fast_path_around_an_adapter_is_refused_and_without_it_the_adapter_acts_in_eval_mode():
     def new():
         torch.manual_seed(0)
@@ -523,11 +566,13 @@ def test_torchs_fast_path_around_an_adapter_is_refused_and_without_it_the_adapte
         torch.backends.mha.set_fastpath_enabled(True)
 
 
+@pytest.mark.equation("3")
 def test_adapt_takes_no_name_of_a_container_as_a_pattern_for_what_it_holds():
     with pytest.raises(ValueError, match="'body' matches only ModuleList"):
         adapt(Net(), ["body"])
 
 
+@pytest.mark.equation("3")
 def test_a_layer_with_two_names_is_adapted_under_both():
     net = Net()
     net.second = net.shared  # twice in one parent
@@ -537,6 +582,7 @@ def test_a_layer_with_two_names_is_adapted_under_both():
     assert merge(net).second is net.shared is net.alias[0] is merged
 
 
+@pytest.mark.equation("prune")
 def test_triplets_that_stay_keep_their_gates_in_train_mode():
     layer = make_layer(5, 4, 6, seed=3)
     layer.gate.log_theta.data = torch.tensor([-9.0, 0.1, 0.2, -9, 0.3, -9], dtype=torch.float64)

@@ -84,6 +84,7 @@ def naive_encoder(encoder, ids, types):
     return x
 
 
+@pytest.mark.equation("encoder")
 def test_encoder_equals_the_naive_one_and_padding_changes_nothing():
     encoder = small_encoder().double()
     ids, mask, types = batch()
@@ -93,6 +94,7 @@ def test_encoder_equals_the_naive_one_and_padding_changes_nothing():
     assert torch.equal(hidden, encoder(ids, None, types)), "without a mask, padding is not looked at"
 
 
+@pytest.mark.equation("encoder")
 def test_masked_tokens_are_not_looked_at():
     encoder = small_encoder()
     ids, mask, types = batch()
@@ -103,6 +105,7 @@ def test_masked_tokens_are_not_looked_at():
     assert not torch.allclose(encoder(other, None, types)[1, :4], changed, atol=1e-3)
 
 
+@pytest.mark.equation("encoder")
 def test_positions_start_at_pad_plus_one_and_padding_keeps_the_padding_position():
     encoder = small_encoder(pad_token_id=3, vocab_size=40)
     seen = []
@@ -353,6 +356,7 @@ def reference(family, folder, **changes):
     return model
 
 
+@pytest.mark.equation("encoder")
 @pytest.mark.parametrize("family", ["roberta", "bert"])
 def test_encoder_equals_transformers_on_a_random_checkpoint(family, tmp_path):
     pytest.importorskip("safetensors")
@@ -364,6 +368,7 @@ def test_encoder_equals_transformers_on_a_random_checkpoint(family, tmp_path):
     assert difference < 1e-5, f"differs by {difference:.2e}, but should by at most 1e-5"
 
 
+@pytest.mark.equation("encoder")
 def test_encoder_equals_transformers_at_the_longest_input(tmp_path):
     pytest.importorskip("safetensors")
     model = reference("roberta", tmp_path)
@@ -425,6 +430,7 @@ def test_merged_classifier_opens_in_transformers(tmp_path, family):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+@pytest.mark.equation("encoder")
 def test_real_encoder_equals_transformers(encoder_dir):
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModel.from_pretrained(encoder_dir).eval()
