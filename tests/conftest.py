@@ -68,8 +68,8 @@ EQUATIONS = {  # what stands in @pytest.mark.equation("8") -> the place in the c
     "noise": "budget.py, resample, Alg. 1: u ~ U(0, 1), one draw an optimizer step for all layers",
     "phases": "budget.py, GateSchedule, Alg. 1: gates open before T_start, free before T_end, then fixed",
     "learning rate": "budget.py, lr_factor: a rise, then a line down to 0; with a restart, another one from T_end on",
-    "alg 1": "budget.py, RankAllocator, Alg. 1: all gates open until T_start; in the window, one draw of noise a step, log "
-    "theta down and lambda up beside A and B; at T_end gates are fixed and closed triplets go",
+    "alg 1": "budget.py, RankAllocator, Alg. 1: gates open until T_start; in the window one draw of noise a step, log "
+    "theta down and lambda up, beside A and B; at T_end gates are fixed and closed triplets go",
     # The encoder
     "encoder": "tiny_transformer.py: x = norm(x + f(x)) with exact GELU; positions start at pad + 1",
 }  # fmt: skip

@@ -67,6 +67,13 @@ def test_expected_density_is_the_mean_of_what_samples_keep(bank, seed):
 
 
 @pytest.mark.equation("11")
+@pytest.mark.parametrize("density_of", [expected_density, kept_density])
+def test_without_layers_there_is_no_density(density_of):
+    with pytest.raises(ValueError, match="call adapt"):
+        density_of([])
+
+
+@pytest.mark.equation("11")
 @given(banks(), seeds)
 def test_the_order_of_layers_does_not_matter_to_densities(bank, seed):
     shuffled = random.Random(seed).sample(bank, len(bank))
@@ -96,7 +103,7 @@ def test_projection_puts_c_on_the_target_by_one_shift_for_all(bank, density):
     project(iter(bank), density)
     assert float(expected_density(bank).detach()) == pytest.approx(density, abs=2e-6), "Eq. (11) = b"
     shifts = torch.cat([layer.gate.log_theta.detach() - old for layer, old in zip(bank, before)])
-    assert float(shifts.max() - shifts.min()) <= 2e-5, "differences between gates stay"
+    assert float(shifts.max() - shifts.min()) <= 2e-5, "differences between gates do not change"
 
 
 @pytest.mark.equation("projection")
@@ -161,7 +168,7 @@ def test_noise_is_one_draw_for_all_layers_and_stays_inside_the_unit_interval(ban
     u = torch.cat([layer.gate.u for layer in bank])
     assert 0 < float(u.min()) and float(u.max()) < 1 and torch.isfinite(torch.logit(u)).all(), "u in (0, 1)"
     resample(bank, generator(seed))
-    assert torch.equal(torch.cat([layer.gate.u for layer in bank]), u), "an equal seed, but other noise"
+    assert torch.equal(torch.cat([layer.gate.u for layer in bank]), u), "the same seed, but other noise"
     for one, other in zip(bank, bank[1:]):
         n = min(one.r, other.r)
         assert n == 1 or not torch.equal(one.gate.u[:n], other.gate.u[:n]), "two layers never share noise"
@@ -196,7 +203,7 @@ def test_budget_rule_never_overspends_wastes_no_room_and_respects_the_order(bank
     note(f"(cost, log theta) of the triplets: {sizes_of(bank)}")
     freeze_gates(iter(bank), density)
     costs, mask = [cost for cost, _ in sizes_of(bank)], mask_of(bank)
-    limit = math.floor(Fraction(str(density)) * total_parameters(bank) + Fraction(1, 10**6))  # all but exact
+    limit = math.floor(Fraction(str(density)) * total_parameters(bank) + Fraction(1, 10**6))  # exact, but for the slack of floats
     spent = sum(cost for cost, kept in zip(costs, mask) if kept)
     assert spent <= limit, f"kept {spent} parameters, but should keep at most {limit}"
     assert all(spent + cost > limit for cost, kept in zip(costs, mask) if not kept), "a closed triplet would still fit"
@@ -340,7 +347,7 @@ def test_multipliers_start_at_zero_and_ascend_by_the_papers_step():
 
 @pytest.mark.equation("budget rule", "median rule")
 def test_names_of_rules_may_come_from_a_command_line():
-    """There a text is equal to the one in the code, but another object."""
+    """A string from there is equal to the one in the code, but another object."""
     one, median = (name[:1] + name[1:] for name in ("one", "median"))
     layer = make_layer(2, 2, 3, seed=0)
     layer.gate.log_theta.data = torch.tensor([0.5, -9.0, 0.5], dtype=torch.float64)

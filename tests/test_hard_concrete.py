@@ -1,4 +1,4 @@
-"""The gate against its own distribution: closed forms on a stratified grid of noise, never by luck of a draw."""
+"""The gate against its own distribution: closed forms on a stratified grid of noise, never by the luck of a draw."""
 
 import math
 
@@ -61,14 +61,14 @@ def test_clamped_samples_have_no_gradient_and_open_ones_have():
 @given(log_thetas, taus)
 def test_open_probability_matches_eq_8_on_a_stratified_grid(log_theta, tau):
     share = (sample_gate(f64(log_theta), GRID, tau) > 0).double().mean()
-    assert abs(share - prob_open(f64(log_theta), tau)) <= 1 / N, "sample_gate is > 0 more, or less, often than Eq. (8)"
+    assert abs(share - prob_open(f64(log_theta), tau)) <= 1 / N, "sample_gate is > 0 more or less often than Eq. (8) says"
 
 
 @pytest.mark.equation("P(g = 1)")
 @given(log_thetas, taus)
 def test_probability_of_one_matches_the_grid(log_theta, tau):
     share = (sample_gate(f64(log_theta), GRID, tau) >= 1).double().mean()
-    assert abs(share - prob_one(f64(log_theta), tau)) <= 1 / N, "sample_gate is 1 more, or less, often than P(g = 1)"
+    assert abs(share - prob_one(f64(log_theta), tau)) <= 1 / N, "sample_gate is 1 more or less often than P(g = 1) says"
 
 
 @pytest.mark.equation("median")
@@ -130,7 +130,7 @@ def test_a_fresh_gate_is_open_with_probability_11_in_12():
 
 
 @pytest.mark.equation("E[g]")
-def test_mean_of_a_gate_that_is_closed_half_of_the_time():
+def test_mean_of_a_gate_that_is_closed_half_the_time():
     """Section 3.5's "expected value > 0" is always true: at P(g > 0) = 1/2 the mean is still .126."""
     log_theta = f64(-math.log(ZETA / -GAMMA))
     assert float(prob_open(log_theta)) == pytest.approx(0.5)
@@ -155,7 +155,7 @@ def test_module_samples_in_train_mode_takes_the_median_in_eval_mode_and_obeys_fi
     gate.u.copy_(torch.tensor([0.2, 0.3, 0.6, 0.9]))
     assert torch.equal(gate(), gate()), "train mode: the noise u stays until it is drawn anew"
     assert torch.allclose(gate(), sample_gate(gate.log_theta, gate.u)), "train mode: Eq. (7) with the noise in u"
-    assert torch.allclose(gate.settled(), median_gate(gate.log_theta)), "settled gates know no noise, whatever the mode"
+    assert torch.allclose(gate.settled(), median_gate(gate.log_theta)), "settled gates ignore the noise, in either mode"
     assert torch.allclose(gate.eval()(), median_gate(gate.log_theta)), "eval mode: the median"
     gate.fix(torch.tensor([1.0, 0.0, 0.25, 1.0]))
     assert torch.equal(gate.train()(), gate.fixed) and torch.equal(gate.eval()(), gate.fixed), "fixed in either mode"
@@ -194,7 +194,7 @@ def test_a_fresh_gate_is_held_open_and_log_theta_trains_between_release_and_fix(
 
 
 @pytest.mark.equation("gate")
-def test_a_printed_gate_tells_its_phase_and_log_theta():
+def test_a_printed_gate_shows_its_phase_and_log_theta():
     gate = HardConcreteGate(3)
     assert "3 gates, fixed, 3 of them open" in str(gate)
     gate.release()

@@ -125,7 +125,7 @@ def test_adapting_gpt_2_is_refused_because_its_layers_are_transposed():
     model = transformers.GPT2LMHeadModel(config)
     with pytest.raises(ValueError, match="target 'c_attn' matches only Conv1D; nn.Linear layers here: lm_head"):
         adapt(model, ["c_attn"])
-    assert all(p.requires_grad for p in model.parameters()), "nothing is half done"
+    assert all(p.requires_grad for p in model.parameters()), "nothing is left half done"
 
 
 # One layer
@@ -148,7 +148,7 @@ def test_freezing_pruning_and_merging_change_no_output_at_any_shape(d, k, r, bia
 
 @pytest.mark.equation("prune", "merge")
 def test_pruning_and_merging_in_train_mode_ignore_the_noise():
-    """What stays does not depend on the step's luck, but on the median."""
+    """What stays depends on the median gates, not on the noise of a step."""
     for use in (merge, lambda layer: prune(layer) is None or layer):
         layer = make_layer(5, 4, 6, seed=2)
         layer.gate.log_theta.data = torch.tensor([-9.0, -3, -1, 0, 1, 9], dtype=torch.float64)
@@ -303,8 +303,26 @@ def test_micro_batches_of_a_step_see_one_mask_and_every_step_of_the_window_its_o
     assert all(not torch.equal(a, b) for i, a in enumerate(window) for b in window[:i]), "across epochs and layers, too"
 
 
+@pytest.mark.equation("noise")
+def test_the_seed_of_an_allocator_decides_the_noise_of_every_step():
+    def noise(seed):
+        model = adapt(nn.Sequential(nn.Linear(6, 2)), ["0"], r=4)
+        optimizer = torch.optim.SGD([model[0].A, model[0].B], lr=0.1)
+        allocator = RankAllocator(model, optimizer, 3, recipe=Recipe(window=(0, 1)), seed=seed)
+        drawn = []
+        for step in range(3):
+            allocator.before_step(step)
+            drawn.append(model[0].gate.u.clone())
+            allocator.after_backward()
+            optimizer.step()
+            allocator.after_step()
+        return torch.stack(drawn)  # (steps, r)
+
+    assert torch.equal(noise(1), noise(1)) and len(set(torch.cat([noise(1), noise(2)]).flatten().tolist())) == 2 * 3 * 4
+
+
 @pytest.mark.equation("alg 1")
-def test_every_epoch_of_every_seed_has_an_order_and_a_dropout_of_its_own():
+def test_every_epoch_of_every_seed_has_its_own_order_and_dropout():
     """The second epoch of seed 0 is not the first of seed 1."""
     orders, dropouts = [], []
     rows = [([0], torch.randn(6), i) for i in range(20)]

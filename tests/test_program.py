@@ -1,4 +1,4 @@
-"""The main job as a user meets it, in process, at tiny size: outputs, budget, resume, flags, bad input."""
+"""The main job as a user meets it, but in this process and at tiny size: outputs, budget, resume, flags, bad input."""
 
 import csv
 import json
@@ -13,10 +13,11 @@ import torch
 import budget
 import train_glue_mini
 from cli import report, setup
-from cli.flags import build_parser, settle
+from cli.flags import build_parser, device_of, settle
+from cli.journal import Journal
 from glue.mini import TASKS as MINI_TASKS
 from glue.tasks import NAMES, task_of
-from salora import salora_layers
+from salora import adapt, salora_layers
 from train_glue_mini import main
 
 KEYS = {
@@ -132,7 +133,7 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(go, tmp_path):
     assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
 
 
-def test_several_tasks_and_seeds_are_summed_up_in_a_table(go, tmp_path, capsys):
+def test_several_tasks_and_seeds_are_summarized_in_a_table(go, tmp_path, capsys):
     result = go("--task", "all", "--seed", 0, 1, "--steps", 3, "--rows", 8)
     assert [run["task"] for run in result["runs"]] == [task for task in MINI_TASKS for _ in range(2)]
     table = capsys.readouterr().out.splitlines()[-10:]
@@ -158,6 +159,29 @@ def test_the_status_line_and_the_start_say_what_is_going_on(go, capsys):
     assert "gates train from step 4 to 10 of 20, gate lr 2.33" in out
     assert "step 10/20 | loss 0." in out and " | C 0.500 -> 0.5 | kept " in out and "/96 | " in out
     assert "of 3,584 adapter parameters: 0.49" in out or "kept 1,792 of 3,584 adapter parameters: 0.5000" in out
+
+
+def test_a_log_row_is_the_mean_loss_of_the_steps_since_the_last_one():
+    """At most 200 rows or so: here one every second step."""
+    model = adapt(torch.nn.Sequential(torch.nn.Linear(3, 2)), ["0"], 1, 1)
+    optimizer, allocator = torch.optim.SGD([model[0].A], lr=0.5), budget.FixedRanks(model, 401)
+    journal = Journal(401)
+    journal.begin_epoch(0, model, optimizer, allocator)
+    for step in range(401):
+        journal.add(step, torch.tensor(float(step)), optimizer, allocator, 8)
+    assert [row["step"] for row in journal.rows] == [*range(2, 401, 2), 401], "and the last step has one of its own"
+    assert [row["loss"] for row in journal.rows] == [*(step + 0.5 for step in range(0, 400, 2)), 400]
+    assert {row["lr"] for row in journal.rows} == {0.5}
+
+
+def test_the_table_of_ranks_has_a_line_a_block_and_a_column_a_matrix():
+    ranks = {"encoder.layers.0.up": 3, "encoder.layers.0.down": 12, "encoder.layers.10.up": 0}
+    assert report.rank_table(ranks).splitlines() == [
+        "rank         up   down",
+        "block 0       3     12",
+        "block 10      0      -",
+    ]
+    assert report.rank_table({"query": 5}).splitlines() == ["rank      query", "block 0       5"]
 
 
 # Phases
@@ -285,7 +309,7 @@ def test_predictions_use_the_names_of_labels_and_of_both_test_sets(tmp_path, tes
     assert path.read_text().split()[2:] == ["0", "5.000", "1", "1.235"]
 
 
-# Hardware flags: the same numbers by another road
+# Hardware flags: the same numbers by other means
 
 
 def losses_of(folder):
@@ -488,6 +512,13 @@ def test_a_run_is_evaluated_on_the_device_that_is_asked_for(go, tmp_path):
     assert "score" in go("--evaluate", tmp_path / "run", "--device", "auto")
 
 
+def test_a_run_that_is_not_finished_is_not_evaluated(go, tmp_path, capsys):
+    go("--out", tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    message = refused(capsys, go, "--evaluate", tmp_path / "run")
+    assert f"is not finished: go on with --resume {tmp_path / 'run'}" in message
+
+
 def test_a_run_is_evaluated_from_any_folder(go, tmp_path, monkeypatch, tiny_weights):
     monkeypatch.chdir(tiny_weights.parent)
     summary = go("--weights", tiny_weights.name, "--task", "mini-stsb", "--out", tmp_path / "run")
@@ -507,6 +538,13 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(go, tmp_path, c
 def test_a_run_that_diverges_ends_with_the_step_and_what_to_do(go, capsys, method):
     message = refused(capsys, go, "--method", method, "--lr", 1e30)
     assert "error: the loss is nan at step " in message and message.endswith(": try a smaller --lr")
+
+
+def test_under_torchrun_a_process_takes_the_cuda_device_of_its_own_rank(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(ValueError, match="no device 'cuda:99' here"):
+        device_of("cuda")
+    assert device_of("cpu") == "cpu"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

@@ -38,7 +38,7 @@ def opened(layer, value):
 
 
 def randomize(model, seed=0):
-    """Give every adapter of a model a B and gates at random: nothing is at its start."""
+    """Give every adapter of a model a B and gates at random: nothing keeps its initial value."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in salora_layers(model).values():
@@ -293,7 +293,7 @@ def test_adapt_replaces_by_suffix_and_by_pattern_and_freezes_the_rest():
     trainable = {name for name, p in net.named_parameters() if p.requires_grad}
     assert trainable == {f"{m}.{p}" for m in ("body.1", "shared") for p in ("A", "B")}, "log_theta waits for release()"
     assert net.shared.r == 2 and net.shared.scale == 2
-    assert "r=2, r0=2, alpha=4" in str(net.shared), "a printed model tells its ranks"
+    assert "r=2, r0=2, alpha=4" in str(net.shared), "a printed model shows its ranks"
 
 
 @pytest.mark.equation("3")
@@ -319,7 +319,7 @@ def test_adapt_refuses_targets_without_a_linear_layer_and_lists_candidates():
     net = Net()
     with pytest.raises(ValueError, match="matches no module"):
         adapt(net, ["shared", "nothing"])
-    assert not salora_layers(net) and all(p.requires_grad for p in net.parameters()), "nothing is half done"
+    assert not salora_layers(net) and all(p.requires_grad for p in net.parameters()), "nothing is left half done"
 
 
 @pytest.mark.equation("3")
@@ -388,6 +388,15 @@ def test_saved_adapters_come_back_exactly(tmp_path, stage, training):
 
 
 @pytest.mark.equation("adapter file")
+def test_an_adapter_whose_ranks_are_not_decided_is_not_saved_as_finished(tmp_path):
+    net = adapt(Net(), ["shared"])
+    net.shared.allocating = True
+    with pytest.raises(ValueError, match="the ranks of shared are not decided yet: call the allocator's finish"):
+        salora.save_adapter(net, tmp_path / "a.pt")
+    assert list(tmp_path.iterdir()) == [] and "shared" in salora.adapter_state(net)["layers"], "a snapshot is allowed"
+
+
+@pytest.mark.equation("adapter file")
 def test_loading_an_adapter_removes_the_one_that_was_there(tmp_path):
     net = randomize(adapt(_seeded_net(), ["shared"], r=2)).eval()
     salora.save_adapter(net, tmp_path / "a.pt")
@@ -443,7 +452,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name_and_leaves_the_model_al
         salora.load_adapter(Net(), tmp_path / "c.pt")
 
 
-NOT_FINITE, WHOLE = torch.full((2, 3), torch.nan), torch.ones(2, 3)
+NOT_FINITE, WHOLE = torch.full((4, 6), torch.nan), torch.ones(4, 6)
 
 
 @pytest.mark.equation("adapter file")
@@ -468,7 +477,7 @@ def test_an_adapter_of_damaged_content_is_refused_and_leaves_the_model_alone(par
 @pytest.mark.parametrize("state", [None, [], {"format": "salora-1"}, {"format": "salora-1", "layers": {}, "others": 3},
                                    {"format": "salora-1", "layers": {"shared": 3}, "others": {}},
                                    {"format": "salora-1", "layers": {}, "others": {"head.bias": "x"}}])  # fmt: skip
-def test_what_is_no_adapter_is_refused(state):
+def test_what_is_not_an_adapter_is_refused(state):
     with pytest.raises(ValueError, match="adapter"):
         salora.load_adapter_state(Net(), state)
 
@@ -542,7 +551,7 @@ def test_layers_whose_weight_is_computed_by_hooks_are_refused():
 
 @pytest.mark.equation("3")
 @pytest.mark.parametrize("rank", [2.5, True, "8"])
-def test_a_rank_that_is_no_whole_number_is_refused(rank):
+def test_a_rank_that_is_not_a_whole_number_is_refused(rank):
     with pytest.raises(ValueError, match="rank must be a whole number above 0"):
         adapt(Net(), ["shared"], r=rank)
 
