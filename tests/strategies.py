@@ -20,7 +20,7 @@ def assert_close(actual, expected, inner=1):
     tolerance = 16 * (inner + 4) * EPS[expected.dtype] * scale
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, but should be {tuple(expected.shape)}"
     worst = float((actual - expected).detach().abs().max()) if expected.numel() else 0.0
-    assert worst <= tolerance, f"differs by {worst:.3g}, but should differ by at most {tolerance:.3g}\n{actual}\n{expected}"
+    assert worst <= tolerance, f"differs by {worst:.3g}, expected at most {tolerance:.3g}\n{actual}\n{expected}"
 
 
 seeds = st.integers(0, 2**31 - 1)

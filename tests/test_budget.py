@@ -203,7 +203,7 @@ def test_budget_rule_never_overspends_wastes_no_room_and_respects_the_order(bank
     note(f"(cost, log theta) of the triplets: {sizes_of(bank)}")
     freeze_gates(iter(bank), density)
     costs, mask = [cost for cost, _ in sizes_of(bank)], mask_of(bank)
-    limit = math.floor(Fraction(str(density)) * total_parameters(bank) + Fraction(1, 10**6))  # exact, but for the slack of floats
+    limit = math.floor(Fraction(str(density)) * total_parameters(bank) + Fraction(1, 10**6))  # exact but for rounding
     spent = sum(cost for cost, kept in zip(costs, mask) if kept)
     assert spent <= limit, f"kept {spent} parameters, but should keep at most {limit}"
     assert all(spent + cost > limit for cost, kept in zip(costs, mask) if not kept), "a closed triplet would still fit"

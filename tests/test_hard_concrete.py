@@ -61,14 +61,14 @@ def test_clamped_samples_have_no_gradient_and_open_ones_have():
 @given(log_thetas, taus)
 def test_open_probability_matches_eq_8_on_a_stratified_grid(log_theta, tau):
     share = (sample_gate(f64(log_theta), GRID, tau) > 0).double().mean()
-    assert abs(share - prob_open(f64(log_theta), tau)) <= 1 / N, "sample_gate is > 0 more or less often than Eq. (8) says"
+    assert abs(share - prob_open(f64(log_theta), tau)) <= 1 / N, "sample_gate is > 0 at another rate than Eq. (8) says"
 
 
 @pytest.mark.equation("P(g = 1)")
 @given(log_thetas, taus)
 def test_probability_of_one_matches_the_grid(log_theta, tau):
     share = (sample_gate(f64(log_theta), GRID, tau) >= 1).double().mean()
-    assert abs(share - prob_one(f64(log_theta), tau)) <= 1 / N, "sample_gate is 1 more or less often than P(g = 1) says"
+    assert abs(share - prob_one(f64(log_theta), tau)) <= 1 / N, "sample_gate is 1 at another rate than P(g = 1) says"
 
 
 @pytest.mark.equation("median")
