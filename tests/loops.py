@@ -49,7 +49,8 @@ class Run:
         allocator, optimizer = self.allocator, self.optimizer
         for step, batch in enumerate(self.batches[start:stop], start):
             allocator.before_step(step)
-            self.loss(batch).backward()
+            loss = self.loss(batch)  # lives on until the next one, and with it what autograd knows of shapes
+            loss.backward()
             allocator.after_backward()
             optimizer.step()
             allocator.after_step()
@@ -74,6 +75,12 @@ class Run:
         flags = [[p.requires_grad for p in parameters], [layer.allocating for layer in self.layers]]
         torch_states = [self.model.state_dict(), self.optimizer.state_dict(), [p.grad for p in parameters]]
         return tree_leaves(copy.deepcopy([state, flags, torch_states]))
+
+
+def prepared(parameters, lr):
+    """AdamW as accelerate hands it back."""
+    accelerate = pytest.importorskip("accelerate")
+    return accelerate.Accelerator(cpu=True).prepare(torch.optim.AdamW(parameters, lr=lr))
 
 
 def assert_same(one, other):

@@ -55,16 +55,17 @@ def test_a_callback_of_trainer_gives_a_llama_its_budget_and_resumes_equal_to_the
         assert_finished(allocator, trainer.model, lambda model: model(torch.arange(3, 12)[None]).logits, 0.1)
 
 
-def test_trainers_best_model_is_refused_at_the_start_and_weights_of_another_phase_at_the_end(tmp_path):
+def test_trainers_best_model_is_refused_at_the_start_and_weights_of_another_phase_later(tmp_path):
     best = dict(load_best_model_at_end=True, eval_strategy="steps", eval_steps=7)
     trainer, allocator = loops.llama_under_trainer(tmp_path, **best)
     with pytest.raises(ValueError, match="load_best_model_at_end"):
         trainer.train()
-    for early in (0, T_START, T_START + 1):
+    for early, late in ((0, STEPS), (T_START, STEPS), (T_START + 1, STEPS), (2, T_START + 1), (T_END, T_END + 1)):
         run = Run().train(stop=early)
         weights = copy.deepcopy(run.model.state_dict())
-        run.train(early).model.load_state_dict(weights)
-        assert_refused(run, run.allocator.finish, "weights are those of another phase|but the model's are not")
+        run.train(early, late).model.load_state_dict(weights)
+        due = "F" if late == STEPS else "B"
+        assert_refused(run, lambda: run.do(due), "weights are those of another phase|but the model's are not")
 
 
 def test_a_compiled_model_trains_as_the_plain_one_to_the_bit():
@@ -82,13 +83,13 @@ OPTIMIZERS = {
     "amsgrad": (torch.optim.AdamW, dict(amsgrad=True)),
     "foreach": (torch.optim.AdamW, dict(foreach=True)),
     "fused": (torch.optim.AdamW, dict(fused=True)),
+    "accelerate": (loops.prepared, {}),
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_pruning_slices_gradients_and_every_moment_to_the_triplets_that_stay(name):
+@pytest.mark.parametrize("make,flags", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_pruning_slices_gradients_and_every_moment_to_the_triplets_that_stay(make, flags):
     """Which stay is read off log_theta, all of whose values differ; the rest is Python's own indexing."""
-    make, flags = OPTIMIZERS[name]
     run = Run(make=make, recipe=Recipe(canonical=False), **flags).train(stop=T_END)
     state, sides = run.optimizer.state, []
     for layer in run.layers:
@@ -108,9 +109,8 @@ def test_pruning_slices_gradients_and_every_moment_to_the_triplets_that_stay(nam
             assert torch.equal(state[p][key], moment[index] if moment.shape == data.shape else moment), key
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_clip_lists_and_schedulers_made_before_training_go_on_after_pruning(name):
-    make, flags = OPTIMIZERS[name]
+@pytest.mark.parametrize("make,flags", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_clip_lists_and_schedulers_made_before_training_go_on_after_pruning(make, flags):
     run = Run(make=make, **flags)
     clip_list, norms = list(run.model.parameters()), []
 
@@ -119,7 +119,7 @@ def test_clip_lists_and_schedulers_made_before_training_go_on_after_pruning(name
         grads = [p.grad for p in run.model.parameters() if p.grad is not None and p.requires_grad]
         norms.append(nn.utils.get_total_norm(grads).item())
 
-    run.optimizer.register_step_pre_hook(clip)
+    run.allocator.optimizer.register_step_pre_hook(clip)
     run.train(stop=T_END + 1)
     before = [layer.B.detach().clone() for layer in run.layers]
     run.train(T_END + 1)
