@@ -86,9 +86,10 @@ class SaLoRALinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         """A state decides the rank: a pruned layer's fits a fresh one."""
-        r = len(state_dict.get(prefix + "A", self.A))
-        set_data(self.A, self.A.data.new_zeros(r, self.A.shape[1]))
-        set_data(self.B, self.B.data.new_zeros(self.B.shape[0], r))
+        if prefix + "A" in state_dict:
+            r = len(state_dict[prefix + "A"])
+            set_data(self.A, self.A.data.new_zeros(r, self.A.shape[1]))
+            set_data(self.B, self.B.data.new_zeros(self.B.shape[0], r))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -49,12 +49,12 @@ def evaluate(settings, folder, summary, test=None):
     if test is None:
         rows = load_task(settings.task, settings.data)[1]
     else:
-        rows = read_rows(Path(test), task, labelled=False)
+        rows = read_rows(Path(test), task, labeled=False)
     model, encode = reopen(settings, folder, summary)
     predicted = predict(model, encode(rows), settings.device)
     if test is not None:
         path = report.write_predictions(folder, task, Path(test).name, predicted)
-        print(f"{settings.task}: {len(rows)} rows of {test} labelled; see {path}")
+        print(f"{settings.task}: {len(rows)} rows of {test} labeled; see {path}")
         return {"predictions": str(path)}
     gold = [row[2] for row in rows]
     print(f"{settings.task}: {report.scores(task, predicted, gold)} on {len(rows)} dev rows with {folder}")

@@ -12,7 +12,7 @@ from budget import kept_density, total_parameters
 from cli.files import digest_of, write_atomically
 from cli.pictures import FEW_STEPS, draw_ranks, draw_training, rank_grid
 from cli.runs import write_settings
-from cli.workers import workers
+from cli.workers import worker, workers
 from glue.metrics import METRICS
 from glue.tasks import task_of
 from salora import adapter_state, salora_layers, save_adapter
@@ -33,7 +33,8 @@ def announce(settings, folder, model, train, dev, allocator):
         schedule = allocator.schedule
         print(f"gates train from step {schedule.T_start} to {schedule.T_end} of {allocator.total_steps}, "
               f"gate lr {allocator.gate_lr:.3g}{too_short(schedule.window)}", flush=True)  # fmt: skip
-    write_settings(settings, folder)
+    if worker() == 0:
+        write_settings(settings, folder)
 
 
 def too_short(window):

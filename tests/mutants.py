@@ -473,7 +473,7 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_glue.py::test_official_layouts_are_read_with_any_line_end_and_byte_order_mark"),
     ("glue/tasks.py", '.split("\\n")  # not', ".splitlines()  # not",
      "tests/test_glue.py::test_quotes_and_odd_line_separators_are_part_of_a_sentence"),
-    ("glue/tasks.py", "if task.broken_lines and labelled:", "if False:",
+    ("glue/tasks.py", "if task.broken_lines and labeled:", "if False:",
      "tests/test_glue.py::test_the_broken_lines_of_the_official_qqp_file_are_left_out"),
     ("glue/tokens.py", "(a if len(a) > len(b) else b).pop()", "(b or a).pop()",
      "tests/test_glue.py::test_truncation_takes_from_the_longer_sentence"),

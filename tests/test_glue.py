@@ -167,8 +167,8 @@ def test_official_layouts_are_read_with_any_line_end_and_byte_order_mark(tmp_pat
 
 
 def test_quotes_and_odd_line_separators_are_part_of_a_sentence(tmp_path):
-    write_official(tmp_path, "sst2", lambda text: text.replace("a\t", 'say "fi\u2028n\x85e \t'))
-    assert load_task("sst2", tmp_path)[0][0] == ('say "fi\u2028n\x85e ', None, 1)
+    write_official(tmp_path, "sst2", lambda text: text.replace("a\t", 'say "fi\u2028n\x85e\ro \t'))
+    assert load_task("sst2", tmp_path)[0][0] == ('say "fi\u2028n\x85e\ro ', None, 1)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_missing_files_and_folders_are_named(tmp_path):
 
 def test_unlabeled_files_need_no_label_column(tmp_path):
     (tmp_path / "test.tsv").write_text("index\tsentence1\tsentence2\n0\ta\tb\n")
-    assert read_rows(tmp_path / "test.tsv", TASKS["rte"], labelled=False) == [("a", "b", 0)]
+    assert read_rows(tmp_path / "test.tsv", TASKS["rte"], labeled=False) == [("a", "b", 0)]
 
 
 def test_real_glue_files_have_their_published_sizes(glue_dir):

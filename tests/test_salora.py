@@ -528,6 +528,15 @@ def test_a_snapshot_shares_no_memory_with_the_model_nor_two_models_with_each_oth
 
 
 @pytest.mark.equation("adapter file")
+def test_a_state_dict_of_the_frozen_model_leaves_the_triplets_alone():
+    net = adapt(_seeded_net(), ["shared"])
+    A = net.shared.A.detach().clone()
+    frozen = {name: value for name, value in net.state_dict().items() if ".base." in name}
+    net.load_state_dict(frozen, strict=False)
+    assert torch.equal(net.shared.A, A)
+
+
+@pytest.mark.equation("adapter file")
 @pytest.mark.parametrize("fixed", [False, True])
 def test_a_state_dict_of_pruned_and_fixed_layers_loads_into_fresh_ones(fixed):
     net = adapt(_seeded_net(), ["shared"], r=4)
