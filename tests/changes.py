@@ -15,6 +15,8 @@ ODD = [None, True, False, 0, -1, 1, 2, 10**6, 10**9, 10**20, 0.5, -0.5, 1e-300, 
 
 def odd_tensor(value, rng):
     """The tensor, changed in kind, shape or contents."""
+    if value.numel() > 10_000:  # changed before, into one that only pretends to be large
+        return value[:1]
     changes = [
         lambda: value.to(rng.choice([torch.int8, torch.bool, torch.complex64, torch.float64, torch.bfloat16])),
         lambda: value.reshape(-1),

@@ -56,6 +56,12 @@ def test_impossible_numbers_are_refused_in_one_short_line(folder, field, value):
     assert len(str(error.value)) < 300 + len(str(folder))
 
 
+def test_a_config_with_fewer_layers_than_the_file_is_refused(folder):
+    edit(folder, config={"num_hidden_layers": 1})
+    with pytest.raises(ValueError, match="num_hidden_layers 1, but the weights have 2 layers: take both from one"):
+        load_pretrained(folder)
+
+
 def test_a_rate_above_one_and_a_decoder_are_refused(folder):
     edit(folder, config={"attention_probs_dropout_prob": 1.5})
     with pytest.raises(ValueError, match="attention_probs_dropout_prob 1.5, expected float .* at most 1$"):
@@ -165,7 +171,7 @@ def test_pipes_are_refused_rather_than_waited_for(folder, name, read):
 
 def test_devices_and_folders_are_not_files(tmp_path):
     (tmp_path / "zero.json").symlink_to("/dev/zero")
-    for read, path in ((read_json, tmp_path / "zero.json"), (read_torch, tmp_path)):
+    for read, path in ((read_torch, tmp_path), (read_json, tmp_path / "zero.json")):
         with pytest.raises(ValueError, match="is not a regular file"):
             read(path)
 
@@ -213,7 +219,8 @@ def test_a_saved_masked_lm_opens_in_transformers_and_comes_back(tmp_path, model_
 
     transformers = pytest.importorskip("transformers")
     other = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
-    assert type(other).__name__ == {"roberta": "RobertaForMaskedLM", "bert": "BertForMaskedLM"}[model_type]
+    name = {"roberta": "RobertaForMaskedLM", "bert": "BertForMaskedLM"}[model_type]
+    assert type(other).__name__ == name and read_json(tmp_path / "config.json")["architectures"] == [name]
     ids, mask, types = batch()
     expected = other(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
     assert ((lm(lm.encoder(ids, mask, types)) - expected).abs() * mask[..., None]).max() < 1e-5
