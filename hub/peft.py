@@ -40,7 +40,7 @@ def export_peft(model, folder, rename=str, pad=False, base_model=None, task_type
     names = {name: rename(name) for name in layers}
     if len(set(names.values())) < len(names):
         raise ValueError(f"rename gives two layers one name: {', '.join(names.values())}")
-    heads = trained_heads(model, rename, names.values())
+    heads, saved = trained_heads(model, rename, names.values())
 
     largest, alpha = max(layer.r0 for layer in layers.values()), next(iter(layers.values())).alpha
     tensors, ranks, alphas = {}, {}, {}
@@ -53,8 +53,7 @@ def export_peft(model, folder, rename=str, pad=False, base_model=None, task_type
             ranks[names[name]], alphas[names[name]] = len(A), layer.scale * len(A)  # PEFT's scale is alpha_m / r_m
         tensors[f"{names[name]}.lora_A.weight"] = A
         tensors[f"{names[name]}.lora_B.weight"] = B
-    for module, parameters in heads.items():
-        tensors |= {f"{module}.{kind}": value for kind, value in parameters.items()}
+    tensors |= saved
 
     targets = list(names.values())
     everything = [rename(name) for name in linears(model)]
@@ -67,7 +66,7 @@ def export_peft(model, folder, rename=str, pad=False, base_model=None, task_type
         "base_model_name_or_path": None if base_model is None else str(base_model),
         "r": largest, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
         "target_modules": targets, "rank_pattern": ranks, "alpha_pattern": alphas,
-        "modules_to_save": list(heads) or None,
+        "modules_to_save": heads or None,
     }  # fmt: skip
     write_adapter(Path(folder), config, tensors)
 
@@ -98,18 +97,42 @@ def open_triplets(layer):
 
 
 def trained_heads(model, rename, targets):
-    """{module: {parameter: tensor}} of what trains beside the triplets; modules by their names for PEFT."""
-    heads = {}
-    for name, value in adapter_state(model)["others"].items():
-        module, _, kind = name.rpartition(".")
+    """(modules_to_save, {parameter: tensor}) of what trains beside the triplets; names are those for PEFT.
+
+    A module is saved whole, frozen parameters too, because PEFT looks for all of them.
+    """
+    layers = salora_layers(model)
+    trained = {name.rpartition(".")[0]: name for name in adapter_state(model)["others"]}  # {module: a parameter of it}
+    for module, name in trained.items():
         if not module:
             raise ValueError(f"{name} trains, but PEFT saves modules and it has none: freeze it, or put it into one")
-        heads.setdefault(rename(module), {})[kind] = value
+        if module in layers:
+            raise ValueError(f"{name} trains beside an adapter, which plain LoRA has no place for: freeze it")
+    saved, others = {}, [f"{rename(name)}.weight" for name in layers]
+    for name, parameter in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        if module in trained:
+            saved[f"{rename(module)}.{kind}"] = parameter.detach().clone()
+        elif module and not name.startswith(tuple(f"{layer}." for layer in layers)):
+            others.append(f"{rename(module)}.{kind}")
+
+    heads = list(dict.fromkeys(outermost(name.rpartition(".")[0], others) for name in saved))
     for head in heads:
         for target in targets:
-            if f".{head}." in f".{target}.":  # PEFT adapts nothing inside of what it saves whole
-                raise ValueError(f"{head} trains beside its adapter in {target}, and PEFT has no such thing: freeze it")
-    return heads
+            if f".{head}." in f".{target}.":  # modules_to_save is matched like this, before any target
+                raise ValueError(f"{head} trains, and PEFT would take {target} for a part of it: freeze {head}")
+    return heads, saved
+
+
+def outermost(module, others):
+    """The largest module around this one that holds none of the other parameters.
+
+    PEFT itself saves a module called classifier, so that classifier.dense and classifier.out_proj must not be named.
+    """
+    parent = module.rpartition(".")[0]
+    while parent and not any(name.startswith(parent + ".") for name in others):
+        module, parent = parent, parent.rpartition(".")[0]
+    return module
 
 
 def write_adapter(folder, config, tensors):

@@ -14,7 +14,7 @@ from glue import metrics, mini, pretrain
 from glue.tasks import DEV_ROWS, NAMES, TASKS, TRAIN_ROWS, load_task, read_rows, task_of
 from glue.tokens import MiniTokenizer, batch_of, batches_of, collate, tokenizer_for
 from hub.tokenizers import load_tokenizer
-from tiny_transformer import SequenceClassifier, TinyTransformer, TransformerConfig
+from tiny_transformer import MaskedLM, SequenceClassifier, TinyTransformer, TransformerConfig, load_pretrained
 
 # mini-GLUE
 
@@ -415,6 +415,9 @@ def test_mini_encoder_is_trained_once_and_then_read(tmp_path, monkeypatch, capsy
     first = pretrain.mini_encoder(tmp_path)
     assert "pre-training" in capsys.readouterr().out and [p.name for p in tmp_path.iterdir()] == [first.name]
     assert pretrain.mini_encoder(tmp_path) == first and capsys.readouterr().out == ""
+    lm, _ = load_pretrained(first, MaskedLM)
+    assert lm.lm_head.bias.any(), "the trained masked-LM head is kept"
+    assert load_pretrained(first)[0].word.weight.equal(lm.encoder.word.weight) and capsys.readouterr().out == ""
     monkeypatch.setattr(pretrain, "STEPS", 3)
     assert pretrain.mini_encoder(tmp_path) != first, "another recipe is another encoder"
 
