@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -132,13 +133,12 @@ def test_a_checkpoint_of_other_content_is_not_resumed(go, tmp_path, monkeypatch,
     saved = torch.load(path, weights_only=True)
     saved[part] = {**saved[part], "more": 1}
     torch.save(saved, path)
-    assert "checkpoint.pt is damaged: what it holds is not what was saved" in refused(capsys, go, "--resume", path.parent)
+    message = refused(capsys, go, "--resume", path.parent)
+    assert "checkpoint.pt is damaged: what it holds is not what was saved" in message
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
 def test_other_weights_in_the_encoders_folder_are_noticed(go, tmp_path, monkeypatch, capsys, tiny_weights, flag):  # noqa: F811
-    import shutil
-
     weights = Path(shutil.copytree(tiny_weights, tmp_path / "weights"))
     if flag == "--resume":
         interrupt(go, monkeypatch, tmp_path / "run", "--weights", weights)
@@ -245,8 +245,8 @@ def test_an_unwritable_place_is_refused_before_anything_long(go, tmp_path, capsy
 
 
 def test_equal_digests_mean_equal_content():
-    values = [{"a": torch.ones(2)}, {"a": torch.ones(2, 1)}, {"a": torch.ones(2).double()}, {"b": torch.ones(2)},
-              {"a": [1.0, 1.0]}, {"a": (1.0, 1.0)}, {"a": [[1.0], 1.0]}, {"a": torch.ones(())}, {"a": "1"}, {"a": 1}]  # fmt: skip
+    values = [torch.ones(2), torch.ones(2, 1), torch.ones(2).double(), torch.ones(())]
+    values += [[1.0, 1.0], (1.0, 1.0), [[1.0], 1.0], "1", 1, {"a": 1}, {"b": 1}]
     assert len({digest_of(value) for value in values}) == len(values)
     assert digest_of({"a": torch.ones(2).bfloat16()}) == digest_of({"a": torch.ones(4)[::2].bfloat16()})
 
@@ -257,7 +257,8 @@ def test_equal_digests_mean_equal_content():
 def test_a_summary_says_what_was_run_with_what(go, tmp_path):  # noqa: F811
     summary = go("--out", tmp_path / "run", "--recipe", "paper")
     assert summary["recipe"] == "paper" and summary["command"].startswith("train_glue_mini.py --out ")
-    assert summary["versions"]["torch"] == torch.__version__ and set(summary["versions"]) == {"python", "torch", "numpy"}
+    assert set(summary["versions"]) == {"python", "torch", "numpy"}
+    assert summary["versions"]["torch"] == torch.__version__
     assert "recipe" not in go("--method", "lora")
 
 
@@ -298,7 +299,7 @@ def test_an_exported_run_opens_elsewhere_with_the_same_outputs(go, tmp_path, met
     for name, loader in opened.items():
         theirs = loader.from_pretrained(written[name]).eval()
         assert torch.allclose(theirs(ids).logits, expected, atol=1e-5), name
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {*FILES, *opened}  - ({"ranks.png"} if method == "full" else set())
+    assert {"peft", "merged"} & set(names(tmp_path / "run")) == set(opened)
 
 
 def test_a_run_that_is_not_finished_is_not_exported(go, tmp_path, monkeypatch, capsys):  # noqa: F811
