@@ -246,7 +246,7 @@ def test_several_processes_must_say_that_they_sum_gradients_and_then_must_agree(
     monkeypatch.setattr(dist, "all_reduce", lambda ends, op: ends[-1].add_(1e-9))  # one log_theta of another process
     due = "F" if step == STEPS else "B"
     assert_refused(run, lambda: run.do(due), "several processes: .* gradients_are_summed=True")
-    run.allocator.gradients_are_summed = True
+    run.allocator.guard.gradients_are_summed = True
     assert_refused(run, lambda: run.do(due), "the processes' adapters differ")
     monkeypatch.setattr(dist, "all_reduce", lambda ends, op: ends)
     run.do(due)

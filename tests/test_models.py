@@ -313,6 +313,7 @@ def test_the_seed_of_an_allocator_decides_the_noise_of_every_step():
         for step in range(3):
             allocator.before_step(step)
             drawn.append(model[0].gate.u.clone())
+            model(torch.ones(1, 6)).sum().backward()
             allocator.after_backward()
             optimizer.step()
             allocator.after_step()
