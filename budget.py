@@ -9,9 +9,9 @@ for any training loop, with its decisions in a `Recipe`. Left out: the loop itse
 """
 
 import re
-import traceback
 from dataclasses import asdict, dataclass
 from math import floor
+from traceback import walk_stack
 
 import torch
 import torch.distributed as dist
@@ -28,9 +28,16 @@ TRAVEL = 14  # how far log_theta must be able to go: see Recipe.gate_lr
 
 def expected_density(layers):
     """Eq. (11): C, a scalar in [0, 1] with a gradient for log_theta. A fixed gate counts as the 0 or 1 it is."""
-    layers = layer_list(layers)
+    layers = _some(layers)
     spent = sum(layer.gate.open_probability().sum() * layer.triplet_size for layer in layers)
     return spent / total_parameters(layers)
+
+
+def _some(layers):
+    layers = layer_list(layers)
+    if not layers:
+        raise ValueError("no SaLoRA layers, so there is no density: call adapt(model, targets) first")
+    return layers
 
 
 def total_parameters(layers):
@@ -40,7 +47,7 @@ def total_parameters(layers):
 
 def kept_density(layers):
     """What `expected_density` promises, counted: the share of parameters in triplets whose settled gate is open."""
-    layers = layer_list(layers)
+    layers = _some(layers)
     kept = sum(int((layer.gate.settled() > 0).sum()) * layer.triplet_size for layer in layers)
     return kept / total_parameters(layers)
 
@@ -309,18 +316,17 @@ class RankAllocator:
 
     density: b in (0, 1]. seed: of the gates' noise. gradients_are_summed: with several processes, the caller's word
     that all of them see the same gradients at `after_backward`, those of log_theta included.
-    Raises ValueError for a model or an optimizer that it cannot work with, RuntimeError for a moment out of order.
+    Raises ValueError for a model or an optimizer that it cannot work with, RuntimeError for a moment out of order: see
+    `Guard`.
     """
 
     def __init__(self, model, optimizer, total_steps, density=0.5, recipe=None, seed=0, gradients_are_summed=False):
-        self.layers = salora_layers(model)
-        self.optimizer = _unwrapped(optimizer)
+        self.model, self.layers, self.optimizer = model, salora_layers(model), unwrapped(optimizer)
         self.total_steps, self.density, self.recipe = total_steps, density, recipe or Recipe.ours()
-        check_density(density)
-        _check_parts(model, self.layers, optimizer, gradients_are_summed)
+        self.guard = Guard(self, optimizer, gradients_are_summed)
         self.schedule = GateSchedule(total_steps, *self.recipe.window)
-        self.C_end = None  # C just before the decision at T_end
         self.step = 0  # of the moment in progress, or of the next one
+        self.C_end = self.kept_end = None  # C just before the decision at T_end, and the density that it kept
 
         controller = self.recipe.controller
         self.gate_lr = self.recipe.gate_lr or max(0.01, TRAVEL / max(1, self.schedule.window))  # eta_c
@@ -330,9 +336,6 @@ class RankAllocator:
         self.gate_optimizer = Optimizer([gate.log_theta for gate in gates], lr=self.gate_lr)
         self.lagrangian = Multiplier(density, self.gate_lr, Optimizer, gates[0].log_theta.device)
         self.noise = torch.Generator().manual_seed(seed)
-
-        self._next, self._steps_seen = "before_step", 0
-        self._hook = self.optimizer.register_step_post_hook(self._see_step)
         for layer in self.layers.values():
             layer.allocating = True
 
@@ -349,21 +352,12 @@ class RankAllocator:
 
     def before_step(self, step):
         """At T_start the gates are released, in the window noise is drawn, at T_end the gates are fixed and pruned."""
-        self._expect("before_step")
-        if step != self.step:
-            hint = "call load_state_dict to go on with a run" if self.step == 0 else "each step comes once, in order"
-            raise RuntimeError(f"before_step({step}) where step {self.step} is due: {hint}")
-        if step >= self.total_steps:
-            raise RuntimeError(f"before_step({step}), but there are {self.total_steps} steps: call finish()")
-        if step == 0:
-            for layer in self.layers.values():
-                layer.gate.hold_open()
+        self.guard.before_step(step)
         self._enter_phase()
         if self.phase == "window":
             resample(self.layers, self.noise)  # one draw an optimizer step
             if self.recipe.controller == "linear":
                 self.lagrangian.target = self.schedule.target_at(step, self.density)
-        self._next, self._steps_seen = "after_backward", 0
 
     def penalty(self):
         """beta R_orth + lambda (C - b)^2: Eq. (12) without the loss of the task, a scalar with gradient."""
@@ -376,19 +370,14 @@ class RankAllocator:
 
     def after_backward(self):
         """Add the penalty's gradient, once a step: after all micro-batches, and after gradients are clipped."""
-        self._expect("after_backward")
+        self.guard.after_backward()
         penalty = self.penalty()
         if penalty.requires_grad:
             penalty.backward()
-        self._next = "after_step"
 
     def after_step(self):
         """In the window: log_theta goes down its gradient, then lambda up, or C onto its target."""
-        self._expect("after_step")
-        if self._steps_seen != 1:
-            raise RuntimeError(f"optimizer.step() was called {self._steps_seen} times before after_step, expected once")
-        if self.step == 0:
-            self._check_state()
+        self.guard.after_step()
         if self.phase == "window":
             self.gate_optimizer.step()  # down: log_theta
             self.gate_optimizer.zero_grad()
@@ -397,20 +386,19 @@ class RankAllocator:
             else:
                 self.lagrangian.ascend()  # up: lambda
         self.step += 1
-        self._next = "before_step"
 
     def finish(self):
         """After the last step. Without it the adapter refuses to be saved or exported as finished."""
-        self._expect("before_step")
-        if self.step != self.total_steps:
-            raise RuntimeError(f"finish() after {self.step} of {self.total_steps} steps: run all of them first")
+        self.guard.finish()
         self._enter_phase()
-        self._next = "nothing more"
-        self._hook.remove()
+        self.guard.check_kept(self.kept_end)
         for layer in self.layers.values():
             layer.allocating = False
 
     def _enter_phase(self):
+        if self.step == 0:
+            for layer in self.layers.values():
+                layer.gate.hold_open()
         if self.step == self.schedule.T_start:
             self._release()
         if self.step == self.schedule.T_end:
@@ -429,6 +417,7 @@ class RankAllocator:
     def _decide(self):
         self.C_end = expected_density(self.layers).item()
         freeze_gates(self.layers, self.density, self.recipe.rule, self.recipe.survivors)
+        self.kept_end = kept_density(self.layers)
         for layer in self.layers.values():
             before = (layer.A.shape, layer.B.shape)
             kept = prune(layer)
@@ -442,11 +431,16 @@ class RankAllocator:
         return status_of(self.layers, self.schedule.phase(self.step - 1), self.lagrangian.lam.sum().item())
 
     def state_dict(self):
-        """All but the model and the optimizer, between two steps, as plain values and tensors."""
+        """All but the model and the optimizer, as plain values and tensors.
+
+        Raises RuntimeError in the middle of a step and after finish().
+        """
+        self.guard.expect("before_step", "state_dict")
         return {
-            "plan": self._plan(),
+            "plan": self.plan(),
             "step": self.step,
             "C_end": self.C_end,
+            "kept_end": self.kept_end,
             "gate_optimizer": self.gate_optimizer.state_dict(),
             "lam": self.lagrangian.lam.detach().clone(),
             "ascent": self.lagrangian.optimizer.state_dict(),
@@ -456,78 +450,22 @@ class RankAllocator:
     def load_state_dict(self, state):
         """Go on from a `state_dict`, after the model and the optimizer have got theirs.
 
-        Raises ValueError where steps, density or recipe differ, or where the model is not in the phase of that step.
+        Raises ValueError where steps, density or recipe differ, or where the model is not in the phase of that step,
+        RuntimeError after finish().
         """
-        if state["plan"] != self._plan():
-            raise ValueError(f"the saved run had {state['plan']}, but this one has {self._plan()}")
-        step, (T_start, T_end) = state["step"], (self.schedule.T_start, self.schedule.T_end)
-        free = T_start < step <= T_end
-        gates = [layer.gate for layer in self.layers.values()]
-        if any((gate.fixed is None) != free for gate in gates):
-            state_of = "free" if free else "fixed"
-            raise ValueError(f"at step {step} gates are {state_of}, but the model's are not: load its state first")
-        for gate in gates:
-            gate.log_theta.requires_grad_(free)
-        self.step, self.C_end = step, state["C_end"]
+        free = self.guard.load_state_dict(state)
+        for layer in self.layers.values():
+            layer.gate.log_theta.requires_grad_(free)
+        self.step, self.C_end, self.kept_end = state["step"], state["C_end"], state["kept_end"]
         self.gate_optimizer.load_state_dict(state["gate_optimizer"])
         self.lagrangian.lam.data.copy_(state["lam"])
         self.lagrangian.optimizer.load_state_dict(state["ascent"])
         self.noise.set_state(state["noise"])
 
-    def _plan(self):
+    def plan(self):
         """What decides the schedule, and so must be the same when a run is resumed."""
         used = {**asdict(self.recipe), "gate_lr": self.gate_lr}
         return {"total_steps": self.total_steps, "density": self.density, **used}
-
-    def _expect(self, moment):
-        if moment != self._next:
-            order = "before_step, after_backward, optimizer.step, after_step, and finish at the end"
-            raise RuntimeError(f"{moment} was called where {self._next} is due at step {self.step}: {order}")
-
-    def _see_step(self, *_):
-        self._steps_seen += 1
-        if self._next != "after_step":
-            raise RuntimeError(f"optimizer.step() was called where {self._next} is due at step {self.step}")
-        if self.step == 0 and any("grad_scaler" in frame.filename for frame in traceback.extract_stack()):
-            raise RuntimeError("a GradScaler scales the loss but not the penalty: use bf16, which needs none")
-
-    def _check_state(self):
-        """Adam's moments have the shape of their parameter and can be cut with it; what Adafactor keeps cannot."""
-        for layer in self.layers.values():
-            for p in (layer.A, layer.B):
-                for key, value in self.optimizer.state.get(p, {}).items():
-                    if isinstance(value, torch.Tensor) and value.numel() > 1 and value.shape != p.shape:
-                        kept = f"{type(self.optimizer).__name__} keeps {key} of shape {tuple(value.shape)}"
-                        raise RuntimeError(f"{kept} for a matrix of shape {tuple(p.shape)}: use AdamW or SGD, whose "
-                                           "moments have the shape of their parameter")  # fmt: skip
-
-
-def _unwrapped(optimizer):
-    """The torch optimizer inside an accelerate one."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _check_parts(model, layers, optimizer, gradients_are_summed):
-    """Refuse, with a reason, what a RankAllocator cannot work with."""
-    if not layers:
-        raise ValueError("the model has no adapters: call adapt(model, targets) first")
-    kinds = [type(optimizer), type(_unwrapped(optimizer)), *(type(m) for m in model.modules())]
-    for kind in kinds:
-        if re.search("FSDP|FullyShardedDataParallel|deepspeed", f"{kind.__module__}.{kind.__name__}"):
-            raise ValueError(f"{kind.__name__} shards parameters, which then cannot be pruned: train without it")
-    if getattr(optimizer, "scaler", None) is not None:
-        raise ValueError("a GradScaler scales the loss but not the penalty: use bf16, which needs none")
-    if dist.is_initialized() and dist.get_world_size() > 1 and not gradients_are_summed:
-        raise ValueError("several processes: sum all gradients before after_backward, those of log_theta too, "
-                         "and say so with gradients_are_summed=True")  # fmt: skip
-    held = {id(p) for group in _unwrapped(optimizer).param_groups for p in group["params"]}
-    for name, layer in layers.items():
-        if id(layer.A) not in held or id(layer.B) not in held:
-            raise ValueError(f"the optimizer does not hold A and B of {name}: make it after adapt()")
-        if id(layer.gate.log_theta) in held:
-            raise ValueError(f"the optimizer holds log_theta of {name}, which the allocator trains: leave it out")
 
 
 class FixedRanks:
@@ -561,3 +499,178 @@ class FixedRanks:
 
     def load_state_dict(self, state):
         self.step = state["step"]
+
+
+# What follows is no part of the method: it turns into errors what would go wrong without a word.
+
+
+class Guard:
+    """Knows which moment of a RankAllocator is due, and refuses, with a reason, what the allocator cannot work with."""
+
+    NO_SCALER = "a GradScaler scales the loss but not the penalty: use bf16, which needs none"
+
+    def __init__(self, allocator, optimizer, gradients_are_summed):
+        self.allocator, self.gradients_are_summed = allocator, gradients_are_summed
+        check_density(allocator.density)
+        if not isinstance(allocator.total_steps, int) or allocator.total_steps < 1:
+            raise ValueError(f"total_steps must be a whole number of at least 1, got {allocator.total_steps!r}")
+        if getattr(optimizer, "scaler", None) is not None:
+            raise ValueError(self.NO_SCALER)
+        self.check_parts()
+        self.due, self.stepped = "before_step", False
+        self.hook = allocator.optimizer.register_step_pre_hook(self.see_step)
+
+    # The moments, in their order
+
+    def expect(self, due, called=None):
+        if self.due != due:
+            order = "before_step, after_backward, optimizer.step, after_step, and finish at the end"
+            called, step = called or due, self.allocator.step
+            raise RuntimeError(f"{called} was called where {self.due} is due at step {step}: {order}")
+
+    def before_step(self, step):
+        due, layers = self.allocator.step, self.allocator.layers.values()
+        self.expect("before_step")
+        if step != due:
+            hint = "call load_state_dict to go on with a run" if due == 0 else "each step comes once, in order"
+            raise RuntimeError(f"before_step({step}) where step {due} is due: {hint}")
+        if step >= self.allocator.total_steps:
+            raise RuntimeError(f"before_step({step}), but there are {self.allocator.total_steps} steps: call finish()")
+        if step > 0:
+            self.check_gates(step)
+        elif any(layer.r < layer.r0 for layer in layers):
+            raise ValueError("triplets have been pruned already: call load_state_dict to go on with a run, or adapt a "
+                             "fresh model")  # fmt: skip
+        self.check_at_turns(step)
+        self.due, self.stepped = "after_backward", False
+
+    def after_backward(self):
+        self.expect("after_backward")
+        layers = [layer for layer in self.allocator.layers.values() if layer.r > 0]
+        if layers and all(layer.B.grad is None for layer in layers):
+            raise RuntimeError("no gradient has reached an adapter: call after_backward after loss.backward()")
+        if self.allocator.phase == "window" and not all(layer.training for layer in layers):
+            raise RuntimeError("the model is in eval mode, in which gates have no noise: call model.train() first")
+        self.due = "after_step"
+
+    def see_step(self, *_):
+        """Called by the optimizer before each of its steps."""
+        self.expect("after_step", "optimizer.step()")
+        if self.stepped:
+            raise RuntimeError(f"optimizer.step() was called twice at step {self.allocator.step}")
+        for frame, _ in walk_stack(None):
+            scaler = frame.f_locals.get("self")
+            if isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled():
+                raise RuntimeError(self.NO_SCALER)
+        self.stepped = True
+
+    def after_step(self):
+        self.expect("after_step")
+        if not self.stepped:
+            raise RuntimeError(f"after_step was called where optimizer.step() is due at step {self.allocator.step}")
+        if self.allocator.step == 0:
+            self.check_moments()
+        self.due = "before_step"
+
+    def finish(self):
+        self.expect("before_step", "finish")
+        step, total_steps = self.allocator.step, self.allocator.total_steps
+        if step != total_steps:
+            raise RuntimeError(f"finish() after {step} of {total_steps} steps: run all of them first")
+        self.check_gates(step)
+        self.check_at_turns(step)
+        self.due = "nothing more"
+        self.hook.remove()
+
+    def load_state_dict(self, state):
+        """Returns whether the gates are free at the step of that state."""
+        if self.due == "nothing more":
+            raise RuntimeError("load_state_dict was called after finish(): make a new RankAllocator")
+        if state["plan"] != self.allocator.plan():
+            raise ValueError(f"the saved run had {state['plan']}, but this one has {self.allocator.plan()}")
+        self.check_parts()
+        free = self.check_gates(state["step"])
+        if not free:
+            self.check_kept(state["kept_end"])
+        self.due = "before_step"  # whatever a step that was interrupted left behind
+        return free
+
+    # What the allocator works with
+
+    def check_at_turns(self, step):
+        """Much may have changed since the last look."""
+        schedule = self.allocator.schedule
+        if step in (0, schedule.T_start, schedule.T_end, self.allocator.total_steps):
+            self.check_parts()
+            self.check_processes()
+
+    def check_parts(self):
+        model, layers, optimizer = self.allocator.model, self.allocator.layers, self.allocator.optimizer
+        if not layers:
+            raise ValueError("the model has no adapters: call adapt(model, targets) first")
+        if list(salora_layers(model).values()) != list(layers.values()):
+            raise ValueError("the model's adapters have been replaced: load or merge them before making a RankAllocator")
+        for kind in [type(optimizer), *(type(m) for m in model.modules())]:
+            if re.search("FSDP|FullyShardedDataParallel|deepspeed", f"{kind.__module__}.{kind.__name__}"):
+                raise ValueError(f"{kind.__name__} shards parameters, which then cannot be pruned: train without it")
+            if issubclass(kind, nn.parallel.DistributedDataParallel):
+                raise ValueError("DistributedDataParallel loses sight of a parameter that is pruned, and of log_theta: "
+                                 "sum gradients with dist.all_reduce instead")  # fmt: skip
+        if dist.is_initialized() and dist.get_world_size() > 1 and not self.gradients_are_summed:
+            raise ValueError("several processes: sum all gradients before after_backward, those of log_theta too, "
+                             "and say so with gradients_are_summed=True")  # fmt: skip
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, layer in layers.items():
+            if id(layer.A) not in held or id(layer.B) not in held:
+                raise ValueError(f"the optimizer does not hold A and B of {name}: make it after adapt()")
+            if id(layer.gate.log_theta) in held:
+                raise ValueError(f"the optimizer holds log_theta of {name}, which the allocator trains: leave it out")
+            if layer.gate.log_theta.dtype in (torch.float16, torch.bfloat16):
+                raise ValueError(f"log_theta of {name} is {layer.gate.log_theta.dtype}, too coarse for its steps: "
+                                 "convert the model before adapt(), which makes gates in float32")  # fmt: skip
+
+    def check_processes(self):
+        """Adapters that differ between processes would get ranks that differ."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        layers = self.allocator.layers.values()
+        sums = [p.detach().double().sum() for layer in layers for p in (layer.A, layer.B, layer.gate.log_theta)]
+        ends = torch.stack(sums + [-value for value in sums])
+        dist.all_reduce(ends, dist.ReduceOp.MAX)  # the greatest of each, and the smallest with its sign changed
+        greatest, smallest = ends.chunk(2)
+        if (greatest > -smallest).any():
+            raise RuntimeError("the processes' adapters differ: start them alike, and sum all gradients, those "
+                               "of log_theta too")  # fmt: skip
+
+    def check_gates(self, step):
+        """Whether the gates are free before a step; the model's must be so."""
+        free = self.allocator.schedule.T_start < step <= self.allocator.schedule.T_end
+        if any((layer.gate.fixed is None) != free for layer in self.allocator.layers.values()):
+            wanted = "free" if free else "fixed"
+            raise ValueError(f"at step {step} gates are {wanted}, but the model's are not: load its state of that step")
+        return free
+
+    def check_kept(self, kept_end):
+        """The model's fixed gates keep what they kept then; before T_end, everything."""
+        kept, expected = kept_density(self.allocator.layers), 1.0 if kept_end is None else kept_end
+        if kept != expected:
+            raise ValueError(f"the model keeps {kept:.4f} of its adapter parameters where {expected:.4f} is right: its "
+                             "weights are those of another phase")  # fmt: skip
+
+    def check_moments(self):
+        """Adam's moments have the shape of their parameter and can be cut with it; what Adafactor keeps cannot."""
+        optimizer = self.allocator.optimizer
+        for layer in self.allocator.layers.values():
+            for p in (layer.A, layer.B):
+                for key, value in optimizer.state.get(p, {}).items():
+                    if isinstance(value, torch.Tensor) and value.numel() > 1 and value.shape != p.shape:
+                        kept = f"{type(optimizer).__name__} keeps {key} of shape {tuple(value.shape)}"
+                        raise RuntimeError(f"{kept} for a matrix of shape {tuple(p.shape)}: use AdamW or SGD, whose "
+                                           "moments have the shape of their parameter")  # fmt: skip
+
+
+def unwrapped(optimizer):
+    """The torch optimizer inside an accelerate one."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer

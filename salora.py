@@ -14,6 +14,7 @@ several adapters at once. PEFT's files are read and written in hub/peft.py.
 
 import os
 import re
+from math import isfinite
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +28,17 @@ class SaLoRALinear(nn.Module):
 
     A (r, k) starts as N(0, 1/k), so that E[A A^T] = I; B (d, r) starts at 0, so that at first nothing changes.
     `r0` stays the rank at creation, and with it the scale, when pruning makes `r` smaller.
-    Raises ValueError if base is not an nn.Linear or r < 1.
+    Raises ValueError if base is not a plain nn.Linear or r is not an int above 0.
     """
 
     def __init__(self, base, r, alpha):
         super().__init__()
         if type(base) is not nn.Linear:  # a subclass may bypass forward, as the one in nn.MultiheadAttention does
             raise ValueError(f"only nn.Linear can be adapted, got {type(base).__name__}; leave it out of the targets")
-        if r < 1:
-            raise ValueError(f"rank must be at least 1, got {r}")
+        if not isinstance(base.weight, nn.Parameter):  # weight_norm and pruning compute it before every forward
+            raise ValueError("the weight of this nn.Linear is computed by hooks: remove them before adapting it")
+        if type(r) is not int or r < 1:
+            raise ValueError(f"rank must be a whole number above 0, got {r!r}")
         d, k = base.weight.shape
         self.base = base.requires_grad_(False)
         self.A = nn.Parameter(torch.randn(r, k).to(base.weight) / k**0.5)  # drawn on the CPU: one seed, one start
@@ -83,9 +86,10 @@ class SaLoRALinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         """A state decides the rank: a pruned layer's fits a fresh one."""
-        r = len(state_dict.get(prefix + "A", self.A))
-        set_data(self.A, self.A.data.new_zeros(r, self.A.shape[1]))
-        set_data(self.B, self.B.data.new_zeros(self.B.shape[0], r))
+        if prefix + "A" in state_dict:
+            r = len(state_dict[prefix + "A"])
+            set_data(self.A, self.A.data.new_zeros(r, self.A.shape[1]))
+            set_data(self.B, self.B.data.new_zeros(self.B.shape[0], r))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -110,6 +114,11 @@ def adapt(model, targets, r=8, alpha=16):
             names = sorted({n.rsplit(".", 1)[-1] for n in linears}) or ["none"]
             raise ValueError(f"target {target!r} {matched}; nn.Linear layers here: {', '.join(names)}")
         chosen.update({id(modules[n]): modules[n] for n in found})
+    for parent in model.modules():
+        skips = isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled()
+        if skips and any(id(child) in chosen for child in parent.children()):
+            raise ValueError("in eval mode nn.TransformerEncoderLayer reads the weights of its linear layers past "
+                             "their forward: call torch.backends.mha.set_fastpath_enabled(False) first")  # fmt: skip
     new = {key: SaLoRALinear(linear, r, alpha) for key, linear in chosen.items()}
     model.requires_grad_(False)
     return _replace(model, new)
@@ -231,33 +240,73 @@ def load_adapter_state(model, state):
     """Give a model the layers and weights of `adapter_state` instead of those it had. Returns it, otherwise frozen.
 
     Free gates come back free, but log_theta requires no gradient until it is released (a RankAllocator does that).
-    Raises ValueError, before any number changes, where a name or a shape does not fit the model.
+    Raises ValueError, before anything changes, where the state is damaged or does not fit the model.
     """
-    if not isinstance(state, dict) or state.get("format") != "salora-1":
-        raise ValueError("not a SaLoRA adapter: no 'format': 'salora-1' in it")
-    old, modules = salora_layers(model), dict(model.named_modules())
-    new = {id(layer): layer.base for layer in old.values()}
+    values = _check_adapter(model, state)
+    tensors = _tensors_before_adapt(model)
+    model.requires_grad_(False)
+    new = {id(layer): layer.base for layer in salora_layers(model).values()}
+    modules = dict(model.named_modules())
     for name, saved in state["layers"].items():
-        module = modules.get(name)
+        module = modules[name]
         base = module.base if isinstance(module, SaLoRALinear) else module
-        shape = (saved["B"].shape[0], saved["A"].shape[1])
-        if type(base) is not nn.Linear or base.weight.shape != shape:
-            raise ValueError(f"the adapter has a layer {name} of shape {shape}, but the model has {base} there")
-        new[id(module)] = layer = SaLoRALinear(base, saved["r0"], saved["alpha"]).train(module.training)
+        new[id(module)] = layer = SaLoRALinear(base, 1, saved["alpha"]).train(module.training)
+        layer.r0 = saved["r0"]
         layer.A.data, layer.B.data = (saved[side].to(base.weight, copy=True) for side in "AB")
         gate, device = layer.gate, base.weight.device
         gate.log_theta.data = saved["log_theta"].to(device, copy=True)
         gate.u = torch.full_like(gate.log_theta, 0.5)
         gate.fixed = None if saved["fixed"] is None else saved["fixed"].to(device, copy=True)
-    tensors = {_name_before_adapt(name, old): t for name, t in (*model.named_parameters(), *model.named_buffers())}
-    values = {**state["others"], **state.get("running", {})}
-    for name, value in values.items():
-        if name not in tensors or tensors[name].shape != value.shape:
-            raise ValueError(f"the adapter has a weight {name} of shape {tuple(value.shape)} that the model lacks")
-    model.requires_grad_(False)
     for name, value in values.items():
         tensors[name].copy_(value).requires_grad_(name in state["others"])
     return _replace(model, new)
+
+
+def _tensors_before_adapt(model):
+    """Every parameter and buffer of a model under the name that it had before `adapt`."""
+    layers = salora_layers(model)
+    return {_name_before_adapt(name, layers): t for name, t in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _check_adapter(model, state):
+    """The weights {name: tensor} of a state beside its layers. Raises ValueError for a state that does not fit."""
+    if not isinstance(state, dict) or state.get("format") != "salora-1":
+        raise ValueError("not a SaLoRA adapter: no 'format': 'salora-1' in it")
+    parts = [state.get("layers"), state.get("others"), state.get("running", {})]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError("the adapter is damaged: expected dictionaries 'layers' and 'others'")
+    modules = dict(model.named_modules())
+    for name, saved in parts[0].items():
+        module, shape = modules.get(name), _shape_of(name, saved)
+        base = module.base if isinstance(module, SaLoRALinear) else module
+        if type(base) is not nn.Linear or base.weight.shape != shape:
+            raise ValueError(f"the adapter has a layer {name} of shape {shape}, but the model has {base} there")
+    tensors, values = _tensors_before_adapt(model), {**parts[1], **parts[2]}
+    for name, value in values.items():
+        if not _is_whole(value):
+            raise ValueError(f"the adapter's weight {name} is damaged, or not finite")
+        if name not in tensors or tensors[name].shape != value.shape:
+            raise ValueError(f"the adapter has a weight {name} of shape {tuple(value.shape)} that the model lacks")
+    return values
+
+
+def _shape_of(name, saved):
+    """The (d, k) that a layer's part of a state was made for. Raises ValueError where it is damaged."""
+    saved = saved if isinstance(saved, dict) else {}
+    A, B, log_theta, fixed, r0, alpha = map(saved.get, ("A", "B", "log_theta", "fixed", "r0", "alpha"))
+    fixed = log_theta if fixed is None else fixed
+    whole = all(_is_whole(t) and t.is_floating_point() for t in (A, B, log_theta, fixed)) and A.dim() == B.dim() == 2
+    r = len(A) if whole else 0
+    shapes = whole and B.shape[1] == r and log_theta.shape == fixed.shape == (r,)
+    if not shapes or type(r0) is not int or r0 < max(r, 1) or type(alpha) not in (int, float) or not isfinite(alpha):
+        raise ValueError(f"layer {name} of the adapter is damaged, or not finite")
+    return len(B), A.shape[1]
+
+
+def _is_whole(value):
+    """Whether a value is a dense tensor of finite elements."""
+    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
+    return dense and bool(value.isfinite().all())
 
 
 def save_adapter(model, path):
@@ -273,5 +322,14 @@ def save_adapter(model, path):
 
 
 def load_adapter(model, path):
-    """Read a file of `save_adapter` into a model of the same shape. Returns the model."""
-    return load_adapter_state(model, torch.load(path, map_location="cpu", weights_only=True))
+    """Read a file of `save_adapter` into a model of the same shape. Returns the model.
+
+    Raises OSError for a file that is not there and ValueError for one that is damaged or made for another model.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # bytes that mean something else can stop an unpickler anywhere
+        raise ValueError(f"{path} is damaged or not an adapter: expected a file of save_adapter") from None
+    return load_adapter_state(model, state)

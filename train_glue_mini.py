@@ -9,6 +9,8 @@ run from model to score, `main` the program. Flags, run folders, resume, process
 data in glue/. Left out: hyper-parameter search, choosing an epoch by its dev score, ensembles.
 """
 
+import shlex
+import sys
 from contextlib import nullcontext, redirect_stdout
 
 import torch
@@ -16,11 +18,12 @@ import torch.nn.functional as F
 
 from budget import FixedRanks, RankAllocator
 from cli import report
-from cli.afterwards import evaluate, predict
+from cli.afterwards import evaluate, export, predict
+from cli.files import claimed
 from cli.flags import build_parser, recipe_of
 from cli.journal import Journal
 from cli.runs import errors_as_lines, plan, read_finished
-from cli.setup import prepare, seed_of
+from cli.setup import plan_of, prepare, seed_of
 from cli.workers import add_up, one_at_a_time, share_of, start_workers, worker
 from glue.tokens import batch_of, batches_of
 from peers import PEERS
@@ -110,16 +113,15 @@ def run(settings, folder, model, train, dev, saved=None):
     if settings.method == "salora":
         allocator = RankAllocator(model, optimizer, total_steps, settings.density, recipe_of(settings),
                                   seed=seed_of(settings.seed, "gates"), gradients_are_summed=True)  # fmt: skip
+        settings.gate_lr = allocator.gate_lr  # what "auto" means here
     elif settings.method in PEERS and PEERS[settings.method].allocator:
         allocator = PEERS[settings.method].allocator(model, optimizer, total_steps, warmup=settings.warmup,
                                                      seed=seed_of(settings.seed, "gates"), **options)  # fmt: skip
     else:
         allocator = FixedRanks(model, total_steps, settings.warmup)
-    journal = Journal(total_steps, folder)
+    journal = Journal(total_steps, folder, plan_of(settings, model, train))
     if saved:
-        optimizer.load_state_dict(saved["optimizer"])
-        allocator.load_state_dict(saved["allocator"])
-        journal.load_state_dict(saved["journal"])
+        journal.restore(saved, optimizer, allocator)
     report.announce(settings, folder, model, train, dev, allocator)
 
     bf16 = torch.autocast(torch.device(settings.device).type, torch.bfloat16)
@@ -137,17 +139,20 @@ def main(argv=None):
     """The program. Returns the summary of the run, or {"runs": [summaries]} of several."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    args.command = shlex.join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
     with errors_as_lines(parser):
+        if args.export is not None:
+            return export(*read_finished(args, parser))
         if args.evaluate is not None or args.predict is not None:
-            return evaluate(*read_finished(args, parser))
+            return evaluate(*read_finished(args, parser), args.predict)
         start_workers(args.device)
         jobs = plan(args, parser)
     summaries = []
     with redirect_stdout(None) if worker() > 0 else nullcontext():
         for settings, folder, saved in jobs:
-            with errors_as_lines(parser, folder=folder), one_at_a_time():
-                parts = prepare(settings, folder)
-            with errors_as_lines(parser, OSError, FloatingPointError, folder=folder):
+            with errors_as_lines(parser, folder), claimed(folder, new=saved is None):
+                with one_at_a_time():
+                    parts = prepare(settings)
                 summaries.append(run(settings, folder, *parts, saved))
         if len(jobs) == 1:
             return summaries[0]

@@ -1,16 +1,22 @@
 """What is done with a trained model: predictions, and scoring or labelling with a finished run."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from cli import report
-from cli.setup import build
+from cli.files import digest_of
+from cli.setup import build, frozen_digest
 from glue.metrics import METRICS
 from glue.tasks import load_task, read_rows, task_of
 from glue.tokens import batch_of
 from hub.checkpoints import read_torch
-from salora import load_adapter_state
+from hub.peft import export_peft
+from hub.tokenizers import copy_tokenizer
+from peers import PEERS
+from salora import adapter_state, load_adapter_state, merge
+from tiny_transformer import hub_name, save_pretrained
 
 
 @torch.no_grad()
@@ -24,20 +30,54 @@ def predict(model, rows, device, batch_of=batch_of):
     return (outputs[:, 0] if outputs.shape[1] == 1 else outputs.argmax(1)).tolist()
 
 
-def evaluate(settings, folder, test=None):
+def reopen(settings, folder, summary):
+    """(model, encode) of a finished run, as it was when the run ended.
+
+    Raises ValueError where the encoder's folder or the adapter's file holds other weights than then.
+    """
+    model, encode = build(settings)
+    if frozen_digest(model) != summary.get("frozen_digest"):
+        raise ValueError(f"{settings.weights} holds other weights than those that the run in {folder} was trained on")
+    load_adapter_state(model, read_torch(folder / "adapter.pt"))
+    if digest_of(adapter_state(model)) != summary.get("adapter_digest"):
+        raise ValueError(f"{folder}/adapter.pt is not the adapter that the run left there")
+    return model, encode
+
+
+def evaluate(settings, folder, summary, test=None):
     """Score a finished run on its dev rows or, given a test file without labels, write what GLUE wants submitted."""
     task = task_of(settings.task)
     if test is None:
         rows = load_task(settings.task, settings.data)[1]
     else:
-        rows = read_rows(Path(test), task, labelled=False)
-    model, encode = build(settings)
-    load_adapter_state(model, read_torch(folder / "adapter.pt"))
+        rows = read_rows(Path(test), task, labeled=False)
+    model, encode = reopen(settings, folder, summary)
     predicted = predict(model, encode(rows), settings.device)
     if test is not None:
         path = report.write_predictions(folder, task, Path(test).name, predicted)
-        print(f"{settings.task}: {len(rows)} rows of {test} labelled; see {path}")
+        print(f"{settings.task}: {len(rows)} rows of {test} labeled; see {path}")
         return {"predictions": str(path)}
     gold = [row[2] for row in rows]
     print(f"{settings.task}: {report.scores(task, predicted, gold)} on {len(rows)} dev rows with {folder}")
     return {"task": settings.task, "metric": task.metric, "score": METRICS[task.metric](predicted, gold)}
+
+
+def export(settings, folder, summary):
+    """Write RUN/peft, where the run has an adapter, and RUN/merged, and say what opens them.
+
+    Raises ValueError for a method whose modules have no place in a checkpoint.
+    """
+    if settings.method in PEERS and PEERS[settings.method].adds_modules:
+        raise ValueError(f"--method {settings.method} adds modules to the encoder, which no checkpoint has room for")
+    model, _ = reopen(settings, folder, summary)
+    written = {}
+    if summary["ranks"]:
+        names = partial(hub_name, model_type=model.encoder.config.model_type)
+        export_peft(model, folder / "peft", names, base_model=settings.weights, task_type="SEQ_CLS")
+        written["peft"] = str(folder / "peft")
+        print(f"{folder}/peft: an adapter for peft.AutoPeftModelForSequenceClassification.from_pretrained")
+    save_pretrained(merge(model), folder / "merged")
+    copy_tokenizer(settings.weights, folder / "merged")
+    written["merged"] = str(folder / "merged")
+    print(f"{folder}/merged: a checkpoint for transformers.AutoModelForSequenceClassification.from_pretrained")
+    return written

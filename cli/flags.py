@@ -72,6 +72,12 @@ def share(text):
     return value
 
 
+def path(text):
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got an empty text")
+    return text
+
+
 def auto_or_above_zero(text):
     return None if text == "auto" else above_zero(text, "auto or a number above 0")
 
@@ -82,77 +88,149 @@ def build_parser():
     yes_or_no = argparse.BooleanOptionalAction
 
     g = p.add_argument_group("what to train")
-    g.add_argument("--task", choices=[*NAMES, "all"], default="mini-cola", metavar="TASK",
-                   help="mini-cola (default), all (the eight generated tasks), or one of " + ", ".join(NAMES[1:]))
-    g.add_argument("--method", choices=list(METHODS), default="salora", metavar="METHOD",
-                   help="salora (default); lora: the same, every gate open; full: every weight; head: only the head; "
-                   "or one of the methods in peers/: " + ", ".join(PEERS))
-    g.add_argument("--data", metavar="DIR", help="folder with GLUE's official files, for an official task")
-    g.add_argument("--weights", metavar="DIR", help="checkpoint folder of a RoBERTa- or BERT-family encoder; without "
-                   "it a tiny encoder is pre-trained on first use")
+    g.add_argument(
+        "--task", choices=[*NAMES, "all"], default="mini-cola", metavar="TASK",
+        help="mini-cola (default), all (the eight generated tasks), or one of " + ", ".join(NAMES[1:]),
+    )
+    g.add_argument(
+        "--method", choices=list(METHODS), default="salora", metavar="METHOD",
+        help="salora (default); lora: the same, every gate open; full: every weight; head: only the head; "
+        "or a method of peers/: " + ", ".join(PEERS),
+    )
+    g.add_argument("--data", type=path, metavar="DIR", help="folder with GLUE's official files, for an official task")
+    g.add_argument(
+        "--weights", type=path, metavar="DIR",
+        help="checkpoint folder of a RoBERTa- or BERT-family encoder; without it a tiny encoder is pre-trained "
+        "on first use",
+    )
     g.add_argument("--rows", type=positive, metavar="N", help="use only the first N training rows")
 
     g = p.add_argument_group("adapters and their budget")
     g.add_argument("--rank", type=positive, metavar="R", help="triplets per matrix at the start; units of an adapter; "
                    "vectors of a prefix or prompt (default 8)")
     g.add_argument("--alpha", type=above_zero, help="the scale of an update is alpha / rank (default 16)")
-    g.add_argument("--density", type=float, metavar="B", help="the budget: share of the adapter parameters to keep "
-                   "(default 0.5)")
-    g.add_argument("--recipe", choices=list(RECIPES), help="ours (default): what measured best; paper: the published "
-                   "algorithm. The flags below override single decisions of a recipe")
-    g.add_argument("--window", type=float, nargs=2, metavar=("START", "END"), help="the gates train between these "
-                   "fractions of all steps (default 0.2 0.5)")
-    g.add_argument("--controller", choices=CONTROLLERS, help="what drives the expected density to the budget: the "
-                   "quadratic penalty by Adam, the same by SGD, a linear and quadratic penalty whose target falls, or "
-                   "after every step one shift of all log theta (default projection; paper: quadratic)")
-    g.add_argument("--gate-lr", type=auto_or_above_zero, metavar="ETA", help="step length of log theta and lambda "
-                   "(default auto: max(0.01, 14 / steps of the window))")
+    g.add_argument(
+        "--density", type=float, metavar="B",
+        help="the budget: share of the adapter parameters to keep (default 0.5)",
+    )
+    g.add_argument(
+        "--recipe", choices=list(RECIPES),
+        help="ours (default): what measured best; paper: the published algorithm. The flags below override "
+        "single decisions of a recipe",
+    )
+    g.add_argument(
+        "--window", type=float, nargs=2, metavar=("START", "END"),
+        help="the gates train between these fractions of all steps (default 0.2 0.5)",
+    )
+    g.add_argument(
+        "--controller", choices=CONTROLLERS,
+        help="what drives the expected density to the budget: the quadratic penalty by Adam, the same by SGD, "
+        "a linear and quadratic penalty whose target falls, or after every step one shift of all log "
+        "theta (default projection; paper: quadratic)",
+    )
+    g.add_argument(
+        "--gate-lr", type=auto_or_above_zero, metavar="ETA",
+        help="step length of log theta and lambda (default auto: max(0.01, 14 / steps of the window))",
+    )
     g.add_argument("--beta", type=zero_or_above, help="weight of the orthogonal regularizer (default 0; paper: 0.1)")
-    g.add_argument("--canonical", action=yes_or_no, help="rotate the triplets into their singular basis when the "
-                   "window opens (default yes; paper: no)")
-    g.add_argument("--spread", type=zero_or_above, metavar="X", help="how much better the odds of large triplets are "
-                   "at first: log theta = X log(size / sqrt(parameters)) + constant (default 8; paper: 0, all alike)")
-    g.add_argument("--rule", choices=RULES, help="which triplets stay: the best that fit the budget, or those whose "
-                   "median gate is positive (default budget; paper: median)")
-    g.add_argument("--survivors", choices=SURVIVORS, help="what the gate of a kept triplet becomes: 1, or its median "
-                   "(default one; paper: median)")
-    g.add_argument("--restart", action=yes_or_no, help="when the window closes the learning rate starts again from "
-                   "--lr and falls to 0 (default yes; paper: no)")
+    g.add_argument(
+        "--canonical", action=yes_or_no,
+        help="rotate the triplets into their singular basis when the window opens (default yes; paper: no)",
+    )
+    g.add_argument(
+        "--spread", type=zero_or_above, metavar="X",
+        help="how much better the odds of large triplets are at first: log theta = X log(size / "
+        "sqrt(parameters)) + constant (default 8; paper: 0, all alike)",
+    )
+    g.add_argument(
+        "--rule", choices=RULES,
+        help="which triplets stay: the best that fit the budget, or those whose median gate is positive "
+        "(default budget; paper: median)",
+    )
+    g.add_argument(
+        "--survivors", choices=SURVIVORS,
+        help="what the gate of a kept triplet becomes: 1, or its median (default one; paper: median)",
+    )
+    g.add_argument(
+        "--restart", action=yes_or_no,
+        help="when the window closes the learning rate starts again from --lr and falls to 0 (default yes; "
+        "paper: no)",
+    )
 
     g = p.add_argument_group("training")
+
     length = g.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=positive, metavar="N", help="passes over the training rows (default 12 on a "
-                        "generated task, 3 on an official one)")
+    length.add_argument(
+        "--epochs", type=positive, metavar="N",
+        help="passes over the training rows (default 12 on a generated task, 3 on an official one)",
+    )
     length.add_argument("--steps", type=positive, metavar="N", help="optimizer steps, instead of --epochs")
     g.add_argument("--batch-size", type=positive, default=32, metavar="N", help="rows per step (default 32)")
     g.add_argument("--lr", type=above_zero, help="learning rate of A, B and the head (default by method)")
-    g.add_argument("--warmup", type=share, metavar="F", help="the learning rate rises from 0 over this share of all "
-                   "steps: at the start, and at both ends of the window (default 0.05; paper: 0)")
-    g.add_argument("--dropout", type=share, metavar="P", help="in the encoder and its head while they train (default 0 "
-                   "with adapters; for full, head and the paper's recipe what config.json says)")
-    g.add_argument("--max-length", type=positive, default=128, metavar="N", help="tokens per row at most (default 128)")
+    g.add_argument(
+        "--warmup", type=share, metavar="F",
+        help="the learning rate rises from 0 over this share of all steps: at the start, and at both ends of "
+        "the window (default 0.05; paper: 0)",
+    )
+    g.add_argument(
+        "--dropout", type=share, nargs="+", metavar="P",
+        help="in the encoder and its head while they train, for hidden states and attention alike or one rate "
+        "each (default 0 with adapters; for full, head and the paper's recipe what config.json says)",
+    )
+    g.add_argument(
+        "--max-length", type=positive, default=128, metavar="N",
+        help="tokens per row at most (default 128)",
+    )
     g.add_argument("--seed", type=int, nargs="+", default=[0], metavar="S", help="one or several runs (default 0)")
 
     g = p.add_argument_group("hardware")
-    g.add_argument("--device", help="auto (default), cpu, cuda, cuda:N or mps; several processes "
-                   "share a batch under torchrun --nproc-per-node=N train_glue_mini.py ...")
-    g.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the model's matrix products; "
-                   "weights, gates and penalties stay in fp32 (default fp32)")
+    g.add_argument(
+        "--device",
+        help="auto (default), cpu, cuda, cuda:N or mps; several processes share a batch under torchrun "
+        "--nproc-per-node=N train_glue_mini.py ...",
+    )
+    g.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="fp32",
+        help="of the model's matrix products; weights, gates and penalties stay in fp32 (default fp32)",
+    )
     g.add_argument("--accumulate", type=positive, default=1, metavar="N", help="take a batch in N parts, for memory")
-    g.add_argument("--recompute", action="store_true", help="activation checkpointing: compute the activations of a "
-                   "block again for its gradient instead of keeping them, for memory")
-    g.add_argument("--compile", action="store_true", help="torch.compile the model")
+    g.add_argument(
+        "--recompute", action="store_true", default=None,
+        help="activation checkpointing: compute the activations of a block again for its gradient instead of "
+        "keeping them, for memory",
+    )
+    g.add_argument("--compile", action="store_true", default=None, help="torch.compile the model")
+    g.add_argument(
+        "--deterministic", action="store_true", default=None,
+        help="let torch use deterministic algorithms only: on CUDA, too, equal seeds then give equal bits, "
+        "more slowly",
+    )
 
     g = p.add_argument_group("output")
-    g.add_argument("--out", metavar="DIR", help="a new folder for the run (default runs/TASK-METHOD-sSEED, with the "
-                   "recipe in it unless it is the default, and -1, -2 ... behind it where that is taken)")
-    g.add_argument("--resume", metavar="RUN", help="go on with an interrupted run; its other settings come from there")
+    g.add_argument(
+        "--out", type=path, metavar="DIR",
+        help="a new folder for the run (default runs/TASK-METHOD-sSEED, with the recipe in it unless it is the "
+        "default, and -1, -2 ... behind it where that is taken)",
+    )
+    g.add_argument(
+        "--resume", type=path, metavar="RUN",
+        help="go on with an interrupted run; its other settings come from there",
+    )
 
     g = p.add_argument_group("afterwards")
-    g.add_argument("--evaluate", metavar="RUN", help="score a finished run; goes with --data and --device")
-    g.add_argument("--predict", metavar="FILE", help="with --evaluate: label the rows of a test file in GLUE's format "
-                   "and write the submission file into the run's folder")
-    return p  # fmt: skip
+    g.add_argument("--evaluate", type=path, metavar="RUN", help="score a finished run; goes with --data and --device")
+    g.add_argument(
+        "--export", type=path, metavar="RUN",
+        help="write a finished run's model for other programs: RUN/peft, an adapter that peft opens, and "
+        "RUN/merged, a checkpoint that transformers opens",
+    )
+    g.add_argument(
+        "--predict", type=path, metavar="FILE",
+        help="with --evaluate: label the rows of a test file in GLUE's format and write the submission file "
+        "into the run's folder",
+    )
+
+    return p
 
 
 def device_of(name):
@@ -163,7 +241,7 @@ def device_of(name):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=name).item()  # the meta device can make it, but has nothing to read
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise ValueError(f"no device {name!r} here; use --device auto, cpu, or another that is there") from None
     return name
 
@@ -202,7 +280,11 @@ def settle(args):
     for flag, value in defaults.items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
-    args.dropout = None if args.dropout is None else [args.dropout] * 2  # of hidden states, of attention
+    if args.dropout is not None:
+        rates = args.dropout if isinstance(args.dropout, list) else [args.dropout]
+        args.dropout = rates * 2 if len(rates) == 1 else rates  # of hidden states, of attention
+        if len(args.dropout) != 2:
+            raise ValueError(f"--dropout takes one rate or two, got {len(args.dropout)}")
     if budgeted:
         check_density(args.density)
     if gates:

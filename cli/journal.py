@@ -6,7 +6,7 @@ import time
 import torch
 
 from cli import report
-from cli.runs import write_atomically
+from cli.files import digest_of, write_atomically
 from cli.workers import worker
 from salora import adapter_state
 
@@ -14,11 +14,12 @@ from salora import adapter_state
 class Journal:
     """A log row for every 1/200 of the steps, a status line for every tenth row, and a checkpoint at every epoch.
 
-    folder: where the checkpoint goes; without one there is none. rows: the log, dicts with the keys report.COLUMNS.
+    folder: where the checkpoint goes; without one there is none. plan: what a resumed run must have in common with the
+    interrupted one, a dict. rows: the log, dicts with the keys report.COLUMNS.
     """
 
-    def __init__(self, total_steps, folder=None):
-        self.total_steps, self.folder, self.rows = total_steps, folder, []
+    def __init__(self, total_steps, folder=None, plan=None):
+        self.total_steps, self.folder, self.plan, self.rows = total_steps, folder, plan, []
         self.every = max(1, total_steps // 200)
         self.seconds_before, self.started, self.first = 0.0, time.time(), 0
 
@@ -28,20 +29,38 @@ class Journal:
         return self.seconds_before + time.time() - self.started
 
     def begin_epoch(self, step, model, optimizer, allocator):
-        """Leave a checkpoint. The running loss starts anew, so that a resumed run has the same log."""
+        """Leave a checkpoint. The running loss starts anew, so that a resumed run has the same log.
+
+        Raises FloatingPointError, and leaves the last one, where a trained weight is not finite.
+        """
         self.running, self.counted = 0.0, 0
         if self.folder is None or worker() > 0 or step == self.first:
             return
+        if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+            raise FloatingPointError(f"weights are not finite at step {step}: try a smaller --lr")
         state = {
-            "format": "salora-run-2",
+            "format": "salora-run-3",
+            "plan": self.plan,
             "adapter": adapter_state(model),
             "optimizer": optimizer.state_dict(),
             "allocator": allocator.state_dict(),
             "journal": {"step": step, "rows": self.rows, "seconds": self.seconds},
         }
+        state["digest"] = digest_of(state)
         write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
 
-    def load_state_dict(self, state):
+    def restore(self, saved, optimizer, allocator):
+        """Go on from a checkpoint, after the model has got its part of it.
+
+        Raises ValueError, before anything changes, where the interrupted run had another plan.
+        """
+        for name, value in (self.plan or {}).items():
+            if saved["plan"].get(name) != value:
+                before = f"the interrupted run had {name} {saved['plan'].get(name)}, but now it is {value}"
+                raise ValueError(f"{before}: put it back, or start a new run")
+        optimizer.load_state_dict(saved["optimizer"])
+        allocator.load_state_dict(saved["allocator"])
+        state = saved["journal"]
         self.first, self.rows, self.seconds_before = state["step"], state["rows"], state["seconds"]
 
     def add(self, step, loss, optimizer, allocator, batch_size):

@@ -2,16 +2,21 @@
 
 import csv
 import json
+import platform
 from statistics import mean, stdev
 
+import numpy as np
+import torch
+
 from budget import kept_density, total_parameters
+from cli.files import digest_of, write_atomically
 from cli.pictures import FEW_STEPS, draw_ranks, draw_training, rank_grid
-from cli.runs import write_atomically, write_settings
-from cli.workers import workers
+from cli.runs import write_settings
+from cli.workers import worker, workers
 from glue.metrics import METRICS
 from glue.tasks import task_of
 from peers import PEERS
-from salora import salora_layers, save_adapter
+from salora import adapter_state, salora_layers, save_adapter
 
 COLUMNS = ["step", "phase", "loss", "lr", "C", "kept", "lam", "triplets"]  # of log.csv
 
@@ -25,14 +30,14 @@ def announce(settings, folder, model, train, dev, allocator):
     print(f"{settings.task}, {settings.method}, seed {settings.seed} on {device}: "
           f"{len(train)} training rows, {len(dev)} dev rows")  # fmt: skip
     print(f"{everything:,} parameters, {trained:,} trained, {budgeted:,} budgeted; run folder {folder}")
-    if settings.method in PEERS and not budgeted:
-        print(f"{settings.method} trains no low-rank update of a matrix: there is nothing to merge or export")
+    if settings.method in PEERS and PEERS[settings.method].adds_modules:
+        print(f"{settings.method} adds modules to the encoder: the run can be evaluated, but not merged or exported")
     if settings.method == "salora":
-        settings.gate_lr = allocator.gate_lr
         schedule = allocator.schedule
         print(f"gates train from step {schedule.T_start} to {schedule.T_end} of {allocator.total_steps}, "
               f"gate lr {allocator.gate_lr:.3g}{too_short(schedule.window)}", flush=True)  # fmt: skip
-    write_settings(settings, folder)
+    if worker() == 0:
+        write_settings(settings, folder)
 
 
 def too_short(window):
@@ -60,8 +65,14 @@ def finish_run(settings, folder, model, allocator, journal, predicted, dev):
         "seconds": round(journal.seconds, 2),
         "seed": settings.seed,
         "device": settings.device,
+        "command": settings.command,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "adapter_digest": digest_of(adapter_state(model)),
+        "frozen_digest": journal.plan["frozen weights"],
     }
-    save_adapter(model, folder / "adapter.pt")
+    if settings.method == "salora":
+        summary["recipe"] = settings.recipe
+    write_atomically(folder / "adapter.pt", lambda path: save_adapter(model, path))
     schedule = getattr(allocator, "schedule", None)
     short = too_short(schedule.window) if schedule else ""
     write_run(folder, journal.rows, summary, settings.rank, short)

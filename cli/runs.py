@@ -1,45 +1,34 @@
-"""Run folders: which runs a command line asks for, what a folder holds, and errors as lines."""
+"""Run folders: which runs a command line asks for, what a folder says of its run, and errors as lines."""
 
 import argparse
-import csv
 import json
 import os
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from cli.flags import device_of, settle
+import torch
+
+from cli.files import check_free, digest_of, write_atomically
+from cli.flags import build_parser, device_of, settle
 from glue.mini import TASKS as MINI_TASKS
 from hub.checkpoints import read_json, read_torch
 
-PROGRAM_FLAGS = ("out", "resume", "evaluate", "predict")  # about this call of the program, not about the run
-
-
-def write_atomically(path, write):
-    """Call write(path of a temporary file), then put the file in place: readers see all of it or nothing."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
-
-
-def append(path, row):
-    """Add a row, {column: value}, to a CSV file, with a header line if the file is new."""
-    new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+PROGRAM_FLAGS = ("out", "resume", "evaluate", "export", "predict", "command")  # of this call, not of the run
 
 
 @contextmanager
-def errors_as_lines(parser, *kinds, folder=None):
-    """Errors of these kinds (by default ValueError and OSError) end the program with one line and exit status 2.
+def errors_as_lines(parser, folder=None):
+    """What the user can mend ends the program with one line and exit status 2.
 
     An interruption ends it with exit status 130, and says how to go on with the run in `folder`.
     """
     try:
         yield
-    except kinds or (ValueError, OSError) as error:
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more when it ends
+        parser.error("standard output was closed")
+    except (ValueError, OSError, FloatingPointError, torch.linalg.LinAlgError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         begun = folder is not None and (folder / "checkpoint.pt").is_file()
@@ -47,43 +36,80 @@ def errors_as_lines(parser, *kinds, folder=None):
         parser.exit(130, f"\ninterrupted; {hint}\n")
 
 
+def used(settings):
+    """The settings as settings.json has them: what does not apply to the run is left out."""
+    values = {k: v for k, v in vars(settings).items() if v is not None and k not in PROGRAM_FLAGS}
+    return json.loads(json.dumps(values))
+
+
 def write_settings(settings, folder):
-    """settings.json: the values that are used. What does not apply to the run is left out."""
-    used = {k: v for k, v in vars(settings).items() if v is not None and k not in PROGRAM_FLAGS}
-    text = json.dumps(used, indent=1) + "\n"
+    text = json.dumps(used(settings), indent=1) + "\n"
     write_atomically(folder / "settings.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def read_settings(folder, device=None):
+    """The settings of the run in a folder, on another device if one is given.
+
+    They pass through the parser, like flags. Raises ValueError where this program would not have written them so.
+    """
+    try:
+        found = read_json(folder / "settings.json")
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"no settings.json in {folder}; expected the folder of a run") from None
+    damaged = ValueError(f"{folder}/settings.json is damaged, or of another version of this program")
+
+    def refuse(message):
+        raise damaged
+
+    parser = build_parser()
+    parser.error = refuse
+    settings = parser.parse_args(flags_of({**found, "device": "cpu"}))
+    settings.seed = settings.seed[0]
+    try:
+        same = used(settle(settings)) == {**found, "device": "cpu"}
+    except ValueError:
+        same = False
+    if not same:
+        raise damaged
+    settings.device = device_of(device or str(found.get("device")))
+    return settings
+
+
+def flags_of(settings):
+    """The flags that give these settings, as a list of texts."""
+    flags = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            flags += [f"--{flag}", *map(str, value)]
+        else:
+            flags.append(f"--{flag}={value}")
+    return flags
 
 
 def read_run(args, parser, flag, *allowed):
     """(settings, folder) of the run that `flag` names; no other flag but the allowed ones may stand beside it."""
-    more = [k for k, v in vars(args).items() if v != parser.get_default(k) and k not in (flag, *allowed)]
+    more = [k for k, v in vars(args).items() if v != parser.get_default(k) and k not in (flag, "command", *allowed)]
     if more:
         raise ValueError(f"--{flag} takes its settings from the run: drop --{more[0].replace('_', '-')}")
     folder = Path(getattr(args, flag))
-    blank = {name: None for name in vars(args)}
-    try:
-        settings = read_json(folder / "settings.json")
-        known = {"task", "method", "seed", "weights"} <= set(settings) <= set(blank)
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"no settings.json in {folder}; expected the folder of a run") from None
-    except ValueError:
-        known = False
-    if not known:
-        raise ValueError(f"{folder}/settings.json is damaged, or of another version of this program")
-    settings = argparse.Namespace(**{**blank, **settings})
-    settings.device = device_of(args.device or settings.device)
+    settings = read_settings(folder, args.device)
+    settings.command = args.command
     return settings, folder
 
 
 def read_finished(args, parser):
-    """What --evaluate and --predict ask for: (settings, folder, test file or None)."""
-    if args.evaluate is None:
+    """What --evaluate, --predict and --export ask for: (settings, folder, summary) of a finished run."""
+    flag = "export" if args.export is not None else "evaluate"
+    if flag == "evaluate" and args.evaluate is None:
         raise ValueError("--predict needs --evaluate RUN, the finished run whose model is to label the rows")
-    settings, folder = read_run(args, parser, "evaluate", "predict", "data", "device")
+    settings, folder = read_run(args, parser, flag, *(["predict", "data", "device"] if flag == "evaluate" else []))
     if not (folder / "summary.json").is_file():
         raise FileNotFoundError(f"the run in {folder} is not finished: go on with --resume {folder}")
     settings.data = args.data or settings.data
-    return settings, folder, args.predict
+    return settings, folder, read_json(folder / "summary.json")
 
 
 def plan(args, parser):
@@ -111,23 +137,25 @@ def interrupted(args, parser):
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: the run is finished, or did not get through its first epoch")
     saved = read_torch(path)
-    if not isinstance(saved, dict) or saved.get("format") != "salora-run-2":
+    if not isinstance(saved, dict) or saved.get("format") != "salora-run-3":
         raise ValueError(f"{path} is not a checkpoint of this program")
+    if saved.pop("digest", None) != digest_of(saved):
+        raise ValueError(f"{path} is damaged: what it holds is not what was saved")
     return settings, folder, saved
 
 
 def new_folder(args, several):
-    """--out, or the first of runs/NAME, runs/NAME-1, runs/NAME-2 ... that is not there or empty."""
+    """--out, or the first of runs/NAME, runs/NAME-1, runs/NAME-2 ... that is free."""
     if args.out:
-        folder = Path(args.out)
-        if folder.exists() and any(folder.iterdir()):
-            raise FileExistsError(f"{folder} is not empty: choose another --out, or --resume an interrupted run")
-        return folder
+        check_free(Path(args.out))
+        return Path(args.out)
     recipe = [] if args.recipe in (None, "ours") else [args.recipe]
     seed = [] if several else [f"s{args.seed[0]}"]
     name, number = "-".join([args.task, args.method, *recipe, *seed]), 0
     while True:
         folder = Path("runs") / (f"{name}-{number}" if number else name)
-        if not folder.exists() or not any(folder.iterdir()):
+        try:
+            check_free(folder)
             return folder
-        number += 1
+        except FileExistsError:
+            number += 1

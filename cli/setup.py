@@ -1,11 +1,14 @@
 """The parts of a run, from its settings: data, tokens, and a model with its adapters."""
 
+import os
 import random
 from pathlib import Path
 
 import torch
 
+from cli.files import digest_of
 from cli.flags import LEAST_LENGTH, TRIPLET_METHODS
+from cli.runs import used
 from glue.mini import TASKS as MINI_TASKS
 from glue.pretrain import mini_encoder
 from glue.tasks import load_task, task_of
@@ -34,11 +37,17 @@ def build(settings):
     folder = settings.weights or mini_encoder(device=settings.device)
     rates = {} if settings.dropout is None else dict(zip(DROPOUTS, settings.dropout))
     encoder, config = load_pretrained(folder, **rates)
+    if settings.rank and settings.rank > config.hidden_size:
+        raise ValueError(f"--rank {settings.rank} is above {config.hidden_size}, the width of the encoder: "
+                         "more triplets than that add nothing")  # fmt: skip
     encoder.recompute = settings.recompute
     tokenizer = tokenizer_for(folder, config, mini)
     settings.weights = str(Path(folder).resolve())  # so that --evaluate and --resume find it from anywhere
     settings.dropout = [getattr(config, name) for name in DROPOUTS]
 
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may not be used
+    torch.use_deterministic_algorithms(bool(settings.deterministic))
     torch.manual_seed(seed_of(settings.seed, "weights"))
     model = SequenceClassifier(encoder, task.num_labels)
     if settings.method in TRIPLET_METHODS:
@@ -54,10 +63,24 @@ def build(settings):
     return model.to(settings.device), lambda rows: tokenizer.encode(rows, length)
 
 
-def prepare(settings, folder):
-    """All that bad input can break: (model, train, dev), rows encoded. Makes the run's folder when the rest is done."""
+def prepare(settings):
+    """All that bad input can break: (model, train, dev), the rows encoded."""
     train, dev = load_task(settings.task, settings.data)
     model, encode = build(settings)
-    train, dev = encode(train[: settings.rows]), encode(dev)
-    folder.mkdir(parents=True, exist_ok=True)
-    return model, train, dev
+    return model, encode(train[: settings.rows]), encode(dev)
+
+
+def plan_of(settings, model, train):
+    """What a resumed run must have in common with the interrupted one: all that decides its numbers, as a dict.
+
+    Where the data and the encoder lie may change, what they hold may not.
+    """
+    plan = {name: value for name, value in used(settings).items() if name not in ("device", "weights", "data")}
+    tokens = sum(len(ids) for ids, *_ in train)
+    return {**plan, "training rows": f"{len(train)} of {tokens} tokens", "frozen weights": frozen_digest(model)}
+
+
+def frozen_digest(model):
+    """A digest of the weights that came with the checkpoint and do not train."""
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    return digest_of({name: p for name, p in frozen.items() if not name.endswith("log_theta")})

@@ -28,8 +28,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import FixedRanks, RankAllocator, Recipe, freeze_gates, total_parameters
+from cli.files import append, write_atomically
 from cli.flags import positive
-from cli.runs import append, write_atomically
 from cli.setup import TARGETS
 from glue.metrics import spearman
 from glue.pretrain import mini_encoder

@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_glue_mini
-from cli.runs import append, write_atomically
+from cli.files import append, write_atomically
 from glue.mini import TASKS as MINI_TASKS
 
 LORA = ["--method", "lora", "--rank"]
@@ -31,9 +31,12 @@ VARIANTS = {
     "ours": [], "lora-8": [*LORA, "8"], "lora-4": [*LORA, "4"], "lora-1": [*LORA, "1"],
     "full": ["--method", "full"], "head": ["--method", "head"],
     "b=0.75": ["--density", "0.75"], "b=0.25": ["--density", "0.25"], "b=0.125": ["--density", "0.125"],
+    "wide": ["--rank", "16", "--alpha", "32", "--density", "0.25"],
+    "wide, late": ["--rank", "16", "--alpha", "32", "--density", "0.25", "--window", "0.4", "0.5"],
+    "late": ["--window", "0.4", "0.5"],
     "paper": ["--recipe", "paper"], "paper, sgd": ["--recipe", "paper", "--controller", "sgd"],
     "paper, no Lagrangian": ["--recipe", "paper", "--gate-lr", "1e-9"],
-    "paper, no regulariser": ["--recipe", "paper", "--beta", "0"],
+    "paper, no regularizer": ["--recipe", "paper", "--beta", "0"],
     "paper, budget rule": ["--recipe", "paper", "--rule", "budget", "--survivors", "one"],
     "lora-8, restarted": ["--density", "1", "--window", "0.5", "0.5", "--no-canonical", "--spread", "0"],
     "not canonical": ["--no-canonical", "--spread", "0"], "spread 0": ["--spread", "0"], "beta 0.1": ["--beta", "0.1"],

@@ -8,7 +8,7 @@ and opinions: although the film was dull the song was not bad. Every concept has
 sentences can say the same thing differently. In a pair both sentences have their words in the same order: an encoder
 of three layers learns to compare them within a minute.
 
-`examples(task, n, seed)` makes labelled rows; `corpus(n, seed)` unlabelled text of the same world, single sentences
+`examples(task, n, seed)` makes labeled rows; `corpus(n, seed)` unlabeled text of the same world, single sentences
 and pairs that agree with each other, for pre-training. Equal arguments give equal rows on any machine.
 """
 

@@ -1,4 +1,5 @@
 """The encoder that the generated tasks need: RoBERTa in small, pre-trained as a masked language model on mini-GLUE.
+It is kept with its masked-LM head: `load_pretrained(mini_encoder(), MaskedLM)` predicts words.
 
 Half of the words of one sentence of a pair are hidden, so that the other sentence has to be consulted, and 30 % of a
 sentence that stands alone. Of the hidden words 55 % become <mask>, 35 % the word that another text has at that place,
@@ -39,7 +40,8 @@ def mini_config():
 def mini_encoder(folder="runs", device="cpu"):
     """The folder of the pre-trained encoder. It is trained on first use, in about 40 s on two cores, and kept under a
     name that changes with everything the training depends on."""
-    recipe = repr((mini_config(), TEXTS, BATCH, STEPS, WARMUP, LR, mini.vocabulary(), mini.corpus(100)))
+    training = (TEXTS, BATCH, STEPS, WARMUP, LR)
+    recipe = repr((MaskedLM.__name__, mini_config(), *training, mini.vocabulary(), mini.corpus(100)))
     path = Path(folder) / f"mini-encoder-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     if not path.is_dir():
         print(f"pre-training the tiny encoder, once; it is kept in {path}")
@@ -64,7 +66,7 @@ def corrupt(ids, types, tokenizer, generator):
 
 
 def pretrain(device="cpu", steps=STEPS):
-    """Train a new encoder; prints its progress. Returns it in eval mode."""
+    """Train a new MaskedLM; prints its progress. Returns it in eval mode."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     tokenizer = MiniTokenizer()
@@ -88,4 +90,4 @@ def pretrain(device="cpu", steps=STEPS):
         if (step + 1) % 100 == 0:
             left = (time.time() - started) / (step + 1) * (steps - step - 1)
             print(f"step {step + 1:4d}/{steps} | masked-word loss {loss.item():.2f} | eta {left:.0f} s", flush=True)
-    return lm.encoder.eval()
+    return lm.eval()

@@ -22,7 +22,7 @@ class Task:
     also: str = ""  # a second metric that GLUE reports
     dev: str = "dev.tsv"
     header: tuple = ()  # the columns of a file without a header line
-    broken_lines: bool = False  # the official file has a few, which are left out
+    broken_lines: bool = False  # the official file has a few, which are counted and left out
 
     @property
     def num_labels(self):
@@ -59,7 +59,7 @@ def task_of(name):
 def load_task(name, folder=None):
     """(train rows, dev rows) of a task, each row (sentence, sentence or None, label); no row is in both.
 
-    label is a class number, or a float for a score. An official task is read from `folder`, which holds GLUE's
+    label is a class index, or a float for a score. An official task is read from `folder`, which holds GLUE's
     folders ("CoLA", "SST-2" ...) or is one of them. Raises FileNotFoundError or ValueError with the file's line.
     """
     if name in mini.TASKS:
@@ -75,30 +75,34 @@ def load_task(name, folder=None):
     return read_rows(where / "train.tsv", task), read_rows(where / task.dev, task)
 
 
-def read_rows(path, task, labelled=True):
-    """The rows of one official file; `labelled=False` reads a test file, which has a header and no labels."""
+def read_rows(path, task, labeled=True):
+    """The rows of one official file; `labeled=False` reads a test file, which has a header and no labels."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; expected GLUE's {task.folder} in its official layout")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: sentences hold odd line separators
+        # Neither read_text nor splitlines: sentences hold odd line separators, a lone carriage return among them
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {line}: byte {error.object[error.start]:#x} is not UTF-8") from None
     table = [(i, line.rstrip("\r").split("\t")) for i, line in enumerate(lines, 1) if line.strip()]
-    header = list(task.header) if labelled else []
+    header = list(task.header) if labeled else []
     header = header or (table.pop(0)[1] if table else [])
-    wanted = [*task.sentences, *([task.label] if labelled else [])]
+    wanted = [*task.sentences, *([task.label] if labeled else [])]
     absent = [column for column in wanted if column not in header]
     if absent:
         raise ValueError(f"{path} has no column {', '.join(absent)}; its header is {', '.join(header) or 'empty'}")
-    if task.broken_lines and labelled:
-        table = [(i, cells) for i, cells in table if len(cells) == len(header)]
+    if task.broken_lines and labeled:
+        whole = [(i, cells) for i, cells in table if len(cells) == len(header)]
+        if len(whole) < len(table):
+            print(f"{path}: {len(table) - len(whole)} broken lines left out, {len(whole)} rows read")
+        table = whole
     columns, rows = [header.index(column) for column in wanted], []
     for i, cells in table:
         if len(cells) != len(header):
             raise ValueError(f"{path}, line {i}: {len(cells)} columns, expected {len(header)} ({', '.join(header)})")
         texts = [cells[column] for column in columns]
-        label = parse_label(texts.pop(), task, f"{path}, line {i}") if labelled else 0
+        label = parse_label(texts.pop(), task, f"{path}, line {i}") if labeled else 0
         rows.append((texts[0], texts[1] if len(texts) == 2 else None, label))
     if not rows:
         raise ValueError(f"{path} holds no rows")

@@ -1,6 +1,6 @@
-"""Words to numbers: one tokeniser for the generated tasks, those of real checkpoints, and the way into batches.
+"""Words to numbers: one tokenizer for the generated tasks, those of real checkpoints, and the way into batches.
 
-A tokeniser has `encode(rows, max_length)`: rows (sentence, sentence or None, label) become (ids, type_ids, label),
+A tokenizer has `encode(rows, max_length)`: rows (sentence, sentence or None, label) become (ids, type_ids, label),
 special tokens included, the longer sentence cut first where a row is longer than max_length tokens.
 """
 
@@ -35,7 +35,7 @@ class MiniTokenizer:
 
 
 def tokenizer_for(folder, config, mini):
-    """The tokeniser of a checkpoint folder; for a generated task, where there is none, that of mini-GLUE.
+    """The tokenizer of a checkpoint folder; for a generated task, where there is none, that of mini-GLUE.
 
     Raises FileNotFoundError if there is none, and ValueError for one with more words than the encoder of `config` has.
     """
@@ -46,7 +46,7 @@ def tokenizer_for(folder, config, mini):
             raise FileNotFoundError(f"no tokenizer.json, vocab.json or vocab.txt in {folder}")
     if tokenizer.size > config.vocab_size:
         words = f"{tokenizer.size} words, but config.json says vocab_size {config.vocab_size}"
-        raise ValueError(f"the tokeniser in {folder} has {words}: take both from one checkpoint")
+        raise ValueError(f"the tokenizer in {folder} has {words}: take both from one checkpoint")
     return tokenizer
 
 

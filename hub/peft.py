@@ -1,108 +1,305 @@
-"""Adapters out to PEFT and back in: adapter_config.json and adapter_model.safetensors, or .bin."""
+"""Adapters out to PEFT and back in: adapter_config.json and adapter_model.safetensors, or .bin.
+
+PEFT's LoRA adds (alpha_m / r_m) B A to the matrix of module m, and knows neither gates nor rank 0: on the way out gates
+are folded into B, and layers without an open triplet are left out. On the way in only that plain form is understood.
+Left out: DoRA and other variants, adapters of embeddings, running statistics (BatchNorm's) beside the triplets.
+"""
 
 import json
-import os
 import re
+import reprlib
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hub.checkpoints import check_weight, read_json, read_named_tensors, write_atomically
 from salora import SaLoRALinear, adapter_state, load_adapter_state, salora_layers
 
+CONFIG, SAFETENSORS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."  # of every tensor's name: what PEFT calls the model that it wraps
 
-def export_peft(model, folder, rename=str, pad=False):
+
+# Out
+
+
+def export_peft(model, folder, rename=str, pad=False, base_model=None, task_type=None):
     """Write the adapter as PEFT's LoRA: adapter_config.json and adapter_model.safetensors, .bin without that package.
 
-    rename: our name of a module -> its name in the model that PEFT will wrap (tiny_transformer's `hub_name`)
-    pad:    False: closed triplets are left out, and rank_pattern and alpha_pattern tell each matrix's rank;
-            True: every matrix has the largest rank, filled up with zeros, for engines that know no patterns
-    Gates are folded into B. Weights trained beside the triplets, a classifier head, go along as modules_to_save.
-    Raises ValueError where there is nothing to export, and for a layer that the model uses under two names.
+    rename:     our name of a module -> its name in the model that PEFT will wrap (tiny_transformer's `hub_name`)
+    pad:        False: rank_pattern and alpha_pattern tell each matrix's rank;
+                True: every matrix has the largest rank, filled up with zeros, for engines that know no patterns
+    base_model: folder or name of the model underneath, and
+    task_type:  what PEFT calls its task, "SEQ_CLS" for one; AutoPeftModelFor... needs both
+    Weights trained beside the triplets, a classifier head, go along as modules_to_save.
+    Raises ValueError, before anything is written, where the adapter is empty, unfinished, or cannot be told in PEFT's
+    terms: a layer under two names, a trained weight outside of all modules or inside an adapted layer.
     """
-    names = [name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, SaLoRALinear)]
-    if len(names) > len(salora_layers(model)):
-        raise ValueError(f"PEFT's files hold one name a layer, but two of these are one layer: {', '.join(names)}")
-    state, layers = adapter_state(model), {name: layer for name, layer in salora_layers(model).items() if layer.r}
-    gates = {name: layer.gate.settled() for name, layer in layers.items()}
-    layers = {name: layer for name, layer in layers.items() if pad or gates[name].any()}  # PEFT knows no rank 0
-    if not layers:
-        raise ValueError("no triplet is open: the adapter is empty, and PEFT has no such thing")
-    r, alpha = max(layer.r0 for layer in layers.values()), next(iter(layers.values())).alpha
+    layers = finished_layers(model)
+    names = {name: rename(name) for name in layers}
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"rename gives two layers one name: {', '.join(names.values())}")
+    heads, saved = trained_heads(model, rename, names.values())
+
+    largest, alpha = max(layer.r0 for layer in layers.values()), next(iter(layers.values())).alpha
     tensors, ranks, alphas = {}, {}, {}
     for name, layer in layers.items():
-        kept = gates[name].nonzero().flatten()
-        A, B, n = layer.A.detach()[kept], (layer.B.detach() * gates[name].to(layer.B.dtype))[:, kept], rename(name)
-        if pad:  # one rank and alpha for all, so a layer with another scale has it in B
-            extra = r - len(kept)
-            A, B = F.pad(A, (0, 0, 0, extra)), F.pad(B * layer.scale * r / alpha, (0, extra))
-        else:  # PEFT's scale is alpha_m / r_m
-            ranks[n], alphas[n] = len(kept), layer.scale * len(kept)
-        tensors[f"base_model.model.{n}.lora_A.weight"] = A.cpu().contiguous()
-        tensors[f"base_model.model.{n}.lora_B.weight"] = B.cpu().contiguous()
-    heads = {}
-    for name, value in state["others"].items():
-        module, kind = name.rsplit(".", 1)
-        heads[rename(module)] = None  # a set in order
-        tensors[f"base_model.model.{rename(module)}.{kind}"] = value.cpu().contiguous()
-    targets = [rename(name) for name in layers]
-    if any(rename(n).endswith("." + target) for n in _linears(model) for target in targets):  # PEFT matches suffixes
-        ranks, alphas = ({"^" + re.escape(n): v for n, v in table.items()} for table in (ranks, alphas))
-        targets = "|".join(map(re.escape, targets))  # as one text it is a pattern for the whole name
+        A, B = open_triplets(layer)  # (r, k), (d, r)
+        if pad:
+            B = B * (layer.scale * largest / alpha)  # one alpha for all: another scale goes into B
+            A, B = F.pad(A, (0, 0, 0, largest - len(A))), F.pad(B, (0, largest - len(A)))
+        else:
+            ranks[names[name]], alphas[names[name]] = len(A), layer.scale * len(A)  # PEFT's scale is alpha_m / r_m
+        tensors[f"{names[name]}.lora_A.weight"] = A
+        tensors[f"{names[name]}.lora_B.weight"] = B
+    tensors |= saved
+
+    targets = list(names.values())
+    everything = [rename(name) for name in linears(model)]
+    if any(name.endswith("." + target) for name in everything for target in targets):
+        # PEFT takes a name for the end of others as well, so it gets patterns for whole names
+        ranks, alphas = ({"^" + re.escape(name): value for name, value in table.items()} for table in (ranks, alphas))
+        targets = "|".join(map(re.escape, targets))
     config = {
-        "peft_type": "LORA", "task_type": None, "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
+        "peft_type": "LORA", "task_type": task_type, "inference_mode": True,
+        "base_model_name_or_path": None if base_model is None else str(base_model),
+        "r": largest, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
         "target_modules": targets, "rank_pattern": ranks, "alpha_pattern": alphas,
-        "modules_to_save": list(heads) or None, "inference_mode": True,
+        "modules_to_save": heads or None,
     }  # fmt: skip
-    os.makedirs(folder, exist_ok=True)
+    write_adapter(Path(folder), config, tensors)
+
+
+def finished_layers(model):
+    """{name: SaLoRALinear} of the layers with an open triplet. Raises ValueError where the adapter is not ready."""
+    layers = salora_layers(model)
+    unfinished = [name for name, layer in layers.items() if layer.allocating]
+    if unfinished:
+        raise ValueError(f"finish the RankAllocator first: the ranks of {unfinished[0]} are not decided yet")
+    names = [name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, SaLoRALinear)]
+    if len(names) > len(layers):
+        raise ValueError(f"PEFT's files hold one name a layer, but two of these are one layer: {', '.join(names)}")
+    if "" in layers:
+        raise ValueError("the model is itself an adapted layer and has no name there: put it into a module")
+    layers = {name: layer for name, layer in layers.items() if layer.gate.settled().any()}
+    if not layers:
+        raise ValueError("no triplet is open: the adapter is empty, and PEFT has no such thing")
+    return layers
+
+
+def open_triplets(layer):
+    """(A (r, k), B (d, r)) of the r triplets whose gate is open, with the gates folded into B."""
+    gates = layer.gate.settled()
+    kept = gates.nonzero().flatten()
+    B = layer.B.detach() * gates.to(layer.B.dtype)  # (d, r)
+    return layer.A.detach()[kept], B[:, kept]
+
+
+def trained_heads(model, rename, targets):
+    """(modules_to_save, {parameter: tensor}) of what trains beside the triplets; names are those for PEFT.
+
+    A module is saved whole, frozen parameters too, because PEFT looks for all of them.
+    """
+    layers = salora_layers(model)
+    trained = {name.rpartition(".")[0]: name for name in adapter_state(model)["others"]}  # {module: a parameter of it}
+    for module, name in trained.items():
+        if not module:
+            raise ValueError(f"{name} trains, but PEFT saves modules and it has none: freeze it, or put it into one")
+        if module in layers:
+            raise ValueError(f"{name} trains beside an adapter, which plain LoRA has no place for: freeze it")
+    saved, others = {}, [f"{rename(name)}.weight" for name in layers]
+    for name, parameter in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        if module in trained:
+            saved[f"{rename(module)}.{kind}"] = parameter.detach().clone()
+        elif module and not name.startswith(tuple(f"{layer}." for layer in layers)):
+            others.append(f"{rename(module)}.{kind}")
+
+    heads = list(dict.fromkeys(outermost(name.rpartition(".")[0], others) for name in saved))
+    for head in heads:
+        for target in targets:
+            if f".{head}." in f".{target}.":  # modules_to_save is matched like this, before any target
+                raise ValueError(f"{head} trains, and PEFT would take {target} for a part of it: freeze {head}")
+    return heads, saved
+
+
+def outermost(module, others):
+    """The largest module around this one that holds none of the other parameters.
+
+    PEFT itself saves a module called classifier, so that classifier.dense and classifier.out_proj must not be named.
+    """
+    parent = module.rpartition(".")[0]
+    while parent and not any(name.startswith(parent + ".") for name in others):
+        module, parent = parent, parent.rpartition(".")[0]
+    return module
+
+
+def saved_whole(heads, task_type):
+    """The modules to save, each once. For a task with classes PEFT saves `classifier` whole, not what is in it."""
+    whole = ("classifier", "score") if task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
+    return dict.fromkeys(head.split(".")[0] if head.split(".")[0] in whole else head for head in heads)
+
+
+def write_adapter(folder, config, tensors):
+    """The two files of a folder, the config last, so that a folder with a config is whole."""
+    text = json.dumps(config, indent=1, allow_nan=False)
+    tensors = {PREFIX + name: value.cpu().contiguous() for name, value in tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        import safetensors.torch
+        from safetensors.torch import save_file
 
-        safetensors.torch.save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), {"format": "pt"})
+        write_atomically(folder / SAFETENSORS, lambda path: save_file(tensors, path, {"format": "pt"}))
+        (folder / BIN).unlink(missing_ok=True)
     except ImportError:
-        torch.save(tensors, os.path.join(folder, "adapter_model.bin"))
-    with open(os.path.join(folder, "adapter_config.json"), "w", encoding="utf-8") as file:
-        json.dump(config, file, indent=1)
+        write_atomically(folder / BIN, lambda path: torch.save(tensors, path))
+        (folder / SAFETENSORS).unlink(missing_ok=True)  # an older export's, which readers would prefer
+    write_atomically(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _linears(model):
-    """Names of all linear layers, adapted or not."""
+def linears(model):
+    """{name: nn.Linear} of all linear layers; of an adapted one, what is underneath."""
     inside = {id(layer.base) for layer in salora_layers(model).values()}
-    modules = ((n, m) for n, m in model.named_modules() if id(m) not in inside)
-    return [n for n, m in modules if isinstance(m, (nn.Linear, SaLoRALinear))]
+    outside = {name: m for name, m in model.named_modules() if id(m) not in inside}
+    bare = {name: m.base if isinstance(m, SaLoRALinear) else m for name, m in outside.items()}
+    return {name: m for name, m in bare.items() if isinstance(m, nn.Linear)}
+
+
+# In
 
 
 def import_peft(model, folder, rename=str):
     """The way back: give a model the LoRA adapter of a folder that PEFT or `export_peft` wrote. Returns the model.
 
-    Raises ValueError for a variant whose update is not (alpha / r) B A, and for weights without a place in the model.
+    Raises FileNotFoundError for a missing file and ValueError for a variant whose update is not (alpha / r) B A, for
+    settings that are not understood, and for weights that do not fit the model, which then stays as it was.
     """
-    with open(os.path.join(folder, "adapter_config.json"), encoding="utf-8") as file:
-        config = {"bias": "none", **json.load(file)}
-    plain = dict(peft_type="LORA", bias="none", lora_bias=0, use_dora=0, use_rslora=0, fan_in_fan_out=0)
-    odd = [f"{key} is {config.get(key)}" for key, value in plain.items() if (config.get(key) or 0) != value]
-    if re.match("pissa|olora|loftq|corda|lora_ga", str(config.get("init_lora_weights"))):  # these change the base
-        odd.append(f"init_lora_weights is {config['init_lora_weights']}")
-    if odd:
-        raise ValueError(f"{folder} holds no plain LoRA adapter: {', '.join(odd)}")
-    path = os.path.join(folder, "adapter_model.safetensors")
-    if os.path.isfile(path):
-        import safetensors.torch
-
-        tensors = safetensors.torch.load_file(path)
-    else:
-        tensors = torch.load(os.path.join(folder, "adapter_model.bin"), map_location="cpu", weights_only=True)
-    tensors = {name.removeprefix("base_model.model."): value for name, value in tensors.items()}
-    layers, others = {}, {}
-    for name in [n for n in _linears(model) if rename(n) + ".lora_A.weight" in tensors]:
-        A, B = (tensors.pop(f"{rename(name)}.lora_{side}.weight") for side in "AB")
-        hits = [v for key, v in config.get("alpha_pattern", {}).items() if re.match(rf"(.*\.)?({key})$", rename(name))]
-        gates = {"log_theta": torch.zeros(len(A)), "fixed": torch.ones(len(A))}
-        layers[name] = {"r0": len(A), "alpha": [*hits, config["lora_alpha"]][0], "A": A, "B": B, **gates}
-    for name in [n for n, _ in model.named_parameters() if "." in n and ".base." not in n]:
-        module, kind = name.rsplit(".", 1)
-        if kind in ("weight", "bias") and f"{rename(module)}.{kind}" in tensors:
-            others[name] = tensors.pop(f"{rename(module)}.{kind}")
+    folder = Path(folder)
+    config = read_lora_config(folder / CONFIG)
+    path = folder / (SAFETENSORS if (folder / SAFETENSORS).exists() else BIN)
+    tensors = {name.removeprefix(PREFIX): value for name, value in read_named_tensors(path).items()}
+    layers = {}
+    for name, linear in linears(model).items():
+        hub = rename(name)
+        A, B = (tensors.pop(f"{hub}.lora_{side}.weight", None) for side in "AB")
+        if A is None and B is None:
+            continue
+        check_triplets(A, B, linear, f"{hub} in {path}")
+        r = len(A)
+        expected = look_up(config["rank_pattern"], hub, config["r"] or r)
+        if r != expected:
+            raise ValueError(f"{hub} in {path} has rank {r}, but {CONFIG} says {expected}: take both from one adapter")
+        alpha = look_up(config["alpha_pattern"], hub, config["lora_alpha"])
+        gates = {"log_theta": torch.zeros(r), "fixed": torch.ones(r)}
+        layers[name] = {"r0": r, "alpha": alpha, "A": A, "B": B, **gates}
+    others = take_heads(model, tensors, rename, path)
     if tensors:
         raise ValueError(f"the model has no place for {', '.join(sorted(tensors)[:4])} of {folder}")
+    if not layers:
+        raise ValueError(f"{path} holds no lora_A and lora_B of this model's linear layers")
     return load_adapter_state(model, {"format": "salora-1", "layers": layers, "others": others})
+
+
+def check_triplets(A, B, linear, where):
+    """Raises ValueError unless A (r, k) and B (d, r) make an update of the linear's weight (d, k)."""
+    if A is None or B is None:
+        raise ValueError(f"{where} has only one of lora_A and lora_B: the file is not whole")
+    for side, value in (("lora_A", A), ("lora_B", B)):
+        check_weight(value, f"{side} of {where}")
+    d, k = linear.weight.shape
+    r = A.shape[0] if A.dim() else 0
+    if r < 1 or A.shape != (r, k) or B.shape != (d, r):
+        shapes = f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}"
+        raise ValueError(f"{where} has {shapes}, but its weight is {(d, k)}: expected (r, {k}) and ({d}, r)")
+    if type(linear) is not nn.Linear:
+        raise ValueError(f"{where} belongs to a {type(linear).__name__}, and only nn.Linear can be adapted")
+
+
+def take_heads(model, tensors, rename, path):
+    """{our name: tensor} of the model's other parameters that the file holds; takes them out of `tensors`."""
+    inside = tuple(f"{name}." for name in salora_layers(model))
+    heads = {}
+    for name, parameter in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        if not module or name.startswith(inside) or f"{rename(module)}.{kind}" not in tensors:
+            continue
+        heads[name] = value = tensors.pop(f"{rename(module)}.{kind}")
+        check_weight(value, f"{name} in {path}")
+        if value.shape != parameter.shape:
+            found, expected = tuple(value.shape), tuple(parameter.shape)
+            raise ValueError(f"{name} in {path} has shape {found}, but the model's is {expected}")
+    return heads
+
+
+# What adapter_config.json may say. These tell how the adapter was made or which modules have one, as the tensors do:
+WITHOUT_EFFECT = (
+    "auto_mapping", "base_model_name_or_path", "revision", "task_type", "peft_version", "inference_mode",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+    "lora_dropout", "megatron_core", "qalora_group_size", "runtime_config",
+)  # fmt: skip
+CHECKED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")  # by read_lora_config
+PLAIN = {  # and these are plain LoRA with some values only. The other ways to begin change the weights underneath
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "orthogonal"),
+}
+
+
+def read_lora_config(path):
+    """adapter_config.json, for plain LoRA: a dict with r (None if absent), lora_alpha and both patterns.
+
+    The patterns become {(name, whole): value}, for `look_up`. Raises ValueError for what is set and not understood.
+    """
+    config = read_json(path)
+    odd = [] if config.get("peft_type") else ["peft_type is None"]
+    for key, value in config.items():
+        unset = not value  # null, false, 0 or empty
+        if not unset and key not in (*WITHOUT_EFFECT, *CHECKED) and value not in PLAIN.get(key, ()):
+            odd.append(f"{key} is {reprlib.repr(value)}")
+    if odd:
+        raise ValueError(f"{path.parent} holds no plain LoRA adapter: {', '.join(odd)}")
+
+    found = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha")}
+    if found["r"] is not None:
+        check_rank(found["r"], f"{path} has r")
+    check_alpha(found["lora_alpha"], f"{path} has lora_alpha")
+    for key, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
+        table = config.get(key) or {}
+        if not isinstance(table, dict):
+            raise ValueError(f"{path} has {key} {reprlib.repr(table)}, expected a number for every name")
+        for name, value in table.items():
+            check(value, f"{path} has in {key} for {reprlib.repr(name)}")
+        found[key] = {literal_name(name, f"{key} of {path}"): value for name, value in table.items()}
+    return found
+
+
+def check_rank(value, what):
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{what} {reprlib.repr(value)}, expected a whole number above 0")
+
+
+def check_alpha(value, what):
+    if type(value) not in (int, float) or not 0 < value <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{what} {reprlib.repr(value)}, expected a number above 0")
+
+
+def literal_name(pattern, where):
+    """(the name that a pattern of PEFT stands for, whether it is a whole name rather than the end of one).
+
+    PEFT runs patterns as regular expressions. One from a file may take forever, so none is run here: understood are a
+    plain name, layer.0.query, and with "^" in front a whole one, also escaped as `export_peft` writes it.
+    """
+    text = pattern.removeprefix("^")
+    name = re.sub(r"\\(\W)", r"\1", text)  # undoes re.escape
+    if not name or (text != re.escape(name) and not re.fullmatch(r"[\w.-]+", text)):
+        found = reprlib.repr(pattern)
+        raise ValueError(f"the {where} has the regular expression {found}; only names of modules are understood")
+    return name, pattern.startswith("^")
+
+
+def look_up(table, module, default):
+    """The value of the first entry that names a module, whole or by the end of its name."""
+    for (name, whole), value in table.items():
+        if module == name or (not whole and module.endswith("." + name)):
+            return value
+    return default

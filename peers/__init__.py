@@ -20,6 +20,7 @@ class Peer:
     allocator: type | None = None  # None: nothing is to be decided (budget.FixedRanks)
     sized: bool = True  # whether --rank applies
     budgeted: bool = False  # whether --density applies
+    adds_modules: bool = False  # to the encoder, for good: nothing of it can be merged or exported
 
 
 PEERS = {
@@ -27,10 +28,10 @@ PEERS = {
     "sora": Peer(allocator=SoRA),
     "alora": Peer(allocator=ALoRA, budgeted=True),
     "rm-lora": Peer(allocator=RMLoRA),
-    "adapter-h": Peer(houlsby),
-    "adapter-p": Peer(pfeiffer),
-    "prefix": Peer(prefix_tuning),
-    "prompt": Peer(prompt_tuning),
+    "adapter-h": Peer(houlsby, adds_modules=True),
+    "adapter-p": Peer(pfeiffer, adds_modules=True),
+    "prefix": Peer(prefix_tuning, adds_modules=True),
+    "prompt": Peer(prompt_tuning, adds_modules=True),
     "bitfit": Peer(bitfit, sized=False),
-    "ia3": Peer(ia3, sized=False),
+    "ia3": Peer(ia3, sized=False, adds_modules=True),
 }

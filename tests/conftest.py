@@ -6,7 +6,6 @@
 import importlib.util
 import inspect
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -42,64 +41,62 @@ def pytest_report_header():
         return [f"{name} from {importlib.util.find_spec(name).origin}" for name in MODULES]
 
 
-EQUATIONS = [  # words in the name of a test, and the place where what it states is written; the first that fits counts
-    ("adalora", "peers/adalora.py, Eqs. (4), (6) to (11): importance I_bar U_bar, and the b(t) best keep their value"),
-    ("sora", "peers/sora.py, Eqs. (10), (11): g <- T(g - eta gradient), T the soft threshold at xi = eta lambda"),
-    ("alora", "peers/alora.py, Eq. (6): IS(r) = S(M) - S(M without r) + S(M with only r); a move closes what it opens"),
-    ("rm_lora", "peers/rm_lora.py, Eq. (10) and Alg. 1: r_hat of R directions are updated a step"),
-    ("bottleneck|adapters_stand", "peers/adapters.py: x + W_up f(W_down x)"),
-    ("prefix|prompt", "peers/prefix.py: trained keys and values, or words, in front of a sentence's own"),
-    ("ia3|bitfit", "peers/bias.py: every bias; or l_k * k, l_v * v and l_ff * f(W_1 x)"),
-    ("peer|installed|closed_form_says|frozen_model_does", "peers/: each file's first lines"),
-    ("penalty|multiplier|ascent|controller", "budget.py, Eq. (12): loss + beta R_orth + lambda (C - b)^2, lambda >= 0, "
-     "with descent on log theta and ascent on lambda"),
-    ("phases|schedule|windows", "budget.py, Alg. 1: open before T_start, window before T_end, then frozen"),
-    ("main_loop|of_a_step|once_a_step|micro_batch|moments|accumulat|recomput|two_processes",
-     "train_glue_mini.py, fine_tune, Alg. 1: a step down for A, B and Theta, one up for lambda; one draw of noise a "
-     "step; gates free from T_start on, fixed and pruned at T_end"),
-    ("noise_(is|changes|that)", "budget.py, resample, Alg. 1: u ~ U(0, 1), drawn once a step for all layers"),
-    ("projection", "budget.py, Eq. (11): one shift of every log theta, the one with which C = b"),
-    ("odds|start_alike", "budget.py: log theta = spread log(|B[:, i]| |A[i, :]|) + a constant with which C = 11/12"),
-    ("budget_rule|median_rule|unknown_rule|impossible_densit|survivors", "budget.py, section 3.5: from the largest log "
-     "theta down each triplet that still fits b x total, ties to the earlier; or those with a positive median"),
-    ("gradient_reaches", "hard_concrete.py, Eq. (7), and budget.py, Eq. (11): both have a gradient for log theta"),
-    ("densit|counts|what_the_paper",
-     "budget.py, Eq. (11): C = sum_i E||G_i||_0 (d_i + k_i) / sum_i r_i (d_i + k_i)"),
-    ("orthogonality", "salora.py, Eq. (9): sum over layers of ||B^T B - I||^2_F + ||A A^T - I||^2_F"),
-    ("canonical", "salora.py, canonicalize: B <- U S^1/2 and A <- S^1/2 V^T with U S V^T = B A"),
-    ("saved_adapters|an_adapter_", "salora.py, adapter_state and load_adapter_state: what a file must hold"),
-    ("prune|pruning|merg|removed|triplets_that_stay",
-     "salora.py, Eq. (5): W <- W + (alpha / r0) B diag(g) A; triplets with g = 0 go"),
-    ("adapt|target|rank_below|equal_starts|fresh_layer",
-     "salora.py, Eq. (3): W stays as it is; A ~ N(0, 1/k) and B = 0 come in"),
-    ("forward|lora|closed_gates|closed_is|triplets_and_gates|leading_axes|differences$",
-     "salora.py, Eqs. (3) and (5): h = W x + (alpha / r0) B diag(g) A x"),
-    ("module_samples",
-     "hard_concrete.py, HardConcreteGate.forward: Eq. (7) with the noise u in train mode, the median in eval mode"),
-    ("mean", "hard_concrete.py: E[g] = integral of P(g > t) over t in (0, 1)"),
-    ("open_prob|is_open|likelier",
-     "hard_concrete.py, Eq. (8): P(g > 0) = sigmoid(log theta - tau log(-gamma / zeta))"),
-    ("probability_of_one", "hard_concrete.py: P(g = 1) = sigmoid(log theta - tau log((1 - gamma) / (zeta - 1)))"),
-    ("median|without_noise", "hard_concrete.py, Eq. (7) at u = 1/2: the median gate, which evaluation uses"),
-    ("sample|gate|everything_grows|constants|kinks",
-     "hard_concrete.py, Eq. (7): g = clamp(sigmoid((logit(u) + log theta) / tau) (zeta - gamma) + gamma)"),
-    ("encoder_equals|attention|positions|masked",
-     "tiny_transformer.py: x = norm(x + f(x)), exact GELU, positions start at pad + 1"),
-]  # fmt: skip
+EQUATIONS = {  # what stands in @pytest.mark.equation("8") -> the place in the code and in the paper, and what it says
+    # The gate
+    "7": "hard_concrete.py, Eq. (7): g = clamp(sigmoid((logit(u) + log theta) / tau) (zeta - gamma) + gamma)",
+    "8": "hard_concrete.py, Eq. (8): P(g > 0) = sigmoid(log theta - tau log(-gamma / zeta))",
+    "P(g = 1)": "hard_concrete.py, prob_one: P(g = 1) = sigmoid(log theta - tau log((1 - gamma) / (zeta - 1)))",
+    "median": "hard_concrete.py, median_gate: Eq. (7) at u = 1/2, which is what evaluation uses",
+    "E[g]": "hard_concrete.py, mean_gate: E[g] = integral of P(g > t) over t in (0, 1)",
+    "gate": "hard_concrete.py, HardConcreteGate: held open; then free (train: Eq. (7), eval: the median); then fixed",
+    # The layer
+    "3": "salora.py, Eq. (3): h = W x + (alpha / r0) B A x with W frozen; A starts as N(0, 1/k) and B as 0",
+    "5": "salora.py, Eq. (5): h = W x + (alpha / r0) B diag(g) A x",
+    "9": "salora.py, Eq. (9): sum over layers of ||B^T B - I||^2_F + ||A A^T - I||^2_F",
+    "canonical": "salora.py, canonicalize: B <- U S^1/2 and A <- S^1/2 V^T with U S V^T = B A",
+    "prune": "salora.py, prune: triplets whose settled gate is 0 go, and no output changes",
+    "merge": "salora.py, merge: W <- W + (alpha / r0) B diag(g) A with settled gates",
+    "adapter file": "salora.py, adapter_state and load_adapter_state: everything but W, and it comes back exactly",
+    # The budget
+    "11": "budget.py, Eq. (11): C = sum_i E||G_i||_0 (d_i + k_i) / sum_i r_i (d_i + k_i)",
+    "12": "budget.py, Eq. (12): loss + beta R_orth + lambda (C - b)^2, down for A, B and log theta, up for lambda >= 0",
+    "projection": "budget.py, project: one shift of every log theta, the one with which Eq. (11) gives C = b",
+    "first odds": "budget.py, start_gates: log theta = spread log(|B[:, i]| |A[i, :]| / sqrt(d + k)) + c, C = 11/12",
+    "budget rule": "budget.py, freeze_gates: from the largest log theta down, each triplet that still fits b x total",
+    "median rule": "budget.py, freeze_gates, section 3.5: the triplets whose median gate is positive",
+    # Algorithm 1
+    "noise": "budget.py, resample, Alg. 1: u ~ U(0, 1), one draw an optimizer step for all layers",
+    "phases": "budget.py, GateSchedule, Alg. 1: gates open before T_start, free before T_end, then fixed",
+    "learning rate": "budget.py, lr_factor: a rise, then a line down to 0; with a restart, another one from T_end on",
+    "alg 1": "budget.py, RankAllocator, Alg. 1: gates open until T_start; in the window one draw of noise a step, log "
+    "theta down and lambda up, beside A and B; at T_end gates are fixed and closed triplets go",
+    # The encoder
+    "encoder": "tiny_transformer.py: x = norm(x + f(x)) with exact GELU; positions start at pad + 1",
+    # The peers
+    "adalora": "peers/adalora.py, Eqs. (4), (6) to (11): importance I_bar U_bar; the b(t) best keep their value",
+    "sora": "peers/sora.py, Eqs. (10), (11): g <- T(g - eta gradient), T the soft threshold at xi = eta lambda",
+    "alora": "peers/alora.py, Eq. (6): IS(r) = S(M) - S(M without r) + S(M with only r); a move opens what it closes",
+    "rm-lora": "peers/rm_lora.py, Eq. (10) and Alg. 1: r_hat of R directions are updated a step",
+    "peers": "peers/allocator.py: the moments of training, and plain LoRA when it is over",
+    "adapters": "peers/adapters.py: x + W_up f(W_down x + b_down) + b_up",
+    "prefix": "peers/prefix.py: trained keys and values, or words, beside a sentence's own",
+    "bias": "peers/bias.py: every bias; or l_k * k, l_v * v and l_ff * f(W_1 x)",
+}  # fmt: skip
 
 
-def equation_of(test):
-    """The entry of EQUATIONS that fits a test's name, or None."""
-    return next((place for words, place in EQUATIONS if re.search(words, test)), None)
+def equations_of(item):
+    """The entries of EQUATIONS that a test's own marker names; else those of its class's or its module's."""
+    marker = item.get_closest_marker("equation")
+    return [EQUATIONS[key] for key in marker.args] if marker else []
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item):
-    """A failed test says in words what it states and where in the code and in the paper that is."""
+    """A failed test says in words what it states, and where in the code and in the paper that is."""
     report = yield
     if report.when == "call" and report.failed:
-        name = item.originalname.removeprefix("test_")
-        lines = [name.replace("_", " "), inspect.getdoc(item.function), equation_of(name)]
+        words = item.originalname.removeprefix("test_").replace("_", " ")
+        lines = [words, inspect.getdoc(item.function), *equations_of(item)]
         report.sections.append(("What this test states", "\n".join(filter(None, lines))))
     return report
 

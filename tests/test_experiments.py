@@ -1,10 +1,12 @@
-"""Planted ranks are found, and the experiments keep what they have done."""
+"""Planted ranks are found, and no experiment does the same run twice."""
 
 import copy
 import csv
+import json
 
 import pytest
 import torch
+from strategies import make_layer
 
 from experiments import compare, planted_ranks, recipe
 from peers import PEERS
@@ -22,6 +24,23 @@ def test_planted_ranks_are_found(tmp_path, capsys):
     planted_ranks.main(flags)
     assert (tmp_path / "bank.csv").read_bytes() == before, "what is there is not done again"
     assert "100.0%" in capsys.readouterr().out
+
+
+def test_what_salora_is_compared_with_keeps_to_the_same_budget(tmp_path):
+    rows = planted_ranks.main(["--quick", "--steps", "20", "--methods", "svd", "uniform", "--out", str(tmp_path)])
+    assert [row["method"] for row in rows] == ["svd", "uniform"]
+    svd, uniform = (json.loads(row["learned"]) for row in rows)
+    needed = sum(json.loads(rows[0]["planted"]))
+    assert sum(svd) == needed, "triplets of equal cost: the cut spends the whole budget"
+    assert uniform == [needed // 16] * 16, "one rank for all 16 matrices, the largest that fits"
+
+
+def test_a_cut_by_svd_keeps_the_largest_singular_values_of_all_layers():
+    layers = [make_layer(6, 5, 4, seed=i, dtype=torch.float32) for i in range(3)]
+    values = [torch.linalg.svdvals(layer.B @ layer.A)[:4].tolist() for layer in layers]
+    sixth = sorted(sum(values, []), reverse=True)[5]
+    planted_ranks.cut_by_svd(layers, 0.5)
+    assert [layer.r for layer in layers] == [sum(value >= sixth for value in some) for some in values]
 
 
 def test_planted_updates_have_the_ranks_that_are_said(monkeypatch, tiny_weights):
@@ -46,6 +65,21 @@ def test_recipe_study_adds_rows_and_does_none_twice(tmp_path, capsys, tiny_weigh
         assert len(list(csv.DictReader(file))) == 2 * len(variants)
     assert (tmp_path / "out" / "recipe.png").stat().st_size > 5000
     assert ("- lora-8" in capsys.readouterr().out) == ("lora-8" in variants)
+
+
+def test_a_quick_recipe_study_is_one_task_one_seed_and_a_hundred_steps(tmp_path, monkeypatch):
+    asked = []
+
+    def one(variant, task, seed, flags, out):
+        asked.append((variant, task, seed, flags))
+        values = dict.fromkeys(recipe.COLUMNS[3:], 0.5)
+        return {"variant": variant, "task": task, "seed": seed, **values}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipe, "one", one)
+    recipe.main(["--quick", "--variants", "lora-8", "--rank", "4"])
+    assert asked == [("lora-8", "mini-cola", 0, ["--rank", "4", "--steps", "100"])], "other flags go to the main job"
+    assert (tmp_path / "runs" / "recipe-quick" / "recipe.csv").is_file()
 
 
 def test_recipe_table_compares_with_every_lora_over_the_seeds_of_both():

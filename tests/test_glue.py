@@ -1,4 +1,4 @@
-"""What the main job eats: generated tasks, official files, tokens, metrics, pre-training."""
+"""The data of the main job: generated tasks, official files, tokens, metrics, pre-training."""
 
 import re
 from collections import Counter
@@ -14,7 +14,7 @@ from glue import metrics, mini, pretrain
 from glue.tasks import DEV_ROWS, NAMES, TASKS, TRAIN_ROWS, load_task, read_rows, task_of
 from glue.tokens import MiniTokenizer, batch_of, batches_of, collate, tokenizer_for
 from hub.tokenizers import load_tokenizer
-from tiny_transformer import SequenceClassifier, TinyTransformer, TransformerConfig
+from tiny_transformer import MaskedLM, SequenceClassifier, TinyTransformer, TransformerConfig, load_pretrained
 
 # mini-GLUE
 
@@ -26,7 +26,7 @@ GENERAL = {"animal": mini.ANIMALS, "person": mini.PEOPLE, "area": mini.PLACES}
 
 
 def compare(first, second):
-    """How the words of two sentences, place by place, relate: a Counter of same, general, opposite, other."""
+    """How the words of two sentences, position by position, relate: a Counter of same, general, opposite, other."""
     relations = Counter()
     for a, b in zip(first.split(), second.split(), strict=True):
         if a == b or (a in CONCEPT and CONCEPT[a] == CONCEPT.get(b)):
@@ -41,7 +41,7 @@ def compare(first, second):
 
 
 def answers(question, sentence):
-    """Whether a sentence says all that a question says, and something of the right kind at the asked place."""
+    """Whether a sentence says all that the question says, and names something of the kind that is asked for."""
     words = zip(question.rstrip("?").split(), sentence.rstrip(".").split(), strict=True)
     return all(a == "which" or a == b or CONCEPT.get(b) in [CONCEPT.get(a, "-"), *GENERAL.get(a, [])] for a, b in words)
 
@@ -167,8 +167,8 @@ def test_official_layouts_are_read_with_any_line_end_and_byte_order_mark(tmp_pat
 
 
 def test_quotes_and_odd_line_separators_are_part_of_a_sentence(tmp_path):
-    write_official(tmp_path, "sst2", lambda text: text.replace("a\t", 'say "fi\u2028n\x85e \t'))
-    assert load_task("sst2", tmp_path)[0][0] == ('say "fi\u2028n\x85e ', None, 1)
+    write_official(tmp_path, "sst2", lambda text: text.replace("a\t", 'say "fi\u2028n\x85e\ro \t'))
+    assert load_task("sst2", tmp_path)[0][0] == ('say "fi\u2028n\x85e\ro ', None, 1)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_bad_files_are_refused_by_file_line_and_value(tmp_path, name, change, me
         load_task(name, tmp_path)
 
 
-def test_bytes_that_are_no_utf8_are_refused_by_line(tmp_path):
+def test_bytes_that_are_not_utf8_are_refused_by_line(tmp_path):
     where = write_official(tmp_path, "sst2")
     (where / "train.tsv").write_bytes(b"sentence\tlabel\nfine\t1\ncaf\xe9\t1\n")
     with pytest.raises(ValueError, match="train.tsv, line 3: byte 0xe9 is not UTF-8"):
@@ -210,9 +210,9 @@ def test_missing_files_and_folders_are_named(tmp_path):
         load_task("cola")
 
 
-def test_unlabelled_files_need_no_label_column(tmp_path):
+def test_unlabeled_files_need_no_label_column(tmp_path):
     (tmp_path / "test.tsv").write_text("index\tsentence1\tsentence2\n0\ta\tb\n")
-    assert read_rows(tmp_path / "test.tsv", TASKS["rte"], labelled=False) == [("a", "b", 0)]
+    assert read_rows(tmp_path / "test.tsv", TASKS["rte"], labeled=False) == [("a", "b", 0)]
 
 
 def test_real_glue_files_have_their_published_sizes(glue_dir):
@@ -260,7 +260,7 @@ def test_byte_level_bpe_of_roberta_from_vocab_and_merges(roberta_tokenizer_dir):
 
 
 def reference_tokenizer(family, encoder_dir, roberta_dir):
-    """(our tokeniser from the files of a folder, that of `transformers` from the same files)."""
+    """(our tokenizer from the files of a folder, that of `transformers` from the same files)."""
     transformers = pytest.importorskip("transformers")
     if family == "bert":
         return load_tokenizer(encoder_dir), transformers.AutoTokenizer.from_pretrained(encoder_dir)
@@ -300,8 +300,9 @@ def test_word_pieces_from_vocab_txt(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "vocab.txt"])
-def test_damaged_tokeniser_files_are_refused_by_name(tmp_path, name):
+def test_damaged_tokenizer_files_are_refused_by_name(tmp_path, name):
     pytest.importorskip("tokenizers")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     (tmp_path / name).write_text("")
     with pytest.raises(ValueError, match=f"{name} cannot be read: "):
         load_tokenizer(tmp_path)
@@ -315,7 +316,7 @@ def test_more_words_than_the_encoder_has_are_refused(tmp_path):
         tokenizer_for(tmp_path, TransformerConfig(vocab_size=5), mini=False)
 
 
-def test_a_folder_without_tokeniser_files_has_none(tmp_path):
+def test_a_folder_without_tokenizer_files_has_none(tmp_path):
     assert load_tokenizer(tmp_path) is None
 
 
@@ -332,7 +333,7 @@ def test_a_batch_has_token_types_where_the_encoder_has_them(types):
     assert found is None if types == 1 else found.tolist() == expected
 
 
-def test_batches_hold_every_row_once_in_an_order_of_the_seeds_own():
+def test_batches_hold_every_row_once_in_an_order_that_the_seed_decides():
     rows = [([0] * (1 + i % 7), None, i) for i in range(50)]
     orders = [[row[2] for batch in batches_of(rows, 8, seed) for row in batch] for seed in (0, 1)]
     assert orders[0] != orders[1] and all(sorted(order) == list(range(50)) != order for order in orders)
@@ -351,6 +352,7 @@ def test_metrics_by_hand():
     assert metrics.pearson([1, 2, 3], [2, 4, 6.5]) == pytest.approx(0.99794, abs=1e-5)
     assert metrics.spearman([1, 2, 3], [10, 400, 500]) == 1
     assert metrics.spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(np.sqrt(3) / 2)
+    assert metrics.spearman([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / np.sqrt(4.5 * 5)), "ranks 1.5, 1.5, 3, 4"
     assert metrics.matthews([1, 1], [0, 1]) == metrics.pearson([1, 1], [0, 1]) == metrics.f1([0, 0], [0, 0]) == 0
 
 
@@ -413,5 +415,22 @@ def test_mini_encoder_is_trained_once_and_then_read(tmp_path, monkeypatch, capsy
     first = pretrain.mini_encoder(tmp_path)
     assert "pre-training" in capsys.readouterr().out and [p.name for p in tmp_path.iterdir()] == [first.name]
     assert pretrain.mini_encoder(tmp_path) == first and capsys.readouterr().out == ""
+    lm, _ = load_pretrained(first, MaskedLM)
+    assert lm.lm_head.bias.any(), "the trained masked-LM head is kept"
+    assert load_pretrained(first)[0].word.weight.equal(lm.encoder.word.weight) and capsys.readouterr().out == ""
     monkeypatch.setattr(pretrain, "STEPS", 3)
     assert pretrain.mini_encoder(tmp_path) != first, "another recipe is another encoder"
+
+
+def test_of_two_runs_that_pre_train_at_once_the_first_to_finish_leaves_its_encoder(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "pretrain", lambda device: TinyTransformer(pretrain.mini_config()))
+
+    def slower(device):
+        first = pretrain.mini_encoder(tmp_path)  # the other run, while this one trains
+        (first / "mine").touch()
+        return TinyTransformer(pretrain.mini_config())
+
+    faster, calls = pretrain.pretrain, iter([slower, None])
+    monkeypatch.setattr(pretrain, "pretrain", lambda device: (next(calls) or faster)(device))
+    path = pretrain.mini_encoder(tmp_path)
+    assert (path / "mine").exists() and list(tmp_path.iterdir()) == [path], "and nothing else stays behind"

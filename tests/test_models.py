@@ -78,6 +78,7 @@ def randomize(model):
     return model
 
 
+@pytest.mark.equation("3")
 def test_adapting_another_model_changes_no_output_and_only_triplets_and_gates_get_gradients(build):
     model, call, targets = build()
     before, weights = call(model), {name: p.clone() for name, p in model.named_parameters()}
@@ -93,6 +94,7 @@ def test_adapting_another_model_changes_no_output_and_only_triplets_and_gates_ge
         assert name in ours or torch.equal(p, weights[name.replace(".base.", ".")])
 
 
+@pytest.mark.equation("merge")
 def test_merging_in_another_model_gives_the_outputs_of_its_median_gates(build):
     model, call, targets = build()
     names = [name for name, _ in model.named_parameters()]
@@ -103,6 +105,7 @@ def test_merging_in_another_model_gives_the_outputs_of_its_median_gates(build):
     assert_close(call(model), expected, 64)
 
 
+@pytest.mark.equation("adapter file")
 def test_an_adapter_of_another_model_comes_back_from_its_file(build, tmp_path):
     model, call, targets = build()
     layers = salora_layers(randomize(adapt(model, targets, r=3))).values()
@@ -115,18 +118,20 @@ def test_an_adapter_of_another_model_comes_back_from_its_file(build, tmp_path):
     assert torch.equal(call(load_adapter(other, tmp_path / "adapter.pt")), call(model))
 
 
+@pytest.mark.equation("3")
 def test_adapting_gpt_2_is_refused_because_its_layers_are_transposed():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, bos_token_id=1, eos_token_id=2)
     model = transformers.GPT2LMHeadModel(config)
     with pytest.raises(ValueError, match="target 'c_attn' matches only Conv1D; nn.Linear layers here: lm_head"):
         adapt(model, ["c_attn"])
-    assert all(p.requires_grad for p in model.parameters()), "nothing is half done"
+    assert all(p.requires_grad for p in model.parameters()), "nothing is left half done"
 
 
 # One layer
 
 
+@pytest.mark.equation("prune", "merge")
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("d,k,r", [(7, 4, 2), (4, 7, 2), (5, 5, 5), (6, 3, 3), (3, 6, 3), (4, 3, 1), (1, 1, 1)])
 def test_freezing_pruning_and_merging_change_no_output_at_any_shape(d, k, r, bias):
@@ -141,8 +146,9 @@ def test_freezing_pruning_and_merging_change_no_output_at_any_shape(d, k, r, bia
         assert_close(merge(layer)(x), expected, k + r)
 
 
+@pytest.mark.equation("prune", "merge")
 def test_pruning_and_merging_in_train_mode_ignore_the_noise():
-    """What stays does not depend on the step's luck, but on the median."""
+    """What stays depends on the median gates, not on the noise of a step."""
     for use in (merge, lambda layer: prune(layer) is None or layer):
         layer = make_layer(5, 4, 6, seed=2)
         layer.gate.log_theta.data = torch.tensor([-9.0, -3, -1, 0, 1, 9], dtype=torch.float64)
@@ -157,6 +163,7 @@ def free(layer):
     return layer.train()
 
 
+@pytest.mark.equation("noise")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputation_sees_the_same_gates(reentrant):
     """Noise is a buffer, not a draw of the forward pass: what is computed again is the same to the last bit."""
@@ -171,6 +178,7 @@ def test_recomputation_sees_the_same_gates(reentrant):
     assert results[0][-1].any(), "and the gates take part"
 
 
+@pytest.mark.equation("5")
 @pytest.mark.parametrize("phase", ["open", "window", "frozen", "pruned", "closed"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_a_layer_is_one_graph_in_every_phase(phase, training):
@@ -192,6 +200,7 @@ def test_a_layer_is_one_graph_in_every_phase(phase, training):
 # Counting and noise
 
 
+@pytest.mark.equation("11")
 def test_a_kept_gate_counts_whole_however_little_it_is_worth():
     layer = make_layer(5, 4, 4, seed=0)
     layer.gate.fix(torch.tensor([0.0, 0.01, 0.4, 1.0]))
@@ -199,6 +208,7 @@ def test_a_kept_gate_counts_whole_however_little_it_is_worth():
     assert len(prune(layer)) == 3
 
 
+@pytest.mark.equation("noise")
 @pytest.mark.parametrize("edge", [0.0, 1.0])
 def test_noise_that_falls_on_the_edge_is_moved_inside(monkeypatch, edge):
     layer = make_layer(5, 4, 3, seed=0, dtype=torch.float32)
@@ -249,6 +259,7 @@ class Loop:
         assert frozen and all(torch.equal(p, after[n]) for n, p in frozen.items()), "W never changes"
 
 
+@pytest.mark.equation("alg 1", "12", "9")
 @pytest.mark.parametrize("controller", ["quadratic", "linear"])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_gradients_of_the_main_loop_are_those_of_alg_1(parts, controller):
@@ -277,6 +288,7 @@ def test_gradients_of_the_main_loop_are_those_of_alg_1(parts, controller):
     assert phases == ["fixed"] * 8 + ["window"] * 12 + ["fixed"] * 20
 
 
+@pytest.mark.equation("alg 1", "noise")
 def test_micro_batches_of_a_step_see_one_mask_and_every_step_of_the_window_its_own():
     masks = []
 
@@ -291,7 +303,27 @@ def test_micro_batches_of_a_step_see_one_mask_and_every_step_of_the_window_its_o
     assert all(not torch.equal(a, b) for i, a in enumerate(window) for b in window[:i]), "across epochs and layers, too"
 
 
-def test_every_epoch_of_every_seed_has_an_order_and_a_dropout_of_its_own():
+@pytest.mark.equation("noise")
+def test_the_seed_of_an_allocator_decides_the_noise_of_every_step():
+    def noise(seed):
+        model = adapt(nn.Sequential(nn.Linear(6, 2)), ["0"], r=4)
+        optimizer = torch.optim.SGD([model[0].A, model[0].B], lr=0.1)
+        allocator = RankAllocator(model, optimizer, 3, recipe=Recipe(window=(0, 1)), seed=seed)
+        drawn = []
+        for step in range(3):
+            allocator.before_step(step)
+            drawn.append(model[0].gate.u.clone())
+            model(torch.ones(1, 6)).sum().backward()
+            allocator.after_backward()
+            optimizer.step()
+            allocator.after_step()
+        return torch.stack(drawn)  # (steps, r)
+
+    assert torch.equal(noise(1), noise(1)) and len(set(torch.cat([noise(1), noise(2)]).flatten().tolist())) == 2 * 3 * 4
+
+
+@pytest.mark.equation("alg 1")
+def test_every_epoch_of_every_seed_has_its_own_order_and_dropout():
     """The second epoch of seed 0 is not the first of seed 1."""
     orders, dropouts = [], []
     rows = [([0], torch.randn(6), i) for i in range(20)]
@@ -310,6 +342,7 @@ def test_every_epoch_of_every_seed_has_an_order_and_a_dropout_of_its_own():
     assert len(set(orders)) == len(orders) == 9 and len(set(dropouts)) == 9
 
 
+@pytest.mark.equation("alg 1", "phases")
 def test_main_loop_keeps_gates_open_then_free_then_fixed_at_exactly_t_start_and_t_end():
     thetas = []
 
@@ -330,6 +363,7 @@ def test_main_loop_keeps_gates_open_then_free_then_fixed_at_exactly_t_start_and_
     assert {row["C"] for row in loop.log[20:]} == {kept_density(loop.layers)}
 
 
+@pytest.mark.equation("learning rate")
 def test_main_loop_lowers_the_learning_rate_linearly_and_moves_a_and_b_only():
     rates = []
 
@@ -343,6 +377,7 @@ def test_main_loop_lowers_the_learning_rate_linearly_and_moves_a_and_b_only():
     assert rates == pytest.approx([0.01 * (1 - step / 40) for step in range(40)])
 
 
+@pytest.mark.equation("learning rate")
 @pytest.mark.parametrize("restart", [False, True])
 def test_main_loop_warms_the_learning_rate_up_anew_and_restarts_it_if_asked(restart):
     """It rises at the start and at both ends of the window; with a restart it falls from the top twice."""
@@ -357,6 +392,7 @@ def test_main_loop_warms_the_learning_rate_up_anew_and_restarts_it_if_asked(rest
     assert rates == pytest.approx([0.01 * fall * rising.get(step, 1) for step, fall in enumerate(falls)])
 
 
+@pytest.mark.equation("alg 1", "12")
 def test_main_loop_drives_c_to_the_density_and_lambda_up():
     for density in (0.5, 0.75):
         loop = Loop(lambda *_: None, density=density, steps=200)
@@ -366,6 +402,7 @@ def test_main_loop_drives_c_to_the_density_and_lambda_up():
         assert abs(loop.C_end - density) < 0.1, f"C is {loop.C_end:.3f}, but should be {density}"
 
 
+@pytest.mark.equation("projection")
 def test_projection_in_the_main_loop_leads_c_down_to_the_density():
     loop = Loop(lambda *_: None, controller="projection", density=0.25)
     aims = [GateSchedule(40).target_at(step, 0.25) for step in range(8, 20)]
@@ -384,6 +421,7 @@ def test_predictions_come_in_the_order_of_the_rows():
         assert predict(model.train(), rows, "cpu", batch_of_rows) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.equation("12")
 def test_loss_is_cross_entropy_of_classes_and_squared_error_of_scores():
     logits, scores = torch.randn(5, 3), torch.tensor([0.5, 5.0, 1, 2, 3])
     labels = torch.tensor([0, 2, 1, 1, 0])

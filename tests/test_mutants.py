@@ -1,14 +1,14 @@
 """The tests themselves: each fault of the table in mutants.py is noticed, and the switch and the hints work."""
 
+import importlib
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import mutants
 import pytest
-from conftest import IMPL, MODULES, ROOT, equation_of
+from conftest import EQUATIONS, IMPL, MODULES, ROOT
 
 NAMES = [f"{i:03}-{file.removesuffix('.py')}" for i, (file, *_) in enumerate(mutants.MUTANTS)]
 
@@ -19,8 +19,10 @@ def test_every_fault_has_its_place_once_and_its_test_exists():
         mutants.check(file, old, new)
         path, name = test.split("::")
         assert f"def {name.split('[')[0]}(" in (ROOT / path).read_text(encoding="utf-8"), test
-    assert len(set(mutants.MUTANTS)) == len(mutants.MUTANTS) >= 65
-    assert {f"{name}.py" for name in MODULES} <= {file for file, *_ in mutants.MUTANTS}
+    assert len(set(mutants.MUTANTS)) == len(mutants.MUTANTS) >= 150
+    files = {file for file, *_ in mutants.MUTANTS}
+    assert {f"{name}.py" for name in MODULES} <= files, "every core file, and something in every folder"
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} <= {file.split("/")[0] for file in files}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,22 @@ def test_files_in_a_folder_replace_ours_and_a_failed_test_points_to_its_equation
     assert "What this test states" in done.stdout and "hard_concrete.py, Eq. (7): g = " in done.stdout
 
 
-def test_every_test_of_the_mathematics_points_to_an_equation():
-    for module in ("hard_concrete", "salora", "budget"):
-        tests = re.findall(r"^def test_(\w+)", Path(__file__).with_name(f"test_{module}.py").read_text(), re.M)
-        assert tests and [name for name in tests if equation_of(name) is None] == []
+def keys_of_tests(file):
+    """{test: the keys of its equation marker, or else of its module's}, for the tests of one file."""
+    module = importlib.import_module(file)
+    shared = getattr(module, "pytestmark", [])
+    shared = shared if isinstance(shared, list) else [shared]
+    found = {}
+    for name, test in vars(module).items():
+        if name.startswith("test_"):
+            own = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "equation"]
+            nearest = own or [mark for mark in shared if mark.name == "equation"]
+            found[name] = [key for mark in nearest for key in mark.args]
+    return found
+
+
+def test_every_test_of_the_mathematics_points_to_an_equation_and_every_equation_has_a_test():
+    files = {path.stem: keys_of_tests(path.stem) for path in Path(__file__).parent.glob("test_*.py")}
+    for file in ("test_hard_concrete", "test_salora", "test_budget"):
+        assert files[file] and [test for test, keys in files[file].items() if not keys] == []
+    assert {key for tests in files.values() for keys in tests.values() for key in keys} == set(EQUATIONS)

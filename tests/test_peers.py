@@ -76,6 +76,7 @@ everyone = pytest.mark.parametrize("make", ALLOCATING.values(), ids=ALLOCATING)
 # All that allocate
 
 
+@pytest.mark.equation("peers")
 @everyone
 def test_a_peer_starts_as_the_frozen_model(make):
     model, outputs = net(), []
@@ -89,6 +90,7 @@ def test_a_peer_starts_as_the_frozen_model(make):
     assert torch.equal(outputs[0], frozen) and not torch.allclose(outputs[-1], frozen, atol=1e-3)
 
 
+@pytest.mark.equation("peers")
 @everyone
 def test_finishing_leaves_plain_lora_with_the_same_outputs(make, tmp_path):
     loop = Loop(make)
@@ -105,6 +107,7 @@ def test_finishing_leaves_plain_lora_with_the_same_outputs(make, tmp_path):
     assert_close(merge(loop.model)(INPUTS), expected, 16)
 
 
+@pytest.mark.equation("peers")
 @everyone
 def test_a_step_out_of_order_and_a_model_without_adapters_are_refused(make):
     model = net()
@@ -118,6 +121,7 @@ def test_a_step_out_of_order_and_a_model_without_adapters_are_refused(make):
         make(nn.Linear(2, 2), optimizer, 5)
 
 
+@pytest.mark.equation("peers")
 @pytest.mark.parametrize("make", [ALLOCATING["adalora"], ALLOCATING["rm-lora"]], ids=["adalora", "rm-lora"])
 def test_the_orthogonality_of_b_and_a_is_part_of_the_gradient(make):
     weight = {"AdaLoRA": adalora.GAMMA, "RMLoRA": rm_lora.BETA}
@@ -142,6 +146,7 @@ def test_the_orthogonality_of_b_and_a_is_part_of_the_gradient(make):
 # AdaLoRA
 
 
+@pytest.mark.equation("adalora")
 @given(st.data())
 def test_adalora_budget_falls_along_a_cubic_from_all_triplets_to_the_last(data):
     T = data.draw(st.integers(1, 300))
@@ -158,6 +163,7 @@ def test_adalora_budget_falls_along_a_cubic_from_all_triplets_to_the_last(data):
         assert exact - 1 - 1e-6 < budgets[t] <= exact + 1e-6
 
 
+@pytest.mark.equation("adalora")
 @pytest.mark.parametrize("density", [0.25, 0.5, 1.0])
 def test_adalora_keeps_exactly_b_of_t_triplets_at_every_step(density):
     counts = []
@@ -174,6 +180,7 @@ def test_adalora_keeps_exactly_b_of_t_triplets_at_every_step(density):
         assert nonzero == b and triplets == f"{b}/8", f"after step {t}"
 
 
+@pytest.mark.equation("adalora")
 def test_adalora_lets_masked_values_move_between_two_allocations():
     counts = []
 
@@ -186,12 +193,14 @@ def test_adalora_lets_masked_values_move_between_two_allocations():
     assert counts == expected
 
 
+@pytest.mark.equation("adalora")
 def test_adalora_breaks_ties_by_order_and_keeps_no_triplet_too_many():
     loop = Loop(AdaLoRA, steps=0)
     loop.allocator.allocate(3)  # all importances are 0
     assert [mask.tolist() for mask in loop.allocator.kept] == [[True] * 3 + [False], [False] * 4]
 
 
+@pytest.mark.equation("adalora")
 def test_adalora_brings_a_masked_triplet_back_when_it_becomes_important():
     """Its vectors stay while its value is 0, so that value has a gradient; a LoRA doublet that is pruned has none."""
     loop = Loop(lambda *parts: AdaLoRA(*parts, density=0.25, interval=100), steps=8)
@@ -211,6 +220,7 @@ def test_adalora_brings_a_masked_triplet_back_when_it_becomes_important():
     assert layer.gate.log_theta[0] != 0 and allocator.kept[0].tolist() == [True, False, True, True]
 
 
+@pytest.mark.equation("adalora")
 def test_adalora_notes_no_sensitivity_once_the_budget_is_at_its_end():
     seen = []
 
@@ -223,6 +233,7 @@ def test_adalora_notes_no_sensitivity_once_the_budget_is_at_its_end():
     assert all(torch.equal(seen[18], other) for other in seen[19:]), "T - t_f is 20"
 
 
+@pytest.mark.equation("adalora")
 def test_adalora_has_the_importances_and_masks_of_peft_on_the_same_gradients():
     peft = pytest.importorskip("peft")
     from peft.tuners.adalora import RankAllocator
@@ -281,6 +292,7 @@ def test_adalora_has_the_importances_and_masks_of_peft_on_the_same_gradients():
 # SoRA
 
 
+@pytest.mark.equation("sora")
 @given(st.floats(-3, 3), st.floats(0, 2))
 def test_sora_prox_is_the_closed_form_minimizer(x, xi):
     """Brute force: no z of a fine grid, nor 0 itself, does better."""
@@ -291,6 +303,7 @@ def test_sora_prox_is_the_closed_form_minimizer(x, xi):
     assert (best == 0) == (abs(x) <= xi), "exactly 0, not nearly"
 
 
+@pytest.mark.equation("sora")
 def test_sora_lambda_rises_in_seven_equal_levels_from_zero():
     values = [lambda_at(step, 70) for step in range(70)]
     assert values[0] == 0 and values[-1] == sora.LAMBDA and values == sorted(values)
@@ -299,6 +312,7 @@ def test_sora_lambda_rises_in_seven_equal_levels_from_zero():
     assert steps == pytest.approx([sora.LAMBDA / 6] * 6)
 
 
+@pytest.mark.equation("sora")
 def test_sora_shrinks_gates_by_eta_times_lambda_after_every_step():
     before = []
 
@@ -319,6 +333,7 @@ def test_sora_shrinks_gates_by_eta_times_lambda_after_every_step():
     Loop(SoRA, look=look)
 
 
+@pytest.mark.equation("sora")
 def test_sora_opens_a_gate_at_zero_again_where_the_loss_pulls_at_it():
     def look(moment, loop):
         g = loop.layers[0].gate.log_theta
@@ -330,6 +345,7 @@ def test_sora_opens_a_gate_at_zero_again_where_the_loss_pulls_at_it():
     Loop(SoRA, look=look)
 
 
+@pytest.mark.equation("sora")
 def test_sora_makes_exact_zeros_and_prunes_them_in_the_end():
     loop = Loop(lambda *parts: SoRA(*parts, highest=3.0), steps=100)
     nonzero = [int(layer.gate.log_theta.count_nonzero()) for layer in loop.layers]
@@ -339,6 +355,7 @@ def test_sora_makes_exact_zeros_and_prunes_them_in_the_end():
     assert [layer.r for layer in loop.layers] == nonzero
 
 
+@pytest.mark.equation("sora")
 def test_sora_gates_have_no_weight_decay():
     loop = Loop(SoRA, steps=0)
     [group] = [g for g in loop.optimizer.param_groups if g["weight_decay"] == 0]
@@ -358,6 +375,7 @@ def ablated(model, keep):
     return loss_of(twin).item()
 
 
+@pytest.mark.equation("alora")
 def test_alora_scores_are_those_of_brute_force_ablation():
     loop = Loop(scored(ALoRA), steps=5)
     scores = loop.allocator.importance()
@@ -370,6 +388,7 @@ def test_alora_scores_are_those_of_brute_force_ablation():
         assert scores[rank] == pytest.approx(whole - without + alone, abs=1e-5), "Eq. (6)"
 
 
+@pytest.mark.equation("alora")
 def test_alora_scoring_changes_nothing():
     loop = Loop(scored(ALoRA), steps=5)
     before = copy.deepcopy(loop.model.state_dict())
@@ -382,6 +401,7 @@ def open_counts(loop):
     return [int(layer.gate.fixed.sum()) for layer in loop.layers]
 
 
+@pytest.mark.equation("alora")
 @pytest.mark.parametrize("density,total", [(0.25, 2), (0.5, 4), (0.75, 6), (1.0, 8)])
 def test_alora_conserves_its_budget_at_every_move(density, total):
     counts = []
@@ -396,6 +416,7 @@ def test_alora_conserves_its_budget_at_every_move(density, total):
     assert max(counts[0]) - min(counts[0]) <= 1, "the same for all at first"
 
 
+@pytest.mark.equation("alora")
 @given(st.data())
 def test_alora_closes_the_worst_and_opens_where_none_was_closed(data):
     """For any scores and any open ranks: as many opened as closed, in the most important matrices with room."""
@@ -416,12 +437,14 @@ def test_alora_closes_the_worst_and_opens_where_none_was_closed(data):
         assert all(all(mask) for i, mask in enumerate(masks) if i != worst), "nothing moves only where there is no room"
 
 
+@pytest.mark.equation("alora")
 def test_alora_shares_out_in_turns_the_most_important_matrix_first():
     means = {0: -1.0, 1: 3.0, 2: 0.5}
     assert alora.share_out(5, {0: 4, 1: 1, 2: 2, 3: 1}, means) == [1, 2, 0, 3, 2], "a matrix without ranks comes last"
     assert alora.matrix_means({(0, 1): 1.0, (0, 3): 2.0, (2, 0): 5.0}) == {0: 1.5, 2: 5.0}
 
 
+@pytest.mark.equation("alora")
 def test_alora_opens_ranks_afresh_so_that_opening_changes_no_output():
     loop = Loop(scored(ALoRA), steps=7)
     loop.layers[0].B.data[:, 2:] = 5.0  # of a closed rank: what it was, nobody sees
@@ -442,12 +465,14 @@ def test_alora_opens_ranks_afresh_so_that_opening_changes_no_output():
         assert all(moment.any(1).tolist() == [True, True, False, True] for moment in moments)
 
 
+@pytest.mark.equation("alora")
 @given(st.integers(2, 200), st.integers(1, 40))
 def test_alora_scores_on_rows_that_it_does_not_train_on(n, batch):
     train, held_out = hold_out(list(range(n)), batch)
     assert train + held_out == list(range(n)) and 1 <= len(held_out) <= max(1, min(batch, n // 8))
 
 
+@pytest.mark.equation("alora")
 def test_alora_in_the_main_job_scores_by_the_negative_loss_of_rows_held_out_of_training(
     monkeypatch, tiny_weights, tmp_path
 ):
@@ -484,6 +509,7 @@ def test_alora_in_the_main_job_scores_by_the_negative_loss_of_rows_held_out_of_t
 # RM-LoRA
 
 
+@pytest.mark.equation("rm-lora")
 @pytest.mark.parametrize("Optimizer", [torch.optim.AdamW, torch.optim.SGD], ids=["AdamW", "SGD"])
 @pytest.mark.parametrize("share,r_hat", [(0.25, 1), (0.5, 2), (1.0, 4)])
 def test_rm_lora_changes_exactly_r_hat_rows_of_a_and_columns_of_b_a_step(Optimizer, share, r_hat):
@@ -513,6 +539,7 @@ def test_rm_lora_changes_exactly_r_hat_rows_of_a_and_columns_of_b_a_step(Optimiz
     assert set(chosen) == set(every), "every choice of directions comes"
 
 
+@pytest.mark.equation("rm-lora")
 @pytest.mark.parametrize("share,r_hat", [(0.25, 1), (0.5, 2), (1.0, 4)])
 def test_rm_lora_masks_the_gradients_themselves(share, r_hat):
     """So that a clipping of gradients, or another optimizer, sees only what is updated."""
@@ -526,6 +553,7 @@ def test_rm_lora_masks_the_gradients_themselves(share, r_hat):
     Loop(lambda *parts: RMLoRA(*parts, share=share), steps=6, look=look)
 
 
+@pytest.mark.equation("rm-lora")
 def test_rm_lora_without_mask_and_pull_is_lora_to_the_bit():
     lora = Loop(lambda model, optimizer, steps: FixedRanks(model, steps))
     same = Loop(lambda *parts: RMLoRA(*parts, beta=0, share=1.0))
@@ -533,6 +561,7 @@ def test_rm_lora_without_mask_and_pull_is_lora_to_the_bit():
         assert torch.equal(a.A, b.A) and torch.equal(a.B, b.B) and b.B.any()
 
 
+@pytest.mark.equation("rm-lora")
 @pytest.mark.parametrize("share", [0, 1.5])
 def test_rm_lora_refuses_an_impossible_share(share):
     with pytest.raises(ValueError, match=rf"share must be in \(0, 1\], got {share}"):
@@ -570,6 +599,7 @@ def installed(name, size=5):
     return model.eval()
 
 
+@pytest.mark.equation("adapters", "prefix", "bias")
 @pytest.mark.parametrize("name", COUNTS)
 def test_trained_parameters_are_as_many_as_the_closed_form_says(name):
     assert set(COUNTS) == {name for name, peer in PEERS.items() if peer.install}
@@ -578,6 +608,7 @@ def test_trained_parameters_are_as_many_as_the_closed_form_says(name):
     assert all(p.requires_grad for p in model.classifier.parameters())
 
 
+@pytest.mark.equation("adapters", "prefix", "bias")
 @pytest.mark.parametrize("name", COUNTS)
 def test_what_starts_as_the_frozen_model_does_so_exactly_and_no_other(name):
     frozen, outputs = encoder()(IDS), installed(name)(IDS)
@@ -589,6 +620,7 @@ def test_what_starts_as_the_frozen_model_does_so_exactly_and_no_other(name):
         assert not torch.allclose(outputs, frozen, atol=1e-3)
 
 
+@pytest.mark.equation("adapters")
 def test_an_adapter_is_a_bottleneck_with_a_residual():
     torch.manual_seed(1)
     base = nn.Linear(6, 4)
@@ -602,6 +634,7 @@ def test_an_adapter_is_a_bottleneck_with_a_residual():
     assert torch.allclose(adapter(x), h + inner @ adapter.up.weight.T + adapter.up.bias, atol=1e-5)
 
 
+@pytest.mark.equation("adapters")
 def test_adapters_stand_where_their_papers_put_them():
     kinds = {}
     for name in ("adapter-h", "adapter-p"):
@@ -612,6 +645,7 @@ def test_adapters_stand_where_their_papers_put_them():
     assert kinds["adapter-p"] == {f"{b}.norm2": nn.LayerNorm for b in blocks}
 
 
+@pytest.mark.equation("prefix")
 @given(seeds)
 def test_prefix_attention_is_a_mixture_of_attention_to_the_words_and_to_the_prefix(seed):
     """(1 - s) Attn(words) + s Attn(prefix), s the prefix's share of the softmax: head by head, padding left out."""
@@ -634,6 +668,7 @@ def test_prefix_attention_is_a_mixture_of_attention_to_the_words_and_to_the_pref
     assert_close(block.attention(x, mask[:, None, None]), expected, 64)
 
 
+@pytest.mark.equation("prefix")
 def test_a_prompt_is_read_like_words_in_front_of_the_sentence():
     """Trained vectors that equal those of words give what these words give."""
     model, plain = installed("prompt", 2), encoder()
@@ -646,6 +681,7 @@ def test_a_prompt_is_read_like_words_in_front_of_the_sentence():
     assert model.encoder.config.max_length == plain.encoder.config.max_length - 2
 
 
+@pytest.mark.equation("bias")
 def test_ia3_equals_rescaled_weights():
     model, plain = installed("ia3"), encoder()
     with torch.no_grad():
@@ -659,6 +695,7 @@ def test_ia3_equals_rescaled_weights():
     assert torch.allclose(model(IDS), plain(IDS), atol=1e-5)
 
 
+@pytest.mark.equation("bias")
 def test_bitfit_trains_every_bias_and_nothing_else():
     trained = [n for n, p in installed("bitfit").encoder.named_parameters() if p.requires_grad]
     modules = ["query", "key", "value", "out", "up", "down", "norm1", "norm2"]
@@ -666,6 +703,7 @@ def test_bitfit_trains_every_bias_and_nothing_else():
     assert set(trained) == expected and len(trained) == len(expected)
 
 
+@pytest.mark.equation("adapters", "prefix", "bias")
 @pytest.mark.parametrize("name", COUNTS)
 def test_everything_that_is_installed_gets_a_gradient(name):
     model = installed(name)

@@ -1,0 +1,152 @@
+"""Training loops that are not the main job's, for test_allocator.py, and stand-ins for what is refused."""
+
+import copy
+
+import pytest
+import torch
+from strategies import assert_close
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._pytree import tree_leaves
+
+from budget import RankAllocator, kept_density
+from salora import adapt, merge, salora_layers
+
+STEPS, T_START, T_END = 20, 4, 10  # with the default window, .2 to .5
+
+
+def mlp():
+    return adapt(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)), ["0", "2"], r=5), (6,)
+
+
+def conv_net():
+    """Convolutions and BatchNorm train beside the adapters of the linear head."""
+    body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    model = adapt(nn.Sequential(body, nn.Linear(16, 10), nn.ReLU(), nn.Linear(10, 3)), ["1", "3"], r=5)
+    model[0].requires_grad_(True)
+    return model, (1, 8, 8)
+
+
+class Run:
+    """A model, an optimizer, an allocator, a scheduler and batches, the same numbers every time."""
+
+    def __init__(self, build=mlp, density=0.5, make=torch.optim.AdamW, recipe=None, **flags):
+        torch.manual_seed(0)
+        self.model, shape = build()
+        self.optimizer = make([p for p in self.model.parameters() if p.requires_grad], lr=0.01, **flags)
+        self.allocator = RankAllocator(self.model, self.optimizer, STEPS, density, recipe)
+        self.scheduler = LambdaLR(self.optimizer, self.allocator.lr_factor)
+        self.parts = [self.model, self.optimizer, self.allocator, self.scheduler]
+        self.layers = list(salora_layers(self.model).values())
+        inputs = torch.randn(STEPS, 9, *shape)
+        self.batches = [(x, (3 * torch.sigmoid(x.flatten(1)[:, 0])).long()) for x in inputs]
+
+    def loss(self, batch):
+        return cross_entropy(self.model(batch[0]), batch[1])
+
+    def train(self, start=0, stop=STEPS):
+        allocator, optimizer = self.allocator, self.optimizer
+        for step, batch in enumerate(self.batches[start:stop], start):
+            allocator.before_step(step)
+            loss = self.loss(batch)  # lives on until the next one, and with it what autograd knows of shapes
+            loss.backward()
+            allocator.after_backward()
+            optimizer.step()
+            allocator.after_step()
+            optimizer.zero_grad()
+            self.scheduler.step()
+        return self
+
+    def do(self, moments):
+        """B, A, S: before_step and a gradient, after_backward, after_step. O: optimizer.step. F: finish. D: a state."""
+        a = self.allocator
+        calls = {"B": lambda: a.before_step(a.step), "A": a.after_backward, "O": self.optimizer.step,
+                 "S": a.after_step, "F": a.finish, "D": a.state_dict}  # fmt: skip
+        for moment in moments:
+            calls[moment]()
+            if moment == "B":
+                self.loss(self.batches[0]).backward()
+
+    def snapshot(self):
+        """All that a refused call must leave alone: a list of numbers, texts and tensors."""
+        a, parameters = self.allocator, list(self.model.parameters())
+        state = [a.step, a.C_end, a.noise.get_state(), a.gate_optimizer.state_dict(), a.lagrangian.state_dict()]
+        flags = [[p.requires_grad for p in parameters], [layer.allocating for layer in self.layers]]
+        torch_states = [self.model.state_dict(), self.optimizer.state_dict(), [p.grad for p in parameters]]
+        return tree_leaves(copy.deepcopy([state, flags, torch_states]))
+
+
+def prepared(parameters, lr):
+    """AdamW as accelerate hands it back."""
+    accelerate = pytest.importorskip("accelerate")
+    return accelerate.Accelerator(cpu=True).prepare(torch.optim.AdamW(parameters, lr=lr))
+
+
+def assert_same(one, other):
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def assert_refused(run, call, match, errors=(RuntimeError, ValueError)):
+    """A call raises, and nothing has changed before it does."""
+    before = run.snapshot()
+    with pytest.raises(errors, match=match):
+        call()
+    assert_same(run.snapshot(), before)
+
+
+def assert_finished(allocator, model, call, density):
+    """C was b at T_end, what is kept fits b, and merging changes no output."""
+    assert abs(allocator.C_end - density) <= 1e-5, f"C is {allocator.C_end}, but should be {density}"
+    assert kept_density(allocator.layers) <= density
+    outputs = call(model.eval()).detach()
+    assert_close(call(merge(copy.deepcopy(model))).detach(), outputs, 64)
+
+
+def llama_under_trainer(folder, density=0.5, **arguments):
+    """(trainer, allocator): micro-batches, clipping, dropout, and the callback that the README shows."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from trainer_callback import RankCallback
+
+    torch.manual_seed(0)
+    shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
+    config = transformers.LlamaConfig(**shape, pad_token_id=0, bos_token_id=1, eos_token_id=2, attention_dropout=0.1)
+    model = adapt(transformers.LlamaForCausalLM(config), ["q_proj", "v_proj"], r=4)
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 32, (50, 7))]  # 13 steps an epoch
+    defaults = dict(max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.1,
+                    report_to=[], disable_tqdm=True, log_level="error", use_cpu=True, save_steps=7)  # fmt: skip
+    args = transformers.TrainingArguments(folder, **{**defaults, **arguments})
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    allocator = RankAllocator(model, optimizer, args.max_steps, density)
+    scheduler = LambdaLR(optimizer, allocator.lr_factor)
+    trainer = transformers.Trainer(model, args, train_dataset=rows, eval_dataset=rows[:4],
+                                   optimizers=(optimizer, scheduler), callbacks=[RankCallback(allocator)])  # fmt: skip
+    return trainer, allocator
+
+
+# Stand-ins for what is refused
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model):
+        nn.Module.__init__(self)
+        self.module = model
+
+
+class Accelerated:
+    """Like accelerate's optimizer in a run with fp16."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.scaler = optimizer, torch.amp.GradScaler("cpu")
+
+
+def sgd(model, of=lambda p: p.requires_grad, kind=torch.optim.SGD):
+    return kind([p for p in model.parameters() if of(p)], lr=0.1)
+
+
+FSDP = type("FullyShardedDataParallel", (Wrapper,), {})
+DDP = type("DDP", (nn.parallel.DistributedDataParallel,), {"__init__": Wrapper.__init__})
+DeepSpeed = type("DeepSpeedOptimizer", (torch.optim.SGD,), {"__module__": "deepspeed.runtime.zero"})
