@@ -17,16 +17,16 @@ METHODS = {  # what trains, and the learning rates that do well on generated and
     "lora": (2e-3, 1e-3),
     "full": (5e-4, 5e-5),
     "head": (3e-3, 1e-3),
-    "adalora": (2e-3, 1e-3),
+    "adalora": (1e-2, 5e-3),
     "sora": (2e-3, 1e-3),
     "alora": (2e-3, 1e-3),
     "rm-lora": (2e-3, 1e-3),
-    "adapter-h": (2e-3, 1e-3),
-    "adapter-p": (2e-3, 1e-3),
-    "prefix": (1e-2, 5e-3),
-    "prompt": (1e-2, 5e-3),
-    "bitfit": (3e-3, 1e-3),
-    "ia3": (1e-2, 5e-3),
+    "adapter-h": (4e-3, 1e-3),
+    "adapter-p": (4e-3, 1e-3),
+    "prefix": (3e-2, 1e-2),
+    "prompt": (2e-2, 1e-2),
+    "bitfit": (5e-3, 1e-3),
+    "ia3": (2e-2, 5e-3),
 }
 TRIPLET_METHODS = ["salora", "lora", *(name for name, peer in PEERS.items() if peer.install is None)]
 SIZED_METHODS = ["salora", "lora", *(name for name, peer in PEERS.items() if peer.sized)]

@@ -37,9 +37,11 @@ def build(settings):
     folder = settings.weights or mini_encoder(device=settings.device)
     rates = {} if settings.dropout is None else dict(zip(DROPOUTS, settings.dropout))
     encoder, config = load_pretrained(folder, **rates)
-    if settings.rank and settings.rank > config.hidden_size:
+    if settings.method in TRIPLET_METHODS and settings.rank > config.hidden_size:
         raise ValueError(f"--rank {settings.rank} is above {config.hidden_size}, the width of the encoder: "
                          "more triplets than that add nothing")  # fmt: skip
+    if settings.rank and settings.rank > 4 * config.hidden_size:
+        raise ValueError(f"--rank {settings.rank} is above {4 * config.hidden_size}, four times the encoder's width")
     encoder.recompute = settings.recompute
     tokenizer = tokenizer_for(folder, config, mini)
     settings.weights = str(Path(folder).resolve())  # so that --evaluate and --resume find it from anywhere

@@ -4,9 +4,9 @@
     python experiments/compare.py --tasks mini-cola mini-rte --steps 500       flags of the main job go there
     python experiments/compare.py --methods salora adalora lora-4 --tasks sst2 --data GLUE --weights MODEL
 
-Methods that have a size end at about that of LoRA with r = 4, half of SaLoRA's at its start; SoRA's follows from its
-lambda, BitFit's and (IA)3's from the encoder, and a prompt has only as much room as the encoder has positions. Counts
-are without the classifier and without gates. Learning rates are the main job's defaults, tuned for none of them.
+Methods that have a size end at about that of LoRA with r = 4, half of SaLoRA's at its start. SoRA's follows from its
+lambda, BitFit's and (IA)3's from the encoder; prefix and prompt have 8 vectors, since more made the tiny encoder worse.
+Counts are without the classifier and without gates. Learning rates are the main job's defaults.
 
 Every run is added to compare.csv in --out, and a run that is there is not done again, so a study can be stopped,
 continued, and split over processes. Rows are told apart by method, task and seed alone: a study with other flags for
@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_glue_mini
-from cli.runs import append, write_atomically
+from cli.files import append, write_atomically
 from glue.mini import TASKS as MINI_TASKS
 
 METHODS = {
@@ -39,8 +39,8 @@ METHODS = {
     "rm-lora": ["--method", "rm-lora", "--rank", "4"],
     "adapter-h": ["--method", "adapter-h", "--rank", "16"],  # a block of LoRA has 18 d r parameters, one of this 4 d m
     "adapter-p": ["--method", "adapter-p", "--rank", "35"],  # 2 d m
-    "prefix": ["--method", "prefix", "--rank", "36"],  # 2 d l
-    "prompt": ["--method", "prompt", "--rank", "16"],
+    "prefix": ["--method", "prefix", "--rank", "8"],
+    "prompt": ["--method", "prompt", "--rank", "8"],
     "bitfit": ["--method", "bitfit"],
     "ia3": ["--method", "ia3"],
     "full": ["--method", "full"],

@@ -6,7 +6,8 @@ close the worst ranks, and open as many in the matrices that lost none; train on
 A matrix has r0 slots, of which the share `density` is open at the start and, over all matrices, always: a move closes
 as many as it opens. A closed slot has gate 0; one that opens starts afresh, A random and B = 0, so that opening it
 changes no output. The budget is a number of ranks, as in the paper, whatever a rank costs.
-The paper's K_1, K_2, N_A and n_A are those below. Left out: architecture weights, which the paper does without, too.
+The paper's K_1, K_2, N_A and n_A follow from the numbers below. Left out: trained architecture weights, from which the
+paper starts and which it then does without.
 """
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from budget import check_density
 from peers.allocator import Allocator, normal
 
-START, END = 0.2, 0.5  # moves take place between these fractions of all steps, as SaLoRA's gates train (K_1, K_2)
+START, END = 0.2, 0.5  # of all steps: ranks move while SaLoRA's gates would train; the paper's K_1, K_2 count epochs
 ROUNDS = 8  # N_A
 CLOSED = 0.125  # n_A over the number of open ranks: the rounds together can replace every rank once
 

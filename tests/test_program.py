@@ -391,11 +391,13 @@ def in_two_processes(folder, command):
 
 
 ONE_AFTER_THE_OTHER = """
-import json, sys
+import json, sys, torch
 sys.path.insert(0, sys.argv[1])
 from train_glue_mini import main
 for flags in json.loads(sys.argv[2]):
     main(flags)
+torch.distributed.barrier()  # the first process has files to write: a group that loses a member may abort
+torch.distributed.destroy_process_group()
 """
 
 
@@ -540,6 +542,7 @@ def refused(capsys, call, *flags):
         (["--method", "sora", "--density", 0.5], "--density is about a budget, and --method sora has none"),
         (["--method", "adalora", "--density", 2], "density must be in (0, 1], got 2.0"),
         (["--method", "alora", "--no-canonical"], "--canonical is about trained gates, and --method alora has none"),
+        (["--method", "prefix", "--rank", 65], "--rank 65 is above 64, four times the encoder's width"),
         (["--method", "prompt", "--rank", 41], "--rank 41 leaves room for 5 tokens of a row: take a shorter prompt"),
         (["--device", "meta"], "no device 'meta' here"),
         (["--device", "cuda:99"], "no device 'cuda:99' here"),
