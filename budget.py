@@ -609,7 +609,7 @@ class Guard:
         if not layers:
             raise ValueError("the model has no adapters: call adapt(model, targets) first")
         if list(salora_layers(model).values()) != list(layers.values()):
-            raise ValueError("the model's adapters have been replaced: load or merge them before making a RankAllocator")
+            raise ValueError("the model's adapters have been replaced: do so before making a RankAllocator")
         for kind in [type(optimizer), *(type(m) for m in model.modules())]:
             if re.search("FSDP|FullyShardedDataParallel|deepspeed", f"{kind.__module__}.{kind.__name__}"):
                 raise ValueError(f"{kind.__name__} shards parameters, which then cannot be pruned: train without it")

@@ -292,7 +292,7 @@ def _check_adapter(model, state):
 
 def _shape_of(name, saved):
     """The (d, k) that a layer's part of a state was made for. Raises ValueError where it is damaged."""
-    saved = saved if isinstance(saved, dict) else {}
+    saved = saved if isinstance(saved, dict) and "fixed" in saved else {}
     A, B, log_theta, fixed, r0, alpha = map(saved.get, ("A", "B", "log_theta", "fixed", "r0", "alpha"))
     fixed = log_theta if fixed is None else fixed
     whole = all(_is_whole(t) and t.is_floating_point() for t in (A, B, log_theta, fixed)) and A.dim() == B.dim() == 2
@@ -305,8 +305,9 @@ def _shape_of(name, saved):
 
 def _is_whole(value):
     """Whether a value is a dense tensor of finite elements."""
-    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
-    return dense and bool(value.isfinite().all())
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized:
+        return False
+    return value.is_contiguous() and bool(value.isfinite().all())  # expanded ones pretend to be larger than they are
 
 
 def save_adapter(model, path):
@@ -326,6 +327,8 @@ def load_adapter(model, path):
 
     Raises OSError for a file that is not there and ValueError for one that is damaged or made for another model.
     """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no file {path}; expected an adapter that save_adapter wrote")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:

@@ -85,6 +85,7 @@ def auto_or_above_zero(text):
 def build_parser():
     """Every flag with its help. None stands for a default that depends on other flags: see `settle`."""
     p = Parser(prog="train_glue_mini.py", description=ABOUT)
+    p.set_defaults(command=None)  # the command line as typed: main notes it here
     yes_or_no = argparse.BooleanOptionalAction
 
     g = p.add_argument_group("what to train")

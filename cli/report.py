@@ -88,7 +88,8 @@ def finish_run(settings, folder, model, allocator, journal, predicted, dev):
 
 def write_run(folder, log, summary, rank, short=""):
     """log.csv, training.png, ranks.png where there are ranks, and last, as the sign of a finished run, summary.json."""
-    run = f"{summary['task']}, {summary['method']}, seed {summary['seed']}"
+    recipe = f" ({summary['recipe']})" if summary.get("recipe", "ours") != "ours" else ""
+    run = f"{summary['task']}, {summary['method']}{recipe}, seed {summary['seed']}"
     title = f"{run}: {summary['metric']} {summary['score']:.3f}"
     write_atomically(folder / "log.csv", lambda path: write_log(log, path))
     density = summary["density_target"]

@@ -139,7 +139,11 @@ def interrupted(args, parser):
     saved = read_torch(path)
     if not isinstance(saved, dict) or saved.get("format") != "salora-run-3":
         raise ValueError(f"{path} is not a checkpoint of this program")
-    if saved.pop("digest", None) != digest_of(saved):
+    try:
+        whole = saved.pop("digest", None) == digest_of(saved)
+    except ValueError:
+        whole = False
+    if not whole:
         raise ValueError(f"{path} is damaged: what it holds is not what was saved")
     return settings, folder, saved
 

@@ -1,5 +1,6 @@
 """Several processes that train one model, as torchrun starts them: each takes its share of every batch."""
 
+import atexit
 import os
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ def start_workers(device):
     """Join the other processes, if torchrun started this one."""
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() and device != "cpu" else "gloo")
+        atexit.register(dist.destroy_process_group)  # its threads can abort a process that ends
 
 
 def worker():

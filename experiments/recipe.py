@@ -35,7 +35,6 @@ VARIANTS = {
     "wide, late": ["--rank", "16", "--alpha", "32", "--density", "0.25", "--window", "0.4", "0.5"],
     "late": ["--window", "0.4", "0.5"],
     "paper": ["--recipe", "paper"], "paper, sgd": ["--recipe", "paper", "--controller", "sgd"],
-    "paper, no Lagrangian": ["--recipe", "paper", "--gate-lr", "1e-9"],
     "paper, no regularizer": ["--recipe", "paper", "--beta", "0"],
     "paper, budget rule": ["--recipe", "paper", "--rule", "budget", "--survivors", "one"],
     "lora-8, restarted": ["--density", "1", "--window", "0.5", "0.5", "--no-canonical", "--spread", "0"],

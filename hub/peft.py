@@ -135,12 +135,6 @@ def outermost(module, others):
     return module
 
 
-def saved_whole(heads, task_type):
-    """The modules to save, each once. For a task with classes PEFT saves `classifier` whole, not what is in it."""
-    whole = ("classifier", "score") if task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
-    return dict.fromkeys(head.split(".")[0] if head.split(".")[0] in whole else head for head in heads)
-
-
 def write_adapter(folder, config, tensors):
     """The two files of a folder, the config last, so that a folder with a config is whole."""
     text = json.dumps(config, indent=1, allow_nan=False)

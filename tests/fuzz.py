@@ -240,9 +240,7 @@ def checkpoint(folder):
         model, _ = build(settings)
         load_adapter_state(model, saved["adapter"])
         optimizer, allocator = trainers(model, settings)
-        optimizer.load_state_dict(saved["optimizer"])
-        allocator.load_state_dict(saved["allocator"])
-        Journal(settings.steps, where).load_state_dict(saved["journal"])
+        Journal(settings.steps, where).restore(saved, optimizer, allocator)
 
     return [([path], read)]
 

@@ -458,7 +458,9 @@ NOT_FINITE, WHOLE = torch.full((4, 6), torch.nan), torch.ones(4, 6)
 @pytest.mark.equation("adapter file")
 @pytest.mark.parametrize("part, value", [
     ("A", None), ("A", [1.0]), ("A", NOT_FINITE), ("A", WHOLE.int()), ("A", WHOLE.to_sparse()), ("A", WHOLE.to("meta")),
-    ("A", WHOLE[0]), ("B", WHOLE), ("log_theta", WHOLE[0]), ("fixed", WHOLE), ("r0", 10.0), ("r0", 0), ("r0", True),
+    ("A", WHOLE[0]), ("A", torch.zeros(1).expand(10**6, 10**6)),
+    ("A", torch.quantize_per_tensor(WHOLE, 0.1, 0, torch.qint8)),
+    ("B", WHOLE), ("log_theta", WHOLE[0]), ("fixed", WHOLE), ("r0", 10.0), ("r0", 0), ("r0", True),
     ("alpha", "16"), ("alpha", torch.nan), ("alpha", None),
 ])  # fmt: skip
 def test_an_adapter_of_damaged_content_is_refused_and_leaves_the_model_alone(part, value):
