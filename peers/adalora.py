@@ -39,7 +39,7 @@ class AdaLoRA(Allocator):
         check_density(density)
         super().__init__(model, optimizer, total_steps, **rest)
         self.density, self.interval = density, interval
-        self.t_i, self.t_f = round(INITIAL * total_steps), round(FINAL * total_steps)
+        self.t_i, self.t_f = round(INITIAL * total_steps), max(1, round(FINAL * total_steps))
         layers = self.layers.values()
         train_gates(layers, optimizer)
         self.first = sum(layer.r for layer in layers)
@@ -88,7 +88,7 @@ class AdaLoRA(Allocator):
         """Allocate every few steps, and in the end after every step."""
         super().after_step()
         t = self.step
-        last_phase = t >= self.total_steps - self.t_f
+        last_phase = t > self.total_steps - self.t_f
         if last_phase or (t > self.t_i and t % self.interval == 0):
             self.allocate(budget_at(t, self.total_steps, self.t_i, self.t_f, self.first, self.last))
 

@@ -29,7 +29,10 @@ class TrainedGate(HardConcreteGate):
 
 
 def train_gates(layers, optimizer, **options):
-    """Give every layer a TrainedGate, and let the optimizer train g in a group of its own, with these options."""
+    """Give every layer a TrainedGate, and let the optimizer train g in a group of its own, with these options.
+
+    A scheduler of torch's counts the groups when it is made: make it after the allocator.
+    """
     for layer in layers:
         gate = TrainedGate(layer.r).to(layer.A.device)
         gate.log_theta, gate.fixed = layer.gate.log_theta, layer.gate.fixed

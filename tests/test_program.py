@@ -134,7 +134,7 @@ def adapter_of(folder):
     return plain
 
 
-@pytest.mark.parametrize("method", ["salora", *PEERS])
+@pytest.mark.parametrize("method", ["salora", *ALLOCATING, "prompt"])
 def test_equal_seeds_give_equal_runs_and_others_do_not(go, tmp_path, method):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         go("--method", method, "--seed", seed, "--out", tmp_path / name)
