@@ -17,7 +17,7 @@ from peers.allocator import Allocator, normal
 
 START, END = 0.2, 0.5  # of all steps: ranks move while SaLoRA's gates would train; the paper's K_1, K_2 count epochs
 ROUNDS = 8  # N_A
-CLOSED = 0.125  # n_A over the number of open ranks: the rounds together can replace every rank once
+CLOSED = 1 / 32  # n_A over the number of open ranks. What opens has to learn anew: at 1/8, short runs learn nothing
 
 
 def hold_out(rows, batch):
@@ -82,7 +82,8 @@ class ALoRA(Allocator):
         """(ranks to close, matrices to open one in, a matrix as often as it gets one): equally many of both."""
         gates = [layer.gate.fixed for layer in self.layers.values()]
         worst = sorted(scores, key=scores.get)
-        for n in range(round(CLOSED * len(scores)), 0, -1):  # the largest number for which there is room
+        most = min(len(scores), max(1, round(CLOSED * len(scores))))
+        for n in range(most, 0, -1):  # the largest number for which there is room
             close = worst[:n]
             losers = {i for i, _ in close}
             room = {i: int((gate == 0).sum()) for i, gate in enumerate(gates) if i not in losers}
