@@ -36,6 +36,9 @@ SHARED_DECISIONS = ["warmup", "dropout"]  # of a recipe: these are about every m
 GATE_FLAGS = ["recipe", *(f.name for f in fields(Recipe) if f.name not in SHARED_DECISIONS)]
 
 
+LARGEST = 1e36  # of a number on the command line: ten times as much must still fit float32
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")  # one line, without the usage
@@ -52,8 +55,10 @@ def above_zero(text, what="a number above 0"):
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
+    if not value > 0:
         raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
+    if value >= LARGEST:
+        raise argparse.ArgumentTypeError(f"expected a number below {LARGEST:g}, got {text!r}")
     return value
 
 

@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -46,11 +47,13 @@ def mini_encoder(folder="runs", device="cpu"):
     if not path.is_dir():
         print(f"pre-training the tiny encoder, once; it is kept in {path}")
         part = path.with_name(f"{path.name}.part{os.getpid()}")
-        save_pretrained(pretrain(device), part)
+        part.mkdir(parents=True)  # if that is impossible, then better now than after training
         try:
-            part.rename(path)
-        except OSError:  # another run was faster
-            shutil.rmtree(part)
+            save_pretrained(pretrain(device), part)
+            with suppress(OSError):  # another run was faster
+                part.rename(path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     return path
 
 

@@ -525,6 +525,7 @@ def refused(capsys, call, *flags):
         (["--steps", "many"], "argument --steps: expected a whole number above 0, got 'many'"),
         (["--gate-lr", "fast"], "argument --gate-lr: expected auto or a number above 0, got 'fast'"),
         (["--lr", -1], "argument --lr: expected a number above 0, got '-1'"),
+        (["--gate-lr", 1e38], "argument --gate-lr: expected a number below 1e+36, got '1e+38'"),
         (["--beta", "nan"], "argument --beta: expected a number, 0 or above, got 'nan'"),
         (["--dropout", 1.5], "argument --dropout: expected a number from 0 to below 1, got '1.5'"),
         (["--warmup", 1], "argument --warmup: expected a number from 0 to below 1, got '1'"),

@@ -17,6 +17,7 @@ from cli import journal
 from cli.files import check_free, claimed, digest_of, write_atomically
 from cli.flags import TRIPLET_METHODS
 from cli.runs import read_settings
+from glue import pretrain
 from peers import PEERS
 from salora import salora_layers
 
@@ -244,6 +245,23 @@ def test_an_unwritable_place_is_refused_before_anything_long(go, tmp_path, capsy
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(train_glue_mini, "prepare", lambda *_: pytest.fail("it should not have come so far"))
     assert "Not a directory" in refused(capsys, go, "--out", tmp_path / "file" / "run")
+
+
+def test_a_place_where_the_tiny_encoder_cannot_be_kept_is_refused_before_it_is_trained(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(pretrain, "pretrain", lambda *_: pytest.fail("it should not have come so far"))
+    with pytest.raises(OSError):
+        pretrain.mini_encoder(tmp_path / "file")
+
+
+def test_pretraining_that_is_interrupted_leaves_nothing_behind(tmp_path, monkeypatch):
+    def stop(device):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "pretrain", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.mini_encoder(tmp_path / "runs")
+    assert names(tmp_path / "runs") == []
 
 
 def test_equal_digests_mean_equal_content():
