@@ -259,11 +259,11 @@ def load_pretrained(folder, head=None, **changes):
 
 
 def save_pretrained(model, folder):
-    """Write an encoder, or a SequenceClassifier, as a checkpoint folder that `load_pretrained` and others read."""
+    """Write an encoder, a MaskedLM or a SequenceClassifier as a checkpoint folder, for `load_pretrained` and others."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     classifier = isinstance(model, SequenceClassifier)
-    config = (model.encoder if classifier else model).config
+    config = getattr(model, "encoder", model).config
     tensors = {name: p.detach().cpu() for name, p in hub_parameters(model, config).items()}
     raw = {"hidden_act": "gelu", **asdict(config)}
     if config.model_type == "bert":

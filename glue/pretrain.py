@@ -39,7 +39,7 @@ def mini_config():
 def mini_encoder(folder="runs", device="cpu"):
     """The folder of the pre-trained encoder. It is trained on first use, in about 40 s on two cores, and kept under a
     name that changes with everything the training depends on."""
-    recipe = repr((mini_config(), TEXTS, BATCH, STEPS, WARMUP, LR, mini.vocabulary(), mini.corpus(100)))
+    recipe = repr(("MaskedLM", mini_config(), TEXTS, BATCH, STEPS, WARMUP, LR, mini.vocabulary(), mini.corpus(100)))
     path = Path(folder) / f"mini-encoder-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     if not path.is_dir():
         print(f"pre-training the tiny encoder, once; it is kept in {path}")
@@ -64,7 +64,7 @@ def corrupt(ids, types, tokenizer, generator):
 
 
 def pretrain(device="cpu", steps=STEPS):
-    """Train a new encoder; prints its progress. Returns it in eval mode."""
+    """Train a new encoder with its masked-LM head; prints its progress. Returns the MaskedLM in eval mode."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     tokenizer = MiniTokenizer()
@@ -88,4 +88,4 @@ def pretrain(device="cpu", steps=STEPS):
         if (step + 1) % 100 == 0:
             left = (time.time() - started) / (step + 1) * (steps - step - 1)
             print(f"step {step + 1:4d}/{steps} | masked-word loss {loss.item():.2f} | eta {left:.0f} s", flush=True)
-    return lm.encoder.eval()
+    return lm.eval()
