@@ -186,14 +186,24 @@ def arm_of(name):
 
 # Learning rate and scale (alpha / rank at creation) of the arms: the best of the grid in tune.csv, on seed 100.
 
-GRID = [(3e-3, 4), (6e-3, 1), (6e-3, 2), (6e-3, 4), (1.2e-2, 1), (1.2e-2, 2), (1.2e-2, 4)]
+GRID = [(3e-3, 4), (6e-3, 2), (6e-3, 4), (1.2e-2, 1), (1.2e-2, 2)]
 TUNED = {
-    "lora-8": (3e-3, 4),
-    "lora-4": (1.2e-2, 1),
-    "ours-4": (1.2e-2, 2),
-    "lora-1": (6e-3, 4),
-    "ours-1": (1.2e-2, 2),
+    "lora-8": (1.2e-2, 1),
+    "lora-4": (1.2e-2, 2),
+    "ours-4": (1.2e-2, 1),
+    "svd-4": (1.2e-2, 1),
+    "lora-1": (1.2e-2, 2),
+    "ours-1": (1.2e-2, 1),
 }
+
+
+def trial(text):
+    """0.006:2 -> (0.006, 2.0): a learning rate and a scale."""
+    lr, _, scale = text.partition(":")
+    try:
+        return float(lr), float(scale)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LR:SCALE, such as 0.006:2") from None
 
 
 def tuned(arm):
@@ -257,8 +267,8 @@ def tune(args, out):
     done = {tuple(row[key] for key in keys) for row in read(path)}
     for kind in args.kinds:
         data = Data(kind, TUNE_SEED, args.texts)
-        for arm, (lr, scale) in itertools.product(args.arms, GRID):
-            key = (kind, arm.name, lr, scale, TUNE_SEED)
+        for arm, (lr, scale) in itertools.product(args.arms, args.grid):
+            key = (kind, arm.name, lr, f"{scale:g}", TUNE_SEED)
             if tuple(map(str, key)) in done:
                 continue
             started = time.time()
@@ -433,6 +443,8 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=range(5), metavar="S", help="default 0 to 4")
     parser.add_argument("--tune", action="store_true", help="try the grid of learning rates and scales, on seed "
                         f"{TUNE_SEED}, and print the best")  # fmt: skip
+    parser.add_argument("--grid", type=trial, nargs="+", default=GRID, metavar="LR:SCALE", help="what --tune tries "
+                        f"(default {' '.join(f'{lr:g}:{scale:g}' for lr, scale in GRID)})")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="only the tables and the picture of what is there")
     parser.add_argument("--picture", default="assets/shift.png", metavar="FILE", help="default assets/shift.png")
     parser.add_argument("--steps", type=positive, default=1000, metavar="N", help="default 1000")
