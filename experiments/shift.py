@@ -148,9 +148,17 @@ METHODS = {
     "narrow": (8, Recipe.ours(window=(0.2, 0.5))),
     "wider": (32, Recipe.ours(window=(0.4, 0.5))),
     "early": (16, Recipe.ours(window=(0.2, 0.5))),
+    "boosted": (16, Recipe.ours(window=(0.4, 0.5))),
     "linear": (16, Recipe.ours(window=(0.4, 0.5), controller="linear")),
     "quadratic": (16, Recipe.ours(window=(0.4, 0.5), controller="quadratic")),
 }
+
+
+class Boosted(RankAllocator):
+    """The learning rate restarts twice as high at T_end: fewer triplets bear more."""
+
+    def lr_factor(self, step):
+        return super().lr_factor(step) * (2 if step >= self.schedule.T_end else 1)
 
 
 class Arm(NamedTuple):
@@ -167,7 +175,8 @@ class Arm(NamedTuple):
         recipe = METHODS[self.method][1]
         if recipe is None:
             return FixedRanks(model, steps, Recipe.ours().warmup)
-        return RankAllocator(model, optimizer, steps, self.rank / self.r0, recipe, seed)
+        Allocator = Boosted if self.method == "boosted" else RankAllocator
+        return Allocator(model, optimizer, steps, self.rank / self.r0, recipe, seed)
 
 
 def arm_of(name):
