@@ -202,7 +202,8 @@ def arm_of(name):
 
 # Learning rate and scale (alpha / rank at creation) of the arms: the smallest mean over words and reverse in tune.csv,
 # since the best on words alone is often at the edge of divergence, and beyond it on reverse. On words, LoRA, ours-4 and
-# svd-4 saw all of GRID, lora-4, lora-1 and ours-4 more than that, ours-1 two points; on reverse each saw one to three.
+# svd-4 saw all of GRID, lora-4, lora-1 and ours-4 more than that, ours-1 and narrow-4 two points; on reverse each saw
+# one to three.
 
 GRID = [(3e-3, 4), (6e-3, 2), (6e-3, 4), (1.2e-2, 1), (1.2e-2, 2)]
 TUNED = {
