@@ -47,7 +47,7 @@ def mini_encoder(folder="runs", device="cpu"):
     if not path.is_dir():
         print(f"pre-training the tiny encoder, once; it is kept in {path}")
         part = path.with_name(f"{path.name}.part{os.getpid()}")
-        part.mkdir(parents=True)  # if that is impossible, then better now than after training
+        part.mkdir(parents=True, exist_ok=True)  # if that is impossible, then better now than after training
         try:
             save_pretrained(pretrain(device), part)
             with suppress(OSError):  # another run was faster

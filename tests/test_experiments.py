@@ -8,8 +8,9 @@ import pytest
 import torch
 from strategies import make_layer
 
-from experiments import compare, planted_ranks, recipe
+from experiments import compare, planted_ranks, recipe, shift, transplant
 from peers import PEERS
+from tiny_transformer import MaskedLM, TinyTransformer, load_pretrained, save_pretrained
 
 
 def test_planted_ranks_are_found(tmp_path, capsys):
@@ -136,3 +137,85 @@ def test_comparison_table_averages_only_seeds_that_have_run_on_every_task():
 def test_methods_of_the_comparison_are_the_peers_and_their_rivals():
     rivals = {"salora", "lora-8", "lora-4", "full", "head"}
     assert set(compare.METHODS) == rivals | set(PEERS)
+
+
+@pytest.fixture
+def tiny_lm(tmp_path, tiny_weights, monkeypatch):
+    """The shift study with a small random masked LM instead of the pre-trained one. Returns flags for a short run."""
+    save_pretrained(MaskedLM(load_pretrained(tiny_weights)[0]), tmp_path / "lm")
+    monkeypatch.setattr(shift, "mini_encoder", lambda: tmp_path / "lm")
+    monkeypatch.setattr(shift, "HELD_OUT", 40)
+    return ["--steps", "10", "--texts", "64", "--out", str(tmp_path / "out")]
+
+
+def test_a_masked_lm_is_saved_with_its_head(tmp_path, tiny_weights):
+    lm = MaskedLM(load_pretrained(tiny_weights)[0])
+    save_pretrained(lm, tmp_path)
+    again, _ = load_pretrained(tmp_path, head=MaskedLM)
+    assert isinstance(again.encoder, TinyTransformer)
+    assert all(torch.equal(a, b) for a, b in zip(lm.parameters(), again.parameters(), strict=True))
+
+
+def test_shift_study_adds_rows_and_does_none_twice(tmp_path, tiny_lm):
+    arms = ["lora-8", "restart-4", "ours-4", "svd-4", "paper-4", "lora-1", "ours-1", "ours-.5"]
+    for seeds in (["0"], ["0", "1"]):
+        rows = shift.main(["--kinds", "words", "chance", "--arms", *arms, "--seeds", *seeds, *tiny_lm])
+    assert list(rows[0]) == ["kind", "arm", "size", "seed", "loss"]
+    keys = [(row["seed"], row["kind"], row["arm"]) for row in rows]
+    assert keys == [(seed, kind, arm) for seed in "01" for kind in ("words", "chance") for arm in arms]
+    before = (tmp_path / "out" / "shift.csv").read_bytes()
+    rows = shift.main(["--report", "--picture", str(tmp_path / "shift.png"), *tiny_lm])
+    assert (tmp_path / "out" / "shift.csv").read_bytes() == before, "a report runs nothing"
+    assert (tmp_path / "shift.png").stat().st_size > 5000
+    for row in rows:
+        size = float(row["arm"].rpartition("-")[2]) / 8
+        slack = 0 if row["arm"].startswith(("lora", "restart")) else 0.02  # less than a triplet of this small model
+        if row["arm"] != "paper-4":  # which keeps what its median gates say
+            assert size - slack <= float(row["size"]) <= size + 1e-4, row
+
+
+def test_shift_study_tunes_on_a_grid_with_a_seed_of_its_own(monkeypatch, tiny_lm):
+    monkeypatch.setattr(shift, "GRID", shift.GRID[:2])
+    rows = shift.main(["--tune", "--kinds", "words", "--arms", "lora-4", "ours-4", *tiny_lm])
+    assert len(rows) == 2 * 2 and {row["seed"] for row in rows} == {"100"}
+    assert {"lr", "scale", "loss"} <= set(rows[0])
+    assert shift.main(["--tune", "--kinds", "words", "--arms", "lora-4", "ours-4", *tiny_lm]) == rows
+
+
+def test_shifts_are_permutations_of_the_words(capsys):
+    texts = shift.mini.corpus(200, "test")
+    for kind, shifted in shift.KINDS.items():
+        new = shifted(texts, shift.random.Random(0))
+        pairs = {(a, b) for old, text in zip(texts, new) if kind != "reverse" for a, b in words_of(old, text)}
+        assert len({a for a, _ in pairs}) == len({b for _, b in pairs}) == len(pairs), "one word for each word"
+        assert (new == texts) == (kind == "chance")
+    assert shift.reverse(texts, shift.random.Random(0))[0][0].startswith((".", "?"))
+
+
+def words_of(old, new):
+    return [pair for a, b in zip(old, new) if a for pair in zip(a.split(), b.split(), strict=True)]
+
+
+def test_share_closed_and_intervals_are_those_of_paired_seeds():
+    share, (low, high) = shift.share_closed([2.0, 3.0], [1.0, 2.0], [1.25, 2.25])
+    assert share == pytest.approx(0.75) and low == pytest.approx(0.75) and high == pytest.approx(0.75)
+    low, high = shift.interval([0.0, 1.0])
+    assert (low, high) == (0, 1)
+
+
+def test_an_arm_that_means_nothing_is_one_line(capsys, tiny_lm):
+    for name in ("ours", "lora-.5", "ours-17", "best-4"):
+        with pytest.raises(SystemExit):
+            shift.main(["--arms", name, *tiny_lm])
+        assert f"{name!r} is not METHOD-R" in capsys.readouterr().err
+
+
+def test_transplanted_ranks_keep_the_size(tmp_path, tiny_lm, capsys):
+    flags = ["--kinds", "words", "--seeds", "0", "1", *tiny_lm]
+    rows = transplant.main(flags)
+    assert [row["placement"] for row in rows] == 2 * transplant.PLACEMENTS
+    ranks = [transplant.json.loads(row["ranks"]) for row in rows]
+    assert sorted(ranks[0]) == sorted(ranks[1]) and set(ranks[2]) == {4}
+    assert rows[0]["size"] == rows[1]["size"] and float(rows[2]["size"]) == 0.5
+    assert transplant.main(flags) == rows, "what is there is not done again"
+    assert "found - shuffled" in capsys.readouterr().out

@@ -1,0 +1,506 @@
+"""What does structure buy? Masked-word loss of the tiny masked LM after its language has shifted.
+
+    python experiments/shift.py --tune                                   learning rate and scale, for every tuned arm
+    python experiments/shift.py --kinds words reverse --arms lora-8 lora-4 ours-4 lora-1 ours-1 --seeds 0 1
+    python experiments/shift.py --report                                 tables and assets/shift.png, no training
+
+The tiny encoder has read one language; now it reads another, and only adapters train, on 8,000 new texts, 1,000 steps
+of 32. What counts is the loss on 3,000 texts that nobody trained on. Unlike the scores of the generated tasks, which
+saturate, this loss has room to fall for every adapter size here, and repeats within about 0.01. The kinds of shift:
+
+    words      all 100 content words change places
+    reverse    the same, and every sentence runs backwards
+    synonyms   a new set of synonyms: the second word of each concept moves to another concept of its class
+    chance     negative control: the words to be guessed are drawn at random from all words of the texts. What can be
+               learned is how frequent each word is, one constant for all places, and any matrix can say that as well as
+               another. All placements of rank should tie; an arm that wins here wins by something other than structure.
+
+An arm is METHOD-R and has the size of LoRA of rank R:
+
+    lora       LoRA                        restart    LoRA whose learning rate restarts half-way, as in ours
+    ours       SaLoRA, cut from rank 16    svd        cut from rank 16 by singular values, without gates
+    paper      the published recipe        narrow     the main job's default until now: cut from rank 8, window 0.2-0.5
+
+and those in METHODS. A seed draws the shift, the texts, the start and the order; arms of one seed share all of it, so
+they are compared in pairs. Tuning uses seed 100 and the reports others. Rows that are there are not run again: other
+values of --steps or --texts, or other tuned values, need another --out. Left out: training the head or the embeddings.
+"""
+
+import argparse
+import csv
+import itertools
+import random
+import sys
+import time
+from collections import defaultdict
+from contextlib import redirect_stdout
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from budget import FixedRanks, RankAllocator, Recipe
+from cli.files import append, write_atomically
+from cli.flags import positive
+from cli.setup import TARGETS
+from glue import mini
+from glue.pretrain import corrupt, mini_encoder
+from glue.tokens import MiniTokenizer, collate
+from salora import adapt, salora_layers
+from tiny_transformer import MaskedLM, load_pretrained
+from train_glue_mini import fine_tune
+
+BATCH, HELD_OUT = 32, 3000
+TUNE_SEED = 100
+COLUMNS = ["kind", "arm", "size", "seed", "loss"]
+
+
+# The shifts: functions of (texts, rng) that return the texts in the new language.
+
+
+def permute_words(texts, rng):
+    old = mini.vocabulary()[len(mini.GLUE_WORDS) :]
+    new = rng.sample(old, len(old))
+    return translate(texts, dict(zip(new, new[1:] + new[:1])))
+
+
+def reverse(texts, rng):
+    return [tuple(s and " ".join(s.split()[::-1]) for s in text) for text in permute_words(texts, rng)]
+
+
+def new_synonyms(texts, rng):
+    words = {}
+    for concepts in (mini.NOUNS, mini.VERBS, mini.QUALITIES, mini.PLACES):
+        second = [concept.split()[1] for concept in concepts]
+        rng.shuffle(second)
+        for old, new in zip(second, second[1:] + second[:1]):
+            words |= {old: new, old + "s": new + "s", mini.past(old): mini.past(new)}  # with plurals and verb forms
+    return translate(texts, words)
+
+
+def translate(texts, words):
+    """Every word that has an entry in `words` is replaced by it."""
+    return [tuple(s and " ".join(words.get(word, word) for word in s.split()) for s in text) for text in texts]
+
+
+KINDS = {"words": permute_words, "reverse": reverse, "synonyms": new_synonyms, "chance": lambda texts, rng: texts}
+
+
+class HiddenWords(MaskedLM):
+    """ids, mask, types (batch, seq) and the hidden places, a mask of that shape -> logits (hidden places, vocab)."""
+
+    def forward(self, ids, mask, types, hidden):
+        return super().forward(self.encoder(ids, mask, types)[hidden])
+
+
+class Data:
+    """The texts of one kind and seed: encoded rows to train on, and held-out batches with their words hidden."""
+
+    def __init__(self, kind, seed, texts):
+        self.kind, self.tokenizer = kind, MiniTokenizer()
+        self.generator = torch.Generator().manual_seed(1000 + seed)
+        new = KINDS[kind](mini.corpus(texts + HELD_OUT, f"shift {seed}"), random.Random(f"shift {seed}"))
+        rows = self.tokenizer.encode([(*text, 0) for text in new])
+        self.words = torch.tensor([i for ids, _, _ in rows[:texts] for i in ids if i > self.tokenizer.mask])
+        self.train = self.in_batches(rows[:texts], BATCH)
+        self.held_out = [self.batch_of([batch]) for batch in self.in_batches(rows[texts:], 250)]
+
+    def in_batches(self, rows, size):
+        """Rows of like length meet in a batch, so that little is padded."""
+        rows = sorted(rows, key=lambda row: len(row[0]))
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+    def restart(self, seed):
+        """From here on, the same words are hidden for every arm."""
+        self.generator.manual_seed(seed)
+
+    def batch_of(self, batches, model=None, device="cpu"):
+        """[a batch of encoded rows] -> (what HiddenWords eats, the hidden words (hidden places,))."""
+        [rows] = batches
+        ids, mask, types, _ = collate(rows, self.tokenizer.pad)
+        seen, hidden = corrupt(ids, types, self.tokenizer, self.generator)
+        labels = ids[hidden]
+        if self.kind == "chance":
+            labels = self.words[torch.randint(len(self.words), labels.shape, generator=self.generator)]
+        return (seen, mask, types, hidden), labels
+
+    @torch.no_grad()
+    def loss(self, model):
+        """Mean cross-entropy of the hidden words of the held-out texts, in nats."""
+        model.eval()
+        total = sum(F.cross_entropy(model(*inputs), labels, reduction="sum").item() for inputs, labels in self.held_out)
+        return total / sum(len(labels) for _, labels in self.held_out)
+
+
+# The arms: the rank at creation (None: R) and the recipe (None: LoRA as it is).
+
+RESTART = Recipe.ours(window=(0.5, 0.5), canonical=False, spread=0.0)  # nothing is cut at density 1
+METHODS = {
+    "lora": (None, None),
+    "restart": (None, RESTART),
+    "ours": (16, None),  # early or late: see Arm.recipe
+    "early": (16, Recipe.ours(window=(0.2, 0.5))),
+    "late": (16, Recipe.ours(window=(0.4, 0.5))),
+    "svd": (16, Recipe.ours(window=(0.5, 0.5))),
+    "paper": (8, Recipe.paper()),
+    "narrow": (8, Recipe.ours(window=(0.2, 0.5))),
+    "wider": (32, Recipe.ours(window=(0.4, 0.5))),
+    "boosted": (16, Recipe.ours(window=(0.4, 0.5))),
+    "linear": (16, Recipe.ours(window=(0.4, 0.5), controller="linear")),
+    "quadratic": (16, Recipe.ours(window=(0.4, 0.5), controller="quadratic")),
+}
+
+
+class Boosted(RankAllocator):
+    """The learning rate restarts twice as high at T_end: fewer triplets bear more."""
+
+    def lr_factor(self, step):
+        return super().lr_factor(step) * (2 if step >= self.schedule.T_end else 1)
+
+
+class Arm(NamedTuple):
+    name: str
+    method: str
+    rank: float  # R: the size is that of LoRA of this rank
+
+    @property
+    def r0(self):
+        """The rank at creation."""
+        return METHODS[self.method][0] or int(self.rank)
+
+    @property
+    def recipe(self):
+        """That of the method; ours cuts late, but below rank 2 early, since there is more to recover from."""
+        method = ("late" if self.rank >= 2 else "early") if self.method == "ours" else self.method
+        return METHODS[method][1]
+
+    def allocator(self, model, optimizer, steps, seed):
+        recipe = self.recipe
+        if recipe is None:
+            return FixedRanks(model, steps, Recipe.ours().warmup)
+        Allocator = Boosted if self.method == "boosted" else RankAllocator
+        return Allocator(model, optimizer, steps, self.rank / self.r0, recipe, seed)
+
+
+def arm_of(name):
+    """ours-4 -> its Arm. Raises ArgumentTypeError for a name that means nothing."""
+    method, _, rank = name.rpartition("-")
+    try:
+        arm = Arm(name, method, float(rank))
+        fits = method in METHODS and 0 < arm.rank <= arm.r0 and (METHODS[method][0] or arm.rank == int(arm.rank))
+    except ValueError:
+        fits = False
+    if not fits:
+        raise argparse.ArgumentTypeError(f"{name!r} is not METHOD-R with a method of {', '.join(METHODS)} and a rank R "
+                                         "that it can have")  # fmt: skip
+    return arm
+
+
+# Learning rate and scale (alpha / rank at creation) of the arms: the smallest mean over words and reverse in tune.csv,
+# since the best on words alone is often at the edge of divergence, and beyond it on reverse. On words, LoRA, ours-4 and
+# svd-4 saw all of GRID, lora-4, lora-1 and ours-4 more than that, ours-1 and narrow-4 two points; on reverse each saw
+# one to three.
+
+GRID = [(3e-3, 4), (6e-3, 2), (6e-3, 4), (1.2e-2, 1), (1.2e-2, 2)]
+TUNED = {
+    "lora-8": (6e-3, 4),
+    "lora-4": (1.2e-2, 2),
+    "ours-4": (6e-3, 2),
+    "svd-4": (6e-3, 2),
+    "narrow-4": (6e-3, 4),
+    "lora-1": (2.4e-2, 1),
+    "ours-1": (6e-3, 2),
+}
+
+
+def trial(text):
+    """0.006:2 -> (0.006, 2.0): a learning rate and a scale."""
+    lr, _, scale = text.partition(":")
+    try:
+        return float(lr), float(scale)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LR:SCALE, such as 0.006:2") from None
+
+
+def tuned(arm):
+    """(lr, scale) of an arm; one that was not tuned takes those of its method, or of LoRA, at the nearest rank."""
+    for method in (arm.method, "lora" if METHODS[arm.method][0] is None else "ours"):
+        names = [name for name in TUNED if name.startswith(method + "-")]
+        if names:
+            return TUNED[min(names, key=lambda name: abs(float(name.rpartition("-")[2]) - arm.rank))]
+
+
+def adapted(rank, scale, seed):
+    """A new masked LM with adapters of one rank in all matrices; what it was pre-trained to stays frozen."""
+    with redirect_stdout(None):
+        model, _ = load_pretrained(mini_encoder(), head=HiddenWords)
+    torch.manual_seed(seed)
+    return adapt(model, TARGETS, rank, alpha=scale * rank)
+
+
+def fit(model, data, lr, seed, steps, allocator_of):
+    """Train the adapters on the shifted language, with the allocator that allocator_of(model, optimizer) makes."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
+    allocator = allocator_of(model, optimizer)
+    data.restart(seed)
+    with redirect_stdout(None):
+        fine_tune(model, data.train, optimizer, allocator, lr=lr, batch_size=1, seed=seed, batch_of=data.batch_of)
+    return allocator
+
+
+def size_of(model):
+    """Adapter parameters relative to LoRA of rank 8."""
+    layers = salora_layers(model).values()
+    return sum(layer.r * layer.triplet_size for layer in layers) / sum(8 * layer.triplet_size for layer in layers)
+
+
+def ranks_of(model):
+    return [layer.r for layer in salora_layers(model).values()]
+
+
+def measure(data, arm, lr, scale, seed, steps):
+    """(size, loss, ranks) of one run; a run whose loss is not finite has an infinite loss."""
+    model = adapted(arm.r0, scale, seed)
+    try:
+        fit(model, data, lr, seed, steps, lambda model, optimizer: arm.allocator(model, optimizer, steps, seed))
+    except FloatingPointError:
+        return arm.rank / 8, float("inf"), []
+    return size_of(model), data.loss(model), ranks_of(model)
+
+
+def read(path):
+    """The rows of a CSV file, none if it is not there."""
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def tune(args, out):
+    """Every arm on the whole grid, with the seed that no report uses."""
+    path = out / "tune.csv"
+    keys = ["kind", "arm", "lr", "scale", "seed"]
+    done = {tuple(row[key] for key in keys) for row in read(path)}
+    for kind in args.kinds:
+        data = Data(kind, TUNE_SEED, args.texts)
+        for arm, (lr, scale) in itertools.product(args.arms, args.grid):
+            key = (kind, arm.name, lr, f"{scale:g}", TUNE_SEED)
+            if tuple(map(str, key)) in done:
+                continue
+            started = time.time()
+            size, loss, _ = measure(data, arm, lr, scale, TUNE_SEED, args.steps)
+            append(path, {**dict(zip(keys, key)), "size": round(size, 4), "loss": round(loss, 4)})
+            seconds = time.time() - started
+            print(f"{kind}, {arm.name}, lr {lr:g}, scale {scale}: {loss:.3f}, {seconds:.0f} s", flush=True)
+
+
+def best_of(rows):
+    """A line a kind and arm: its losses on the grid, best first; and their means over all kinds."""
+    lines, trials = [], defaultdict(dict)  # {arm: {(lr, scale): {kind: loss}}}
+    for row in rows:
+        trials[row["arm"]].setdefault((float(row["lr"]), float(row["scale"])), {})[row["kind"]] = float(row["loss"])
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    for arm, tried in trials.items():
+        for kind in kinds:
+            some = {trial: losses[kind] for trial, losses in tried.items() if kind in losses}
+            lines.append(f"{arm:<11}{kind:<9}{ranking(some)}")
+        some = {trial: mean(losses.values()) for trial, losses in tried.items() if len(losses) == len(kinds)}
+        lines.append(f"{arm:<11}{'mean':<9}{ranking(some)}")
+    return "loss (learning rate, scale), best first\n" + "\n".join(lines)
+
+
+def ranking(losses):
+    """{(lr, scale): loss} -> text, best first."""
+    best = sorted(losses, key=losses.get)
+    return ", ".join(f"{losses[lr, scale]:.3f} ({lr:g}, {scale:g})" for lr, scale in best)
+
+
+def compare(args, out):
+    """Every arm with its tuned learning rate and scale, on every kind and seed."""
+    path = out / "shift.csv"
+    done = {(row["kind"], row["arm"], row["seed"]) for row in read(path)}
+    for seed in args.seeds:
+        for kind in args.kinds:
+            data = None
+            for arm in args.arms:
+                if (kind, arm.name, str(seed)) in done:
+                    continue
+                started = time.time()
+                data = data or Data(kind, seed, args.texts)
+                lr, scale = tuned(arm)
+                size, loss, ranks = measure(data, arm, lr, scale, seed, args.steps)
+                row = dict(zip(COLUMNS, [kind, arm.name, round(size, 4), seed, round(loss, 4)], strict=True))
+                seconds = round(time.time() - started, 1)
+                more = {"lr": lr, "scale": scale, "ranks": ranks, "seconds": seconds}
+                append(out / "ranks.csv", {"kind": kind, "arm": arm.name, "seed": seed, **more})
+                append(path, row)
+                print(f"{kind}, {arm.name}, seed {seed}: {loss:.4f}, size {size:.4f}, {seconds:.0f} s", flush=True)
+
+
+# Reports: means, and differences between arms of one seed with intervals over seeds.
+
+
+def resamples(n, times=10_000):
+    """Indices (times, n), drawn with replacement: the bootstrap over seeds. The same in every call."""
+    return torch.randint(n, (times, n), generator=torch.Generator().manual_seed(0))
+
+
+def interval(values):
+    """The 95 % bootstrap interval of a mean."""
+    means = torch.tensor(values, dtype=torch.float64)[resamples(len(values))].mean(1)
+    return means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+
+def share_closed(low, high, ours):
+    """(share, its 95 % bootstrap interval) of the gap between the losses `low` and `high` that `ours` closes."""
+    low, high, ours = (torch.tensor(some, dtype=torch.float64) for some in (low, high, ours))
+    index = resamples(len(low))
+    shares = (low - ours)[index].mean(1) / (low - high)[index].mean(1)
+    bounds = shares.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return ((low - ours).mean() / (low - high).mean()).item(), bounds
+
+
+def losses_of(rows, kind):
+    """{arm: {seed: loss}}, largest size first."""
+    rows = sorted((row for row in rows if row["kind"] == kind), key=lambda row: -float(row["arm"].rpartition("-")[2]))
+    losses = defaultdict(dict)
+    for row in rows:
+        losses[row["arm"]][int(row["seed"])] = float(row["loss"])
+    return losses
+
+
+def paired(losses, *arms):
+    """The losses of these arms, a list each, over the seeds that all of them have."""
+    seeds = sorted(set.intersection(*(set(losses[arm]) for arm in arms)))
+    return [[losses[arm][seed] for seed in seeds] for arm in arms]
+
+
+def rivals(arm, losses):
+    """The arms to compare it with: LoRA of its size and of twice its size (r=1 at least), and a cut without gates."""
+    method, _, rank = arm.rpartition("-")
+    same, double = (f"{max(1, factor * float(rank)):g}" for factor in (1, 2))
+    names = [f"lora-{same}", f"restart-{same}", f"lora-{double}", f"restart-{double}", f"svd-{rank}"]
+    return [name for name in dict.fromkeys(names) if name in losses and name != arm]
+
+
+def report(rows):
+    """For every kind: means, paired differences, and how much of the gap from r=4 to r=8 is closed at r=4's size."""
+    lines = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        losses = losses_of(rows, kind)
+        sizes = {arm: mean(float(r["size"]) for r in rows if (r["kind"], r["arm"]) == (kind, arm)) for arm in losses}
+        lines.append(f"{kind}: masked-word loss, means over seeds")
+        lines.append(f"  {'arm':<14}{'size':>7}{'seeds':>7}{'loss':>9}{'s.d.':>8}")
+        for arm, found in losses.items():
+            values = list(found.values())
+            deviation = f"{stdev(values):8.4f}" if len(values) > 1 else f"{'-':>8}"
+            lines.append(f"  {arm:<14}{sizes[arm]:>7.4f}{len(values):>7}{mean(values):>9.4f}{deviation}")
+        lines.append(f"{kind}: differences of arms over shared seeds, 95 % bootstrap intervals (below 0: less loss)")
+        for arm in losses:
+            if METHODS[arm.rpartition("-")[0]][0] is None:
+                continue
+            for rival in rivals(arm, losses):
+                gaps = [a - b for a, b in zip(*paired(losses, arm, rival))]
+                if len(gaps) > 1:
+                    low, high = interval(gaps)
+                    wins = sum(gap < 0 for gap in gaps)
+                    lines.append(f"  {f'{arm} - {rival}':<24}{mean(gaps):>+8.4f}  [{low:+.4f}, {high:+.4f}]"
+                                 f"  below 0 in {wins} of {len(gaps)}")  # fmt: skip
+        for lora in ("lora", "restart"):
+            for arm in losses:
+                ends = [f"{lora}-4", f"{lora}-8"]
+                if METHODS[arm.rpartition("-")[0]][0] and arm.endswith("-4") and all(end in losses for end in ends):
+                    low, high, ours = paired(losses, *ends, arm)
+                    if len(low) > 1:
+                        share, (least, most) = share_closed(low, high, ours)
+                        lines.append(f"  of the gap from {lora}-4 to {lora}-8, {arm} closes {share:.2f} "
+                                     f"[{least:.2f}, {most:.2f}]")  # fmt: skip
+    return "\n".join(lines)
+
+
+STYLES = {  # Okabe and Ito's colors, told apart by the color-blind too
+    "lora": ("LoRA", "#000000", "s", "-"),
+    "restart": ("LoRA, restarted", "#999999", "D", "--"),
+    "ours": ("SaLoRA (ours)", "#0072B2", "o", "-"),
+    "svd": ("SVD cut, no gates", "#E69F00", "^", "--"),
+    "paper": ("SaLoRA (paper)", "#D55E00", "v", ":"),
+}
+
+
+def draw(rows, path):
+    """Loss against size, a panel a kind. Bars are intervals of the difference from LoRA r=8 of the same seed."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    kinds = [kind for kind in KINDS if "lora-8" in losses_of(rows, kind)]
+    figure = Figure(figsize=(1 + 4.6 * len(kinds), 4.8), layout="constrained")
+    for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
+        losses = losses_of(rows, kind)
+        base = mean(losses["lora-8"].values())
+        for method, (label, color, marker, line) in STYLES.items():
+            points = []
+            for arm in (name for name in losses if name.rpartition("-")[0] == method):
+                gaps = [a - b for a, b in zip(*paired(losses, arm, "lora-8"))]
+                size = mean(float(r["size"]) for r in rows if (r["kind"], r["arm"]) == (kind, arm))
+                low, high = interval(gaps)
+                points.append((size, base + mean(gaps), mean(gaps) - low, high - mean(gaps)))
+            if points:
+                x, y, below, above = zip(*points)
+                axis.errorbar(x, y, (below, above), label=label, color=color, marker=marker, linestyle=line,
+                              linewidth=2, markersize=8, capsize=4)  # fmt: skip
+        sizes = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
+        sizes = [size for size in sizes if any(float(r["size"]) < 1.4 * size for r in rows if r["kind"] == kind)]
+        axis.set_xscale("log")
+        axis.set_xticks(sizes, [f"1/{1 / size:.0f}" if size < 1 else "1" for size in sizes], fontsize=13)
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.tick_params("y", labelsize=13)
+        axis.set_title(kind, fontsize=15)
+        axis.set_xlabel("adapter parameters, of LoRA r=8's", fontsize=13)
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("masked-word loss (nats)", fontsize=13)
+    figure.axes[0].legend(fontsize=12)
+    figure.savefig(path, format="png", dpi=110)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["words", "reverse"], metavar="KIND",
+                        help=f"of {', '.join(KINDS)} (default words reverse)")
+    parser.add_argument("--arms", nargs="+", type=arm_of, metavar="METHOD-R", help=f"methods: {', '.join(METHODS)} "
+                        "(default: those that are tuned)")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(5), metavar="S", help="default 0 to 4")
+    parser.add_argument("--tune", action="store_true", help="try the grid of learning rates and scales, on seed "
+                        f"{TUNE_SEED}, and print the best")  # fmt: skip
+    parser.add_argument("--grid", type=trial, nargs="+", default=GRID, metavar="LR:SCALE", help="what --tune tries "
+                        f"(default {' '.join(f'{lr:g}:{scale:g}' for lr, scale in GRID)})")  # fmt: skip
+    parser.add_argument("--report", action="store_true", help="only the tables and the picture of what is there")
+    parser.add_argument("--picture", default="assets/shift.png", metavar="FILE", help="default assets/shift.png")
+    parser.add_argument("--steps", type=positive, default=1000, metavar="N", help="default 1000")
+    parser.add_argument("--texts", type=positive, default=8000, metavar="N", help="to train on (default 8000)")
+    parser.add_argument("--out", default="runs/shift", metavar="DIR", help="default runs/shift")
+    args = parser.parse_args(argv)
+    args.arms = args.arms or [arm_of(name) for name in TUNED]
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.tune:
+        tune(args, out)
+        print(best_of(read(out / "tune.csv")))
+        return read(out / "tune.csv")
+    if not args.report:
+        compare(args, out)
+    rows = read(out / "shift.csv")
+    if args.report:
+        if not rows:
+            parser.error(f"no rows in {out / 'shift.csv'}: run without --report first")
+        print(report(rows))
+        write_atomically(Path(args.picture), lambda path: draw(rows, path))
+        print(f"see {args.picture}")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
