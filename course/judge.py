@@ -1,0 +1,174 @@
+"""The process in which a submission is tested: one exercise, one submission, one process that ends with it.
+
+Fences, all in place before the student's file runs: no output, no input, limits of memory and of file size, an empty
+folder to work in, and an audit hook that refuses to write elsewhere, to read the repository's answers, to start
+programs, to send signals or to open connections. An audit hook cannot be removed. Fences hold accidents and pranks; for
+a class that you do not trust, run grade.py in a container.
+
+Results are lines of JSON in a file, signed with a key that only the parent and this process's closures hold. What is
+not signed does not count, and without the last line nothing does: so an early exit earns nothing.
+"""
+
+import hmac
+import json
+import os
+import sys
+import warnings
+from hashlib import sha256
+from types import FunctionType
+
+import pytest
+import torch  # noqa: F401  here, so that no process has to import it again
+
+import course.checking  # noqa: F401  and watched, like torch
+from course.exercises import EXERCISES, ROOT
+from course.graft import Unusable, graft, said
+from course.lesson import Lesson
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
+
+MEGABYTE = 2**20
+MEMORY, FILE_SIZE = 4096 * MEGABYTE, 16 * MEGABYTE
+WATCHED = ("torch", "pytest", "_pytest", "pluggy", "builtins", "math", "course", "conftest", "hmac", "json", "os", "sys")
+FORBIDDEN = ("subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.startfile", "os.kill",
+             "pty.", "signal.", "socket.", "ctypes.", "sys.addaudithook", "sys._current_frames", "gc.get_",
+             "resource.", "winreg.", "webbrowser.", "urllib.", "ftplib.", "smtplib.", "os.chown", "os.chmod",
+             "os.link", "os.symlink", "shutil.chown", "os.setxattr", "os.removexattr")  # fmt: skip
+CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.utime", "shutil.rmtree", "shutil.move",
+           "shutil.copyfile", "shutil.copymode", "shutil.copystat", "shutil.unpack_archive")  # fmt: skip
+
+
+def judge(number, texts, student, folder, report, key):
+    """Runs the checks of one exercise and signs the results. Ends the process.
+
+    texts: the reference {file: text} without its answer to this exercise. student: {file: path}. folder: where the
+    student's code may write. report: the file for results. key: bytes.
+    """
+    exercise = EXERCISES[number]
+    with open(report, "ab", buffering=0) as sink:
+
+        def tell(**facts):
+            line = json.dumps(facts)
+            sink.write(f"{signature(key, line)} {line}\n".encode())
+
+        _be_quiet()
+        _limit()
+        os.chdir(folder)
+        sys.dont_write_bytecode = True
+        sys.path.insert(0, str(ROOT / "tests"))
+        sys.setrecursionlimit(1000)
+        import conftest  # noqa: F401
+
+        warnings.simplefilter("ignore")
+        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # Hypothesis's plugin, for one, changes pytest
+        before, refused = _callables(), []
+        _fence(folder, refused)
+        try:
+            graft(texts, exercise.targets, student)
+        except Unusable as error:
+            tell(unusable=str(error))
+        except BaseException as error:
+            tell(unusable=f"the file does not load: {said(error, '')}")
+        else:
+            arguments = ["-q", "-s", "-p", "no:cacheprovider", "--import-mode=importlib", "-c", os.devnull]
+            status = pytest.main([*arguments, f"--rootdir={ROOT}", str(exercise.checks)], [Witness(exercise, student, tell)])
+            if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+                os._exit(3)
+        changed = sorted(name for name, value in _callables(before).items() if before[name] != value)
+        tell(end=True, refused=sorted(set(refused))[:5], changed=changed[:5])
+    os._exit(0)
+
+
+class Witness(Lesson):
+    """The same plugin as in class; instead of printing, it tells the parent."""
+
+    def __init__(self, exercise, student, tell):
+        super().__init__(exercise, student.values())
+        self.tell = tell
+
+    def pytest_runtest_logreport(self, report):
+        name = report.nodeid.rpartition("::")[2]
+        if report.when == "teardown":
+            self.tell(test=name, passed=bool(self.outcomes[name]))
+        elif report.outcome == "failed":
+            self.tell(test=name, words=str(report.longrepr)[:2000])
+
+    def pytest_terminal_summary(self):
+        pass
+
+
+def signature(key, line):
+    return hmac.new(key, line.encode(), sha256).hexdigest()
+
+
+def _be_quiet():
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nowhere, stream)
+
+
+def _limit():
+    os.setsid()  # a group of its own, so that the parent can end all of it
+    if resource is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_SIZE, FILE_SIZE))
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _fence(folder, refused):
+    """Refuses what a submission has no business to do, and notes it."""
+    answers = str(ROOT) + os.sep
+    allowed = (str(ROOT / "course" / "check"), str(ROOT / "tests"))
+    inside = os.path.realpath(folder) + os.sep
+
+    def refuse(event, what):
+        refused.append(f"{event}: {what}"[:200])
+        raise PermissionError(f"not in a graded submission: {event} {what}")
+
+    def written(event, path):
+        if isinstance(path, int) or path == os.devnull:
+            return
+        if not os.path.realpath(os.fsdecode(path)).startswith(inside):
+            refuse(event, os.fsdecode(path))
+
+    def hook(event, args):
+        if event == "open":
+            path, mode, flags = args
+            if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
+                written("write", path)
+            elif not isinstance(path, int):
+                real = os.path.realpath(os.fsdecode(path))
+                if real.startswith(answers) and not real.startswith(allowed) and not real.startswith(inside):
+                    refuse("read", os.fsdecode(path))
+        elif event in CHANGES:
+            written(event, args[0])
+            if event in ("os.rename", "shutil.move", "shutil.copyfile"):
+                written(event, args[1])
+        elif event.startswith(FORBIDDEN):
+            refuse(event, str(args[0])[:100] if args else "")
+
+    sys.addaudithook(hook)
+
+
+def _callables(names=None):
+    """{name: identity} of the functions and classes of the watched modules, and of methods in those classes."""
+    found = {}
+    modules = [(name, module) for name, module in list(sys.modules.items()) if name.split(".")[0] in WATCHED]
+    for name, module in modules:
+        for key, value in list(vars(module).items()):
+            if callable(value):
+                found[f"{name}.{key}"] = _identity(value)
+            if isinstance(value, type) and value.__module__ == name:
+                for method, function in list(vars(value).items()):
+                    if callable(function):
+                        found[f"{name}.{key}.{method}"] = _identity(function)
+    return found if names is None else {name: found.get(name) for name in names}
+
+
+def _identity(value):
+    return (id(value), id(value.__code__)) if isinstance(value, FunctionType) else id(value)
+
+
