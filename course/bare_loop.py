@@ -32,7 +32,7 @@ def before_step(layers, schedule, step, density, noise):
 
 
 def after_backward(layers, schedule, step, lagrangian, beta):
-    """Add the gradient of beta R_orth, and in the window that of lambda (C - b)^2, to the gradient of the task's loss."""
+    """Add the gradient of beta R_orth, and in the window that of lambda (C - b)^2, to that of the task's loss."""
     penalty = beta * orthogonality(layers)  # Eq. (9)
     if schedule.phase(step) == "window":
         penalty = penalty + lagrangian(expected_density(layers))  # Eq. (12)
@@ -79,7 +79,7 @@ def train(model, batches, loss_of, density, lr=0.05, gate_lr=0.2, beta=0.01, win
 
 
 def planted(ranks=(1, 3), size=16, rows=64, steps=800, seed=0):
-    """(model, batches, loss_of): linear maps, and what they should become: the same maps plus updates of these ranks."""
+    """(model, batches, loss_of): linear maps that are to become themselves plus updates of these ranks."""
     torch.manual_seed(seed)
     model = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in ranks)
     updates = [torch.randn(size, rank) @ torch.randn(rank, size) / size for rank in ranks]
@@ -97,8 +97,8 @@ def main():
     model, batches, loss_of = planted()
     before = loss_of(model, batches[0]).item()
     kept = train(model, batches, loss_of, density=0.25)
-    ranks = [layer.r for layer in model]
-    print(f"loss {before:.3f} -> {loss_of(model, batches[0]).item():.5f} | kept {kept:.3f} | planted 1, 3 | ranks {ranks}")
+    after, ranks = loss_of(model, batches[0]).item(), [layer.r for layer in model]
+    print(f"loss {before:.3f} -> {after:.3f} | kept {kept:.3f} | planted ranks 1, 3 | learned {ranks[0]}, {ranks[1]}")
 
 
 if __name__ == "__main__":

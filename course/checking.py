@@ -40,6 +40,12 @@ def holds(truth, call, got, expected):
         raise Different(f"{call}\n  got      {got}\n  expected {expected}")
 
 
+def learns(value, call, who):
+    """Raises Different unless `value` is a tensor with a gradient."""
+    learnable = isinstance(value, torch.Tensor) and value.requires_grad
+    holds(learnable, call, "no gradient", f"a tensor that {who} can learn from")
+
+
 def _near(a, b, within):
     return a == b or (math.isfinite(a) and abs(a - b) <= within)
 

@@ -60,8 +60,9 @@ EXERCISES = {
                  {"budget.py": ("LinearLagrangian.forward",)}),
         Exercise(9, "Algorithm 1 in a bare loop", "Algorithm 1",
                  {"course/bare_loop.py": ("before_step", "after_backward", "after_step", "finish")},
-                 {"budget.py": tuple(f"RankAllocator.{name}" for name in (
-                     "before_step", "penalty", "after_backward", "after_step", "_enter_phase", "_release", "_decide"))}),
+                 {"budget.py": ("RankAllocator.before_step", "RankAllocator.penalty", "RankAllocator.after_backward",
+                                "RankAllocator.after_step", "RankAllocator._enter_phase", "RankAllocator._release",
+                                "RankAllocator._decide")}),
     )
 }  # fmt: skip
 
@@ -71,7 +72,7 @@ def chosen(text):
     numbers = set()
     for part in text.split(","):
         first, _, last = part.partition("-")
-        if not first.isdigit() or (last or first).isdigit() is False:
+        if not first.isdigit() or not (last or first).isdigit():
             raise ValueError(f"exercises are numbers and ranges such as 1-4,7, got {text!r}")
         numbers.update(range(int(first), int(last or first) + 1))
     unknown = sorted(numbers - set(EXERCISES))

@@ -32,12 +32,12 @@ LARGEST = 2**20  # bytes of a student's file, and of a report
 LIMIT = 60  # seconds an exercise: the slowest takes 2 on a quiet core
 
 
-def grade(submission, exercises=None, limit=LIMIT):
+def grade(submission, exercises=EXERCISES.values(), limit=LIMIT):
     """The marks of a submission, as `--json` prints them. Raises OSError where there is no submission."""
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         student, notes = _collect(Path(submission), Path(folder))
-        for exercise in exercises or EXERCISES.values():
+        for exercise in exercises:
             results[str(exercise.number)] = _grade_one(exercise, student, limit)
     points, out_of = (sum(result[key] for result in results.values()) for key in ("points", "out_of"))
     return {"submission": str(submission), "points": points, "out_of": out_of, "notes": notes, "exercises": results}
@@ -162,7 +162,7 @@ def write_table(root, exercises, limit, out):
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("submission", type=Path, help="a folder or a .py file; with --all, a folder of them")
-    parser.add_argument("--exercises", type=chosen, default=list(EXERCISES.values()), metavar="1-4", help="default: all")
+    parser.add_argument("--exercises", type=chosen, default=EXERCISES.values(), metavar="1-4", help="default: all")
     parser.add_argument("--limit", type=float, default=LIMIT, metavar="S", help="seconds per exercise (default 60)")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print the marks as JSON")

@@ -13,6 +13,7 @@ import hmac
 import json
 import os
 import sys
+import tempfile
 import warnings
 from hashlib import sha256
 from types import FunctionType
@@ -30,9 +31,15 @@ try:
 except ImportError:  # not on Windows
     resource = None
 
+# torch completes itself on first use. Here, so that this happens before anything is watched or fenced.
+for Optimizer in (torch.optim.Adam, torch.optim.SGD, torch.optim.AdamW):
+    Optimizer([torch.zeros(1, requires_grad=True)], lr=0.1).step()
+torch.empty(1, device="meta").clone()
+
 MEGABYTE = 2**20
 MEMORY, FILE_SIZE = 4096 * MEGABYTE, 16 * MEGABYTE
-WATCHED = ("torch", "pytest", "_pytest", "pluggy", "builtins", "math", "course", "conftest", "hmac", "json", "os", "sys")
+WATCHED = ("torch", "pytest", "_pytest", "pluggy", "builtins", "math", "course", "conftest", "hmac", "json", "os")
+UNWATCHED = ("torch._C", "torch.distributed")
 FORBIDDEN = ("subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.startfile", "os.kill",
              "pty.", "signal.", "socket.", "ctypes.", "sys.addaudithook", "sys._current_frames", "gc.get_",
              "resource.", "winreg.", "webbrowser.", "urllib.", "ftplib.", "smtplib.", "os.chown", "os.chmod",
@@ -57,6 +64,7 @@ def judge(number, texts, student, folder, report, key):
         _be_quiet()
         _limit()
         os.chdir(folder)
+        tempfile.tempdir = str(folder)
         sys.dont_write_bytecode = True
         sys.path.insert(0, str(ROOT / "tests"))
         sys.setrecursionlimit(1000)
@@ -74,10 +82,11 @@ def judge(number, texts, student, folder, report, key):
             tell(unusable=f"the file does not load: {said(error, '')}")
         else:
             arguments = ["-q", "-s", "-p", "no:cacheprovider", "--import-mode=importlib", "-c", os.devnull]
-            status = pytest.main([*arguments, f"--rootdir={ROOT}", str(exercise.checks)], [Witness(exercise, student, tell)])
+            arguments += [f"--rootdir={ROOT}", str(exercise.checks)]
+            status = pytest.main(arguments, [Witness(exercise, student, tell)])
             if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
                 os._exit(3)
-        changed = sorted(name for name, value in _callables(before).items() if before[name] != value)
+        changed = _changes(before, _callables())
         tell(end=True, refused=sorted(set(refused))[:5], changed=changed[:5])
     os._exit(0)
 
@@ -153,22 +162,27 @@ def _fence(folder, refused):
     sys.addaudithook(hook)
 
 
-def _callables(names=None):
-    """{name: identity} of the functions and classes of the watched modules, and of methods in those classes."""
+def _callables():
+    """{module or class: {name: identity}} of the functions, classes and methods of the watched modules."""
     found = {}
-    modules = [(name, module) for name, module in list(sys.modules.items()) if name.split(".")[0] in WATCHED]
-    for name, module in modules:
-        for key, value in list(vars(module).items()):
-            if callable(value):
-                found[f"{name}.{key}"] = _identity(value)
-            if isinstance(value, type) and value.__module__ == name:
-                for method, function in list(vars(value).items()):
-                    if callable(function):
-                        found[f"{name}.{key}.{method}"] = _identity(function)
-    return found if names is None else {name: found.get(name) for name in names}
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] in WATCHED and not name.startswith(UNWATCHED):
+            found[name] = _identities(module)
+            for key, value in list(vars(module).items()):
+                if isinstance(value, type) and value.__module__.split(".")[0] in WATCHED:
+                    found[f"{name}.{key}"] = _identities(value)
+    return found
 
 
-def _identity(value):
-    return (id(value), id(value.__code__)) if isinstance(value, FunctionType) else id(value)
+def _identities(holder):
+    found = {key: value for key, value in list(vars(holder).items()) if callable(value)}
+    return {key: (id(f), id(f.__code__)) if isinstance(f, FunctionType) else id(f) for key, f in found.items()}
 
 
+def _changes(before, after):
+    """Names of what was replaced, removed or added in modules and classes that were there before."""
+    changed = []
+    for holder, names in before.items():
+        now = after.get(holder, {})
+        changed += [f"{holder}.{name}" for name in names.keys() | now.keys() if names.get(name) != now.get(name)]
+    return sorted(changed)

@@ -79,7 +79,7 @@ def check_handout(out, exercises):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="a folder that does not exist yet")
-    parser.add_argument("--exercises", type=chosen, default=list(EXERCISES.values()), metavar="1-4", help="default: all")
+    parser.add_argument("--exercises", type=chosen, default=EXERCISES.values(), metavar="1-4", help="default: all")
     args = parser.parse_args(argv)
     if args.out.exists():
         parser.error(f"{args.out} exists: name a new folder")

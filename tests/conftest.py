@@ -32,7 +32,7 @@ settings.load_profile("default")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--exercise", metavar="N", help="run the checks of exercise N of course/exercises.md, and no others")
+    parser.addoption("--exercise", metavar="N", help="run the checks of exercise N of course/exercises.md alone")
 
 
 def pytest_configure(config):

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from course.checking import about, f64, holds, same
+from course.checking import about, f64, learns, same
 from hard_concrete import prob_open, sample_gate
 
 
@@ -43,8 +43,9 @@ def test_it_is_the_share_of_noise_for_which_the_sampled_gate_is_above_zero():
 
 @about("prob_open", "8")
 def test_its_gradient_reaches_log_theta():
-    log_theta = f64([0.0]).requires_grad_()
+    log_theta = f64([1.0]).requires_grad_()
     p = prob_open(log_theta)
-    holds(p.requires_grad, "prob_open(log_theta)", "a tensor without gradient", "one that log_theta can learn from")
+    learns(p, "prob_open(log_theta)", "log_theta")
     p.sum().backward()
-    same(log_theta.grad, [11 / 144], "the derivative of prob_open at 0.0: p (1 - p)")
+    odds = 11 * math.e
+    same(log_theta.grad, [odds / (1 + odds) ** 2], "the derivative of prob_open at 1.0: p (1 - p)")
