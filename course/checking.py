@@ -16,6 +16,9 @@ def about(function, equation):
     return mark
 
 
+PLAIN = (torch.Tensor, nn.Parameter, torch.Size, int, float, bool, list, tuple)
+
+
 class Different(AssertionError):
     """What a comparison says to a student. Nothing has to be added to it."""
 
@@ -27,11 +30,18 @@ def same(got, expected, call, within=1e-6):
     """
     if got is None:
         raise Different(f"{call}\n  got      None: is a return missing?\n  expected {show(expected)}")
+    if type(got) not in PLAIN:  # also no subclass of a tensor, which could answer as it likes
+        raise Different(f"{call}\n  got      a {type(got).__name__}\n  expected {show(expected)}")
     one, other = _numbers(got), _numbers(expected)
     if _shape(got) != _shape(expected):
         raise Different(f"{call}\n  got      shape {_shape(got)}\n  expected shape {_shape(expected)}")
-    if not all(_near(a, b, within) for a, b in zip(one, other, strict=True)):
+    if all(_near(a, b, within) for a, b in zip(one, other, strict=True)):
+        return
+    if len(one) <= 8:
         raise Different(f"{call}\n  got      {show(got)}\n  expected {show(expected)}")
+    i = next(i for i in range(len(one)) if not _near(one[i], other[i], within))
+    place = [int(index) for index in torch.unravel_index(torch.tensor(i), _shape(got))]
+    raise Different(f"{call}, at {place}\n  got      {show(one[i])}\n  expected {show(other[i])}")
 
 
 def holds(truth, call, got, expected):
@@ -59,13 +69,12 @@ def _numbers(value):
 
 
 def show(value):
-    """At most eight numbers, to four digits behind the point."""
-    numbers = [f"{x:.4f}".rstrip("0").rstrip(".") for x in _numbers(value)]
-    if not _shape(value):
-        return numbers[0]
-    more = f", ... {len(numbers)} in all" if len(numbers) > 8 else ""
-    shape = f" of shape {_shape(value)}" if len(_shape(value)) > 1 else ""
-    return f"[{', '.join(numbers[:8])}{more}]{shape}"
+    """Numbers to four digits behind the point, nested like their tensor."""
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(show, value))}]"
+    return f"{round(value, 4) + 0.0:.10g}"  # + 0.0 makes 0 of -0
 
 
 def f64(value):

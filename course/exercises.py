@@ -5,6 +5,7 @@ course, change this table, the checks in course/checks/exercise_N.py and the tex
 """
 
 import ast
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,11 +72,9 @@ def chosen(text):
     """The exercises that "1-4" or "1,3,7-9" means, in order. Raises ValueError for anything else."""
     numbers = set()
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdigit() or not (last or first).isdigit():
-            raise ValueError(f"exercises are numbers and ranges such as 1-4,7, got {text!r}")
-        numbers.update(range(int(first), int(last or first) + 1))
-    unknown = sorted(numbers - set(EXERCISES))
-    if unknown or not numbers:
-        raise ValueError(f"there are exercises 1 to {max(EXERCISES)} with tests, got {text!r}")
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
+        if not found or not set(found) <= EXERCISES.keys():
+            raise ValueError(f"exercises are numbers and ranges from 1 to {max(EXERCISES)}, as in 1-4,7; got {text!r}")
+        numbers.update(found)
     return [EXERCISES[number] for number in sorted(numbers)]

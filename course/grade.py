@@ -68,7 +68,7 @@ def _collect(submission, folder):
                 student[file].parent.mkdir(exist_ok=True)
                 student[file].write_bytes(place.read_bytes())
                 break
-    return student, notes
+    return student, list(dict.fromkeys(notes))
 
 
 def _grade_one(exercise, student, limit):

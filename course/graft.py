@@ -90,7 +90,8 @@ def _insert(module, file, names, path):
     try:
         exec(compile(path.read_bytes(), str(path), "exec"), vars(theirs))
     except SyntaxError as error:
-        raise Unusable(f"{file}, line {error.lineno}: {type(error).__name__}: {error.msg}") from None
+        line = "" if error.lineno is None else f", line {error.lineno}"
+        raise Unusable(f"{file}{line}: {type(error).__name__}: {error.msg}") from None
     except (Exception, SystemExit) as error:
         raise Unusable(f"{file} does not load: {said(error, path)}") from None
     own = dict(vars(theirs))
