@@ -1,8 +1,12 @@
 """The course: each exercise stands alone, wrong solutions are blamed by name, and no submission does any harm."""
 
+import builtins
 import csv
+import doctest
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,13 +14,15 @@ from pathlib import Path
 
 import course_faults
 import pytest
+import torch
 from conftest import EQUATIONS, ROOT
 from course_faults import HOSTILE, RIGHT, WRONG, hostile, marks_of
+from torch import nn
 
 from course import grade as grader
 from course import make_handout
 from course.exercises import EXERCISES, FILES, chosen
-from course.graft import functions_of, is_stub, reference_texts, stubbed
+from course.graft import Unusable, blanked, functions_of, graft, is_stub, reference_texts, stubbed
 
 
 def graded(folder, *numbers, limit=60):
@@ -123,28 +129,83 @@ def test_a_handout_is_not_written_over_what_is_there(tmp_path, capsys):
     assert f"{tmp_path} exists: name a new folder" in capsys.readouterr().err
 
 
+# A student's functions, with the reference behind them
+
+
+@pytest.fixture
+def grafted(tmp_path, monkeypatch):
+    """grafted(number, text) -> the module hard_concrete with the functions of an exercise from this text."""
+    for file in FILES:
+        name = file.removesuffix(".py").replace("/", ".")
+        monkeypatch.setitem(sys.modules, name, importlib.import_module(name))
+    monkeypatch.setattr(sys.modules["course"], "bare_loop", sys.modules["course.bare_loop"])
+
+    def make(number, text, file="hard_concrete.py"):
+        path = tmp_path / "theirs.py"
+        path.write_text("import torch\n" + text, encoding="utf-8")
+        graft(blanked(reference_texts(), EXERCISES[number]), EXERCISES[number].targets, {file: path})
+        return sys.modules[file.removesuffix(".py")]
+
+    return make
+
+
+HALF = "def prob_open(log_theta, *rest):\n    return {}\n"
+
+
+def test_a_function_runs_for_all_who_call_it_and_its_neighbors_are_the_references(grafted):
+    """A blank and a wrong neighbor in the same file do not matter, and a helper of their own stays."""
+    text = HALF.format("helper() * sample_gate(log_theta, torch.tensor(0.5))") + "def helper():\n    return 2\n"
+    module = grafted(
+        1, text + "def sample_gate(*_):\n    raise NotImplementedError\ndef median_gate(*_):\n    return 7\n"
+    )
+    zero = torch.tensor(0.0)
+    assert module.prob_open(zero) == 1 and module.sample_gate(zero, zero + 0.5) == module.median_gate(zero) == 0.5
+    layer = sys.modules["salora"].SaLoRALinear(nn.Linear(2, 2), 3, 1)
+    layer.gate.release()
+    assert sys.modules["budget"].expected_density([layer]) == 1, "Eq. (11) of the reference calls theirs"
+
+
+def test_the_references_own_answer_is_gone_before_a_students_file_runs(grafted):
+    text = "import hard_concrete\nfrom hard_concrete import prob_open as answer\n" + HALF.format("answer(log_theta)")
+    with pytest.raises(NotImplementedError, match="Exercise 1"):
+        grafted(1, text).prob_open(torch.tensor(0.0))
+
+
+def test_methods_come_with_the_methods_that_they_call(grafted):
+    text = "class SaLoRALinear:\n    def forward(self, x):\n        return self.twice(x)\n"
+    text += "    def twice(self, x):\n        return 2 * x\n    def delta(self):\n        return self.scale\n"
+    layer = grafted(4, text, "salora.py").SaLoRALinear(nn.Linear(2, 2), 4, 8)
+    assert layer(torch.ones(2)).tolist() == [2, 2] and layer.delta() == 2, "in the reference's class"
+
+
+@pytest.mark.parametrize("text,words", [
+    ("def other():\n    pass\n", "hard_concrete.py does not define prob_open"),
+    ("prob_open = 0.5\n", "hard_concrete.py does not define prob_open"),
+    ("x = 1 / 0\n", "hard_concrete.py does not load: line 2: ZeroDivisionError: division by zero"),
+    ("def (\n", "hard_concrete.py, line 2: SyntaxError: invalid syntax"),
+    ("raise SystemExit\n", "hard_concrete.py does not load: line 2: SystemExit"),
+])  # fmt: skip
+def test_a_file_that_cannot_be_used_is_told_in_a_line(grafted, text, words):
+    with pytest.raises(Unusable) as error:
+        grafted(1, text)
+    assert str(error.value) == words
+
+
 # In class: python -m pytest --exercise N
 
 
 def test_a_student_reads_what_a_test_states_the_equation_got_and_expected_and_how_many_passed(handout, tmp_path):
-    course_faults.write(tmp_path, *WRONG[2][3:])
-    status, text, _ = run("-m", "pytest", "--exercise", "1", folder=handout, SALORA_IMPL=str(tmp_path))
-    lines = text.splitlines()
+    """One exercise alone, all others still blank: its tests call sample_gate."""
+    text = (handout / "hard_concrete.py").read_text(encoding="utf-8")
+    blank = 'raise NotImplementedError("Exercise 1: Eq. (8)")'
+    (tmp_path / "hard_concrete.py").write_text(text.replace(blank, WRONG[2][5]), encoding="utf-8")
+    status, said, _ = run("-m", "pytest", "--exercise", "1", folder=handout, SALORA_IMPL=str(tmp_path))
+    lines = said.splitlines()
     at = lines.index("the temperature multiplies the logarithm")
     assert lines[at + 1].startswith("prob_open: hard_concrete.py, Eq. (8): P(g > 0) = sigmoid(")
     assert lines[at + 2 : at + 5] == ["prob_open(0.0, tau=2.0)", "  got      0.9167", "  expected 0.9918"]
     assert status == 1 and "exercise 1: 5 of 7" in lines and len(lines) < 20
-    assert "Traceback" not in text and "site-packages" not in text and "reproduce_failure" not in text
-
-
-def test_one_function_is_tested_alone_while_all_others_are_still_blank(handout, tmp_path):
-    """The handout lacks prob_above, so the answer must do without it; prob_open's tests call sample_gate, a blank."""
-    text = (handout / "hard_concrete.py").read_text(encoding="utf-8")
-    answer = "return torch.sigmoid(log_theta - tau * log(-gamma / zeta))"
-    blank = 'raise NotImplementedError("Exercise 1: Eq. (8)")'
-    (tmp_path / "hard_concrete.py").write_text(text.replace(blank, answer), encoding="utf-8")
-    status, said, seconds = run("-m", "pytest", "--exercise", "1", folder=handout, SALORA_IMPL=str(tmp_path))
-    assert status == 0 and "exercise 1: 7 of 7" in said, said
+    assert "Traceback" not in said and "site-packages" not in said and "reproduce_failure" not in said
 
 
 @pytest.mark.parametrize("name", ["0", "10", "x", "1-2"])
@@ -158,17 +219,10 @@ def test_a_number_without_an_exercise_is_refused_in_one_line(pytestconfig, name)
 # Grades: what needs one process each, and is quick
 
 
-def test_wrong_and_right_and_hostile_solutions_are_graded_as_what_they_are(tmp_path):
-    """One of each kind; the whole tables are in the slow tests."""
-    marks = marks_of(1, *WRONG[0][3:])
-    assert marks["points"] == 0 and marks["out_of"] == 7
+def test_a_wrong_solution_and_a_right_one_are_graded_as_what_they_are():
+    """The whole tables are in the slow tests."""
+    assert marks_of(1, *WRONG[0][3:])["points"] == 0
     assert marks_of(2, *RIGHT[1][2:])["points"] == 8
-    prize = tmp_path / "prize"
-    prize.write_text("here")
-    hostile(tmp_path, "import os\nos.remove(PRIZE)", "", prize)
-    marks = graded(tmp_path, 1)
-    assert marks["points"] == 0 and prize.read_text() == "here"
-    assert f"refused: os.remove: {prize}" in marks["exercises"]["1"]["notes"]
 
 
 def test_without_a_file_or_with_a_link_there_is_nothing_to_grade(tmp_path):
@@ -191,11 +245,31 @@ def test_a_class_is_graded_into_a_table(tmp_path, capsys):
     assert rows[1]["notes"] == "1: there is no hard_concrete.py" and rows[0]["out_of"] == "7"
 
 
-def test_marks_come_as_json(tmp_path, capsys):
-    course_faults.write(tmp_path, *WRONG[3][3:])
-    grader.main([str(tmp_path), "--json", "--exercises", "1"])
-    marks = json.loads(capsys.readouterr().out)
-    assert (marks["points"], marks["out_of"], marks["exercises"]["1"]["points"]) == (6, 7, 6)
+def test_marks_come_as_json_and_say_what_a_submission_tried(tmp_path):
+    """It is right, but it tries to write elsewhere, hides the error, and changes the comparison."""
+    prize = tmp_path / "elsewhere" / "prize"
+    prize.parent.mkdir()
+    prize.write_text("here")
+    top = "try:\n    open(PRIZE, 'w')\nexcept OSError:\n    pass\nimport course.checking\ncourse.checking.math = None"
+    hostile(tmp_path, top + "\ncourse.checking.same = print", "", prize)
+    status, text, _ = run("course/grade.py", str(tmp_path), "--json", "--exercises", "1")
+    marks = json.loads(text)
+    assert status == 0 and (marks["points"], marks["out_of"]) == (0, 7) and prize.read_text() == "here"
+    assert marks["exercises"]["1"]["notes"] == [
+        f"refused: write: {prize}", "changes what is not theirs: course.checking.same"]  # fmt: skip
+
+
+def test_points_are_tests_that_passed_in_a_process_that_came_to_its_end():
+    exercise = EXERCISES[1]
+    first, second, *_ = exercise.tests()
+    facts = [{"test": first, "passed": True}, {"test": second, "passed": False}, {"test": "other", "passed": True}]
+    end = {"end": True, "refused": [], "changed": []}
+
+    def points(*more, late=False):
+        return grader._marks(exercise, [*facts, *more], late, 9)["points"]
+
+    assert points(end) == 1 and points(end | {"changed": ["torch.equal"]}) == 0
+    assert points() == points(late=True) == 0, "no last word: an exit, or the time limit"
 
 
 def test_a_report_that_is_not_signed_with_the_key_does_not_count(tmp_path):
@@ -207,6 +281,41 @@ def test_a_report_that_is_not_signed_with_the_key_does_not_count(tmp_path):
     assert grader._signed(report, key) == []
     report.write_text("".join(f"{signature(key, fact)} {fact}\n" for fact in facts))
     assert [fact.get("test") for fact in grader._signed(report, key)] == ["test_x", None]
+
+
+# The pages
+
+
+def test_the_numbers_of_the_walkthrough_are_those_that_the_code_prints():
+    results = doctest.testfile(str(ROOT / "course" / "WALKTHROUGH.md"), module_relative=False)
+    assert results.attempted > 50 and results.failed == 0
+
+
+@pytest.mark.parametrize("page", ["exercises.md", "answers.md", "teaching.md", "WALKTHROUGH.md"])
+def test_files_and_functions_that_the_pages_name_exist(page):
+    text = (ROOT / "course" / page).read_text(encoding="utf-8").replace("exercise_N", "exercise_1")
+    code = "".join(path.read_text(encoding="utf-8") for path in (*ROOT.glob("*.py"), *ROOT.glob("course/*.py")))
+    for word in re.findall(r"`(\w[\w./]+)`", text):
+        if word.endswith((".py", ".md", ".png")):
+            assert any((ROOT / folder / word).exists() for folder in ("", "course")) or word in NOT_YET, word
+        elif "." not in word and not hasattr(builtins, word):
+            assert re.search(rf"\b{word}\b", code), word
+
+
+NOT_YET = {"experiments/shift.py"}
+
+
+def test_run_says_whose_functions_run_and_takes_the_reference_for_blanks(handout, tmp_path):
+    from course.run import written_in
+
+    answer = HALF.format("log_theta") + "def sample_gate(*_):\n    raise NotImplementedError\n"
+    (tmp_path / "hard_concrete.py").write_text(answer, encoding="utf-8")
+    paths, written = written_in(tmp_path)
+    assert written == {"hard_concrete.py": ["prob_open"]} and list(paths) == ["hard_concrete.py"]
+    assert written_in(handout) == ({}, {})
+    status, text, _ = run("course/run.py", str(tmp_path), "--version-of-nothing")
+    first = f"1 of 19 functions from {tmp_path}: prob_open; the others: reference"
+    assert text.splitlines()[0] == first and status == 2 and "unrecognized arguments" in text
 
 
 # The whole tables
