@@ -509,7 +509,7 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
     ("course/graft.py", "setattr(theirs, key, value)", "pass",
      "tests/test_course.py::test_a_function_runs_for_all_who_call_it_and_its_neighbors_are_the_references"),
     ("course/graft.py", "            setattr(theirs, name, own[name])\n", "",
-     "tests/test_course.py::test_a_function_runs_for_all_who_call_it_and_its_neighbors_are_the_references"),
+     "tests/test_course.py::test_functions_of_one_exercise_call_each_other"),
     ("course/graft.py", "key == method or not hasattr(ours, key)", "key == method",
      "tests/test_course.py::test_methods_come_with_the_methods_that_they_call"),
     ("course/graft.py", "dict.fromkeys(names, exercise.stub) for file", "{} for file",

@@ -165,6 +165,11 @@ def test_a_function_runs_for_all_who_call_it_and_its_neighbors_are_the_reference
     assert sys.modules["budget"].expected_density([layer]) == 1, "Eq. (11) of the reference calls theirs"
 
 
+def test_functions_of_one_exercise_call_each_other(grafted):
+    text = "def mean_gate(*_):\n    return median_gate()\ndef median_gate(*_):\n    return 7\n"
+    assert grafted(3, text).mean_gate() == 7
+
+
 def test_the_references_own_answer_is_gone_before_a_students_file_runs(grafted):
     text = "import hard_concrete\nfrom hard_concrete import prob_open as answer\n" + HALF.format("answer(log_theta)")
     with pytest.raises(NotImplementedError, match="Exercise 1"):
