@@ -2,16 +2,31 @@
 
     python course/run.py FOLDER [flags of train_glue_mini.py]         in a handout: python course/run.py .
 
-The first line says whose functions run. It executes the student's files as they are: to grade, use grade.py instead.
+The first line says whose functions run. `mine()` does the same for a Python session. Both execute the student's files
+as they are: to grade, use grade.py instead.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from course.exercises import EXERCISES, FILES
+from course.exercises import EXERCISES, FILES, ROOT
 from course.graft import Unusable, functions_of, graft, is_stub, reference_texts
+
+
+def mine(folder=ROOT):
+    """Make imports from here on give the functions written in a folder, and the reference's for all others.
+
+    Call it before anything is imported from the four files. Returns a line that says whose functions these are. Raises
+    Unusable for a file that does not load.
+    """
+    paths, written = written_in(Path(folder))
+    graft(reference_texts(), written, paths)
+    names = [name for names in written.values() for name in names]
+    every = sum(len(names) for exercise in EXERCISES.values() for names in exercise.targets.values())
+    return f"{len(names)} of {every} functions from {folder}: {', '.join(names) or 'none'}; the others: reference"
 
 
 def written_in(folder):
@@ -39,16 +54,11 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if not argv or not Path(argv[0]).is_dir():
         sys.exit(f"course/run.py needs a folder with a student's files, got {argv[0] if argv else 'nothing'}")
-    folder = Path(argv[0]).resolve()
     try:
-        paths, written = written_in(folder)
-        graft(reference_texts(), written, paths)
+        print(mine(Path(argv[0]).resolve()), flush=True)
     except Unusable as error:
         sys.exit(str(error))
-    all_of_them = sum(len(names) for exercise in EXERCISES.values() for names in exercise.targets.values())
-    names = [name for names in written.values() for name in names]
-    print(f"{len(names)} of {all_of_them} functions from {folder}: {', '.join(names) or 'none'}; the others: reference")
-    import train_glue_mini
+    import train_glue_mini  # only now: it imports what `mine` has put into place
 
     return train_glue_mini.main(argv[1:])
 

@@ -124,8 +124,8 @@ RIGHT = [  # (exercise, style, file, text of the reference, another that is as r
     (5, "loops over triplets", SALORA, "    total = 0.0\n    for layer in layer_list(layers):\n",
      "    total = 0.0\n    for layer in layer_list(layers):\n        for i in range(layer.r):\n"
      "            for j in range(layer.r):\n"
-     "                total = total + (layer.B[:, i] @ layer.B[:, j] - (i == j)) ** 2\n"
-     "                total = total + (layer.A[i] @ layer.A[j] - (i == j)) ** 2\n"
+     "                total = total + (layer.B[:, i] @ layer.B[:, j] - float(i == j)) ** 2\n"
+     "                total = total + (layer.A[i] @ layer.A[j] - float(i == j)) ** 2\n"
      "    return total\n    for layer in layer_list(layers):\n"),
     (5, "the SVD of the whole product", SALORA, "    (Qb, Rb), (Qa, Ra) = ",
      "    U, S, Vt = torch.linalg.svd(layer.B @ layer.A, full_matrices=False)\n    n = min(layer.r, len(S))\n"

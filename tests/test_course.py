@@ -291,7 +291,7 @@ def test_a_report_that_is_not_signed_with_the_key_does_not_count(tmp_path):
 # The pages
 
 
-def test_the_numbers_of_the_walkthrough_are_those_that_the_code_prints():
+def test_the_numbers_of_the_walkthrough_are_those_that_the_code_prints(grafted):
     results = doctest.testfile(str(ROOT / "course" / "WALKTHROUGH.md"), module_relative=False)
     assert results.attempted > 50 and results.failed == 0
 
