@@ -14,7 +14,6 @@ import json
 import os
 import secrets
 import signal
-import stat
 import sys
 import tempfile
 import time
@@ -55,20 +54,28 @@ def _collect(submission, folder):
             named = submission.name in [Path(other).name for other in FILES]
             places = [submission] if not named or submission.name == Path(file).name else []
         for place in places:
-            try:
-                status = place.lstat()
-            except OSError:
+            if not os.path.lexists(place):
                 continue
-            if not stat.S_ISREG(status.st_mode):
-                notes.append(f"{place.name} is a link or not a file, and was not read")
-            elif status.st_size > LARGEST:
-                notes.append(f"{place.name} has {status.st_size} bytes, and was not read")
-            else:
-                student[file] = folder / file
-                student[file].parent.mkdir(exist_ok=True)
-                student[file].write_bytes(place.read_bytes())
-                break
+            why_not = _why_not(place, submission)
+            if why_not:
+                notes.append(f"{place.name} {why_not}, and was not read")
+                continue
+            student[file] = folder / file
+            student[file].parent.mkdir(exist_ok=True)
+            student[file].write_bytes(place.read_bytes())
+            break
     return student, list(dict.fromkeys(notes))
+
+
+def _why_not(place, submission):
+    """Why a student's file cannot be read, or None."""
+    linked = place.is_symlink() or place.resolve() != submission.resolve() / place.relative_to(submission)
+    if linked or not place.is_file():
+        return "is a link or not a file"
+    if place.stat().st_size > LARGEST:
+        return f"has more than {LARGEST} bytes"
+    if not os.access(place, os.R_OK):
+        return "may not be read"
 
 
 def _grade_one(exercise, student, limit):

@@ -9,6 +9,7 @@ elsewhere in the file matters. The reference's own answer to the exercise is bla
 import ast
 import sys
 import zipfile
+from pathlib import Path
 from types import ModuleType
 
 from course.exercises import COURSE, FILES, ROOT
@@ -26,6 +27,12 @@ def reference_texts():
         return {file: (ROOT / file).read_text(encoding="utf-8") for file in FILES}
     with zipfile.ZipFile(PACKED) as packed:
         return {file: packed.read(file).decode() for file in FILES}
+
+
+def place_of(file, folder):
+    """Where one of the four files stands in a student's folder, in its place or at the top; None if it is not there."""
+    places = [folder / file, folder / Path(file).name]
+    return next((place for place in places if place.is_file()), None)
 
 
 def functions_of(text):

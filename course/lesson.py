@@ -8,11 +8,12 @@ last line of the student's own file is enough, and `--pdb` still stops where it 
 """
 
 import inspect
+import signal
 
 import pytest
 
 from course.exercises import EXERCISES, FILES, ROOT, chosen
-from course.graft import Unusable, blanked, graft, reference_texts, said
+from course.graft import Unusable, blanked, graft, place_of, reference_texts, said
 
 
 def begin(config, number, folder):
@@ -21,8 +22,11 @@ def begin(config, number, folder):
         [exercise] = chosen(number)
     except ValueError:
         raise pytest.UsageError(f"--exercise takes one number from 1 to {max(EXERCISES)}, got {number!r}") from None
-    paths = [(file, place) for file in FILES for place in (folder, ROOT) if place and (place / file).is_file()]
-    student = {file: place / file for file, place in reversed(paths)}
+    if folder and not any(place_of(file, folder) for file in FILES):
+        raise pytest.UsageError(f"SALORA_IMPL: {folder} holds none of {', '.join(FILES)}")
+    student = {file: place_of(file, ROOT) for file in FILES}
+    if folder:
+        student |= {file: place_of(file, folder) for file in FILES if place_of(file, folder)}
     of = len(exercise.tests())
     try:
         graft(blanked(reference_texts(), exercise), exercise.targets, student)
@@ -34,7 +38,13 @@ def begin(config, number, folder):
         setattr(config.option, name, value)
 
 
+class TooLong(Exception):
+    pass
+
+
 class Lesson:
+    limit = 10  # seconds of computing for a test; a prompt of the debugger does not count
+
     def __init__(self, exercise, paths):
         self.exercise, self.paths = exercise, list(map(str, paths))
         self.outcomes = {}  # {test: passed}
@@ -48,6 +58,23 @@ class Lesson:
         passed = report.outcome == "passed" and not hasattr(report, "wasxfail")
         self.outcomes[item.name] = passed and self.outcomes.get(item.name, True)
         return report
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        if not self.limit or not hasattr(signal, "setitimer"):  # Windows has none
+            return (yield)
+
+        def stop(*_):
+            item.session.shouldstop = f"{item.name} was not finished after {self.limit} s"
+            raise TooLong(f"not finished after {self.limit} s: an endless loop?")
+
+        before = signal.signal(signal.SIGVTALRM, stop)
+        signal.setitimer(signal.ITIMER_VIRTUAL, self.limit)
+        try:
+            return (yield)
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, before)
 
     def words(self, item, error):
         """What a student reads about a failed test."""

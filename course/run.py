@@ -13,7 +13,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from course.exercises import EXERCISES, FILES, ROOT
-from course.graft import Unusable, functions_of, graft, is_stub, reference_texts
+from course.graft import Unusable, functions_of, graft, is_stub, place_of, reference_texts
 
 
 def mine(folder=ROOT):
@@ -36,17 +36,17 @@ def written_in(folder):
     """
     paths, written = {}, {}
     for file in FILES:
-        places = [place for place in (folder / file, folder / Path(file).name) if place.is_file()]
-        if not places:
+        place = place_of(file, folder)
+        if place is None:
             continue
         try:
-            nodes = functions_of(places[0].read_text(encoding="utf-8"))
+            nodes = functions_of(place.read_text(encoding="utf-8"))
         except SyntaxError as error:
             raise Unusable(f"{file}, line {error.lineno}: {error.msg}") from None
         asked = [name for exercise in EXERCISES.values() for name in exercise.targets.get(file, ())]
         names = [name for name in asked if name in nodes and not is_stub(nodes[name])]
         if names:
-            paths[file], written[file] = places[0], names
+            paths[file], written[file] = place, names
     return paths, written
 
 

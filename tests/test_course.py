@@ -232,9 +232,11 @@ def test_a_wrong_solution_and_a_right_one_are_graded_as_what_they_are():
 
 def test_without_a_file_or_with_a_link_there_is_nothing_to_grade(tmp_path):
     (tmp_path / "hard_concrete.py").symlink_to(ROOT / "hard_concrete.py")
+    (tmp_path / "course").symlink_to(ROOT / "course")
     marks = graded(tmp_path, 1)
-    assert marks["points"] == 0 and marks["notes"] == ["hard_concrete.py is a link or not a file, and was not read"]
-    assert marks["exercises"]["1"]["notes"] == ["there is no hard_concrete.py"]
+    assert marks["points"] == 0 and marks["exercises"]["1"]["notes"] == ["there is no hard_concrete.py"]
+    refused = [f"{name} is a link or not a file, and was not read" for name in ("hard_concrete.py", "bare_loop.py")]
+    assert marks["notes"] == refused
 
 
 def test_a_class_is_graded_into_a_table(tmp_path, capsys):
@@ -373,11 +375,19 @@ def test_a_hostile_submission_does_no_harm_and_ends_within_its_limit(tmp_path, w
     prize.write_text("here")
     hostile(tmp_path, top, first, prize)
     started, before = time.time(), sorted(Path(os.getcwd()).iterdir())
-    marks = graded(tmp_path, 1, limit=20)["exercises"]["1"]
+    marks = graded(tmp_path, 1, limit=15)["exercises"]["1"]
     assert time.time() - started < 30 and prize.read_text() == "here" and sorted(Path(os.getcwd()).iterdir()) == before
     assert points is None or marks["points"] == points, marks
     assert note is None or any(note in said for said in marks["notes"]), marks
     assert len(json.dumps(marks)) < 30_000
+
+
+@pytest.mark.slow
+def test_an_endless_loop_ends_in_class_too(tmp_path):
+    hostile(tmp_path, "", "    while True:\n        pass\n", "")
+    status, text, _ = run("-m", "pytest", "--exercise", "1", SALORA_IMPL=str(tmp_path))
+    assert status == 2 and ": TooLong: not finished after 10 s: an endless loop?" in text
+    assert "exercise 1: 0 of 7" in text and len(text.splitlines()) < 20
 
 
 @pytest.mark.slow
