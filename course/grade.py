@@ -4,8 +4,8 @@
     python course/grade.py FOLDER --json        {"points": 12, "out_of": 49, "exercises": {"1": {"points": 7, ...}}}
     python course/grade.py ROOT --all           a class: every folder and .py file in ROOT, as CSV
 
-Of a folder only the four files that students write in are read; nothing of theirs runs in this process. Every exercise
-gets a fresh process with a time limit (course/judge.py). Exercise 10 is for the teacher to judge.
+Only the four files that students write in are read, and none of them runs in this process: every exercise gets a fresh
+process with a time limit (course/judge.py). Exercise 10 is for the teacher to judge.
 """
 
 import argparse
@@ -129,11 +129,11 @@ def _marks(exercise, facts, late, limit):
     if late:
         notes.append(f"not finished after {limit} s: an endless loop?")
     elif end is None:
-        notes.append("the process ended before its tests did: an exit, or too much memory?")
+        notes.append("the process ended before the tests were done: an exit, or too much memory?")
     if end is not None:
         notes += [f"refused: {what}" for what in end["refused"]]
         if end["changed"]:
-            notes.append(f"changes what is not theirs: {', '.join(end['changed'])}")
+            notes.append(f"changes code outside the submission: {', '.join(end['changed'])}")
     valid = end is not None and not end["changed"]
     return {"points": len(passed) if valid else 0, "out_of": len(tests), "notes": notes, "failed": failed}
 

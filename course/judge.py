@@ -1,12 +1,12 @@
 """The process in which a submission is tested: one exercise, one submission, one process that ends with it.
 
-Fences, all in place before the student's file runs: no output, no input, limits of memory and of file size, an empty
-folder to work in, and an audit hook that refuses to write elsewhere, to read the repository's answers, to start
-programs, to send signals or to open connections. An audit hook cannot be removed. Fences hold accidents and pranks; for
-a class that you do not trust, run grade.py in a container.
+The fences go up before the student's file runs: no input or output, limits on memory and file size, an empty folder to
+work in, and an audit hook that refuses writing anywhere else, reading the repository's answers, starting programs,
+sending signals and opening connections. An audit hook cannot be removed. The fences stop accidents and pranks, not a
+determined attacker: for a class that you do not trust, run grade.py in a container.
 
-Results are lines of JSON in a file, signed with a key that only the parent and this process's closures hold. What is
-not signed does not count, and without the last line nothing does: so an early exit earns nothing.
+Results are lines of JSON in a file, each signed with a key that only the parent and a closure in this process hold.
+Unsigned lines do not count, and without the last line none does, so an early exit earns nothing.
 """
 
 import hmac
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import warnings
 from hashlib import sha256
+from pathlib import Path
 from types import FunctionType
 
 import pytest
@@ -74,7 +75,7 @@ def judge(number, texts, student, folder, report, key):
         warnings.simplefilter("ignore")
         os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # Hypothesis's plugin, for one, changes pytest
         before, refused = _callables(), []
-        _fence(folder, refused)
+        _fence(folder, student, refused)
         try:
             graft(texts, exercise.targets, student)
         except Unusable as error:
@@ -131,31 +132,35 @@ def _limit():
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _fence(folder, refused):
-    """Refuses what a submission has no business to do, and notes it."""
-    answers = str(ROOT) + os.sep
-    allowed = (str(ROOT / "course" / "check"), str(ROOT / "tests"))
-    inside = os.path.realpath(folder) + os.sep
+def _fence(folder, student, refused):
+    """Refuses what a submission has no business doing, and notes it."""
+    own = [folder, *(path.parent for path in student.values())]
+    checks = [ROOT / "course" / "checks", ROOT / "course" / "checking.py", ROOT / "tests"]
+    python = [sys.prefix, sys.base_prefix, *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
+    writable = [os.path.realpath(folder)]
+    readable = [os.path.realpath(path) for path in (*own, *checks, *python, os.devnull, "/dev/urandom")]
+
+    def inside(path, places):
+        path = os.path.realpath(os.fsdecode(path))
+        return any(path == place or path.startswith(place + os.sep) for place in places)
 
     def refuse(event, what):
         refused.append(f"{event}: {what}"[:200])
         raise PermissionError(f"not in a graded submission: {event} {what}")
 
     def written(event, path):
-        if isinstance(path, int) or path == os.devnull:
-            return
-        if not os.path.realpath(os.fsdecode(path)).startswith(inside):
+        if path != os.devnull and not inside(path, writable):
             refuse(event, os.fsdecode(path))
 
     def hook(event, args):
         if event == "open":
-            path, mode, flags = args
+            path, _, flags = args
+            if isinstance(path, int):
+                return
             if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
                 written("write", path)
-            elif not isinstance(path, int):
-                real = os.path.realpath(os.fsdecode(path))
-                if real.startswith(answers) and not real.startswith(allowed) and not real.startswith(inside):
-                    refuse("read", os.fsdecode(path))
+            elif not inside(path, readable):
+                refuse("read", os.fsdecode(path))
         elif event in CHANGES:
             written(event, args[0])
             if event in ("os.rename", "shutil.move", "shutil.copyfile"):

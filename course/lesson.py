@@ -4,7 +4,7 @@
     SALORA_IMPL=folder python -m pytest --exercise 3    against the files of another folder, and these for what it lacks
 
 Each failed test says what it states, which function it is about, the equation, and what came out. No traceback: the
-last line of the student's own file is enough, and `--pdb` still stops where it happened.
+last line of the student's own file is enough.
 """
 
 import inspect

@@ -528,7 +528,7 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_course.py::test_points_are_tests_that_passed_in_a_process_that_came_to_its_end"),
     ("course/grade.py", "if compare_digest(sign.encode(), signature(key, text).encode()):", "if text:",
      "tests/test_course.py::test_a_report_that_is_not_signed_with_the_key_does_not_count"),
-    ("course/judge.py", "        _fence(folder, refused)\n", "",
+    ("course/judge.py", "        _fence(folder, student, refused)\n", "",
      "tests/test_course.py::test_marks_come_as_json_and_say_what_a_submission_tried"),
     ("course/judge.py", "changed = _changes(before, _callables())", "changed = []",
      "tests/test_course.py::test_marks_come_as_json_and_say_what_a_submission_tried"),

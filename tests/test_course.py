@@ -263,7 +263,7 @@ def test_marks_come_as_json_and_say_what_a_submission_tried(tmp_path):
     marks = json.loads(text)
     assert status == 0 and (marks["points"], marks["out_of"]) == (0, 7) and prize.read_text() == "here"
     assert marks["exercises"]["1"]["notes"] == [
-        f"refused: write: {prize}", "changes what is not theirs: course.checking.same"]  # fmt: skip
+        f"refused: write: {prize}", "changes code outside the submission: course.checking.same"]  # fmt: skip
 
 
 def test_points_are_tests_that_passed_in_a_process_that_came_to_its_end():
