@@ -1,7 +1,7 @@
 """Grade submissions with the checks of course/checks: a point for every test.
 
     python course/grade.py FOLDER               one submission: a folder, or a single .py file
-    python course/grade.py FOLDER --json        {"points": 12, "out_of": 49, "exercises": {"1": {"points": 7, ...}}}
+    python course/grade.py FOLDER --json        {"points": 12, "out_of": 81, "exercises": {"1": {"points": 7, ...}}}
     python course/grade.py ROOT --all           a class: every folder and .py file in ROOT, as CSV
 
 Only the four files that students write in are read, and none of them runs in this process: every exercise gets a fresh

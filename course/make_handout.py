@@ -1,7 +1,7 @@
 """Make the folder that students get: a copy of the repository in which the exercises are blank.
 
-    python course/make_handout.py OUT                        all exercises
-    python course/make_handout.py OUT --exercises 1-4        these; all else stays as it is
+    python course/make_handout.py ../handout                       all exercises
+    python course/make_handout.py ../handout --exercises 1-4       these; all else stays as it is
 
 Where a function stands so near that it gives an answer away, its body goes as well. course/reference.zip holds the text
 of the four files as they are: the tests of one exercise need the others. It is no secret, and exercises.md says so.
@@ -24,26 +24,28 @@ from course.exercises import EXERCISES, FILES, ROOT, chosen
 from course.grade import grade
 from course.graft import reference_texts, stubbed
 
-LEFT_OUT = [  # by name, wherever they stand: what is the teacher's, and what shows the answers
-    "answers.md", "teaching.md", "grade.py", "judge.py", "make_handout.py", "reference.zip", "mutants.py",
-    "test_mutants.py", "test_course.py", "course_faults.py", ".*", "__pycache__", "runs", "venv", "*.egg-info",
+COPIED = ("*.md", "*.txt", "*.toml", "LICENSE", "hard_concrete.py", "salora.py", "budget.py", "tiny_transformer.py",
+          "train_glue_mini.py", "assets", "cli", "course", "experiments", "glue", "hub", "peers", "tests")  # fmt: skip
+LEFT_OUT = [  # wherever they stand: what is the teacher's, and what shows the answers
+    "answers.md", "teaching.md", "grade.py", "judge.py", "make_handout.py", "mutants.py", "test_mutants.py",
+    "test_course.py", "course_faults.py", ".*", "__pycache__",
 ]  # fmt: skip
 
 
 def make_handout(out, exercises):
     """Write the handout into a new folder."""
     texts = reference_texts()
-    shutil.copytree(ROOT, out, ignore=lambda folder, names: _ignored(folder, names, out))
+    out.mkdir(parents=True)
+    for source in [path for pattern in COPIED for path in ROOT.glob(pattern)]:
+        if source.is_dir():
+            shutil.copytree(source, out / source.name, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        else:
+            shutil.copy(source, out)
     for file, words in blanks(exercises).items():
         (out / file).write_text(stubbed(texts[file], words), encoding="utf-8")
     with zipfile.ZipFile(out / "course" / "reference.zip", "w", zipfile.ZIP_DEFLATED) as packed:
         for file, text in texts.items():
             packed.writestr(zipfile.ZipInfo(file), text)  # ZipInfo: without today's date, so equal bytes every time
-
-
-def _ignored(folder, names, out):
-    inside = {name for name in names if (Path(folder) / name).resolve() == out.resolve()}
-    return shutil.ignore_patterns(*LEFT_OUT)(folder, names) | inside
 
 
 def blanks(exercises):
@@ -83,6 +85,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.out.exists():
         parser.error(f"{args.out} exists: name a new folder")
+    if args.out.resolve().is_relative_to(ROOT):
+        parser.error(f"{args.out} lies inside the repository: name a folder outside it")
     make_handout(args.out, args.exercises)
     numbers = ", ".join(str(exercise.number) for exercise in args.exercises)
     print(f"{args.out}: exercises {numbers} are blank. Checking that they fail, and pass with the reference ...")

@@ -127,6 +127,9 @@ def test_a_handout_is_not_written_over_what_is_there(tmp_path, capsys):
     with pytest.raises(SystemExit):
         make_handout.main([str(tmp_path)])
     assert f"{tmp_path} exists: name a new folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        make_handout.main([str(ROOT / "course" / "handout")])
+    assert "lies inside the repository" in capsys.readouterr().err
 
 
 # A student's functions, with the reference behind them
