@@ -9,6 +9,7 @@ last line of the student's own file is enough.
 
 import inspect
 import signal
+from contextlib import contextmanager
 
 import pytest
 
@@ -29,7 +30,8 @@ def begin(config, number, folder):
         student |= {file: place_of(file, folder) for file in FILES if place_of(file, folder)}
     of = len(exercise.tests())
     try:
-        graft(blanked(reference_texts(), exercise), exercise.targets, student)
+        with limited(Lesson.limit):
+            graft(blanked(reference_texts(), exercise), exercise.targets, student)
     except Unusable as error:
         raise pytest.UsageError(f"{error}\nexercise {exercise.number}: 0 of {of}") from None
     config.args[:] = [str(exercise.checks)]
@@ -42,8 +44,31 @@ class TooLong(Exception):
     pass
 
 
+@contextmanager
+def limited(seconds, late=lambda: None):
+    """Calls late() and raises TooLong after so many seconds of computing; time at a debugger's prompt is free. 0: never.
+
+    It cannot stop a single call into torch that lasts.
+    """
+    if not seconds or not hasattr(signal, "setitimer"):  # Windows has none
+        yield
+        return
+
+    def stop(*_):
+        late()
+        raise TooLong(f"not finished after {seconds} s: an endless loop?")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
 class Lesson:
-    limit = 10  # seconds of computing for a test; a prompt of the debugger does not count
+    limit = 10  # seconds per test
 
     def __init__(self, exercise, paths):
         self.exercise, self.paths = exercise, list(map(str, paths))
@@ -61,20 +86,11 @@ class Lesson:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
-        if not self.limit or not hasattr(signal, "setitimer"):  # Windows has none
-            return (yield)
-
-        def stop(*_):
+        def stop():
             item.session.shouldstop = f"{item.name} was not finished after {self.limit} s"
-            raise TooLong(f"not finished after {self.limit} s: an endless loop?")
 
-        before = signal.signal(signal.SIGVTALRM, stop)
-        signal.setitimer(signal.ITIMER_VIRTUAL, self.limit)
-        try:
+        with limited(self.limit, stop):
             return (yield)
-        finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            signal.signal(signal.SIGVTALRM, before)
 
     def words(self, item, error):
         """What a student reads about a failed test."""

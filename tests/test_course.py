@@ -387,6 +387,9 @@ def test_a_hostile_submission_does_no_harm_and_ends_within_its_limit(tmp_path, w
 
 @pytest.mark.slow
 def test_an_endless_loop_ends_in_class_too(tmp_path):
+    hostile(tmp_path, "while True:\n    pass", "", "")
+    status, text, _ = run("-m", "pytest", "--exercise", "1", SALORA_IMPL=str(tmp_path))
+    assert status == 4 and "hard_concrete.py does not load: line" in text and "TooLong: not finished after 10 s" in text
     hostile(tmp_path, "", "    while True:\n        pass\n", "")
     status, text, _ = run("-m", "pytest", "--exercise", "1", SALORA_IMPL=str(tmp_path))
     assert status == 2 and ": TooLong: not finished after 10 s: an endless loop?" in text
