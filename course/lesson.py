@@ -46,9 +46,9 @@ class TooLong(Exception):
 
 @contextmanager
 def limited(seconds, late=lambda: None):
-    """Calls late() and raises TooLong after so many seconds of computing; time at a debugger's prompt is free. 0: never.
+    """Calls late() and raises TooLong after so many seconds of computing; 0 is no limit.
 
-    It cannot stop a single call into torch that lasts.
+    Time at a debugger's prompt does not count. One long call into torch is only stopped when it returns.
     """
     if not seconds or not hasattr(signal, "setitimer"):  # Windows has none
         yield

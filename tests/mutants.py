@@ -505,7 +505,7 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_experiments.py::test_spare_room_is_counted_in_the_cheapest_triplets"),
     # The course
     ("course/exercises.py", "or not set(found) <= EXERCISES.keys()", "",
-     "tests/test_course.py::test_what_is_no_exercise_is_refused"),
+     "tests/test_course.py::test_exercises_are_chosen_by_numbers_and_ranges_and_others_are_refused"),
     ("course/graft.py", "setattr(theirs, key, value)", "pass",
      "tests/test_course.py::test_a_function_runs_for_all_who_call_it_and_its_neighbors_are_the_references"),
     ("course/graft.py", "            setattr(theirs, name, own[name])\n", "",

@@ -20,7 +20,7 @@ from course_faults import HOSTILE, RIGHT, WRONG, hostile, marks_of
 from torch import nn
 
 from course import grade as grader
-from course import make_handout
+from course import lesson, make_handout
 from course.exercises import EXERCISES, FILES, chosen
 from course.graft import Unusable, blanked, functions_of, graft, is_stub, reference_texts, stubbed
 
@@ -30,11 +30,10 @@ def graded(folder, *numbers, limit=60):
 
 
 def run(*command, folder=ROOT, **environment):
-    """A command with its output: (exit status, text, seconds)."""
-    started = time.time()
+    """A command with its output: (exit status, text)."""
     environment = {**os.environ, **environment}
     done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr, time.time() - started
+    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +71,12 @@ def test_every_exercise_has_its_place_in_the_text_and_in_the_answers():
     assert text.count("\n## 10. ") == 1
 
 
-@pytest.mark.parametrize("text,numbers", [("3", [3]), ("1-3", [1, 2, 3]), ("7,1-2,2", [1, 2, 7])])
-def test_exercises_are_chosen_by_numbers_and_ranges(text, numbers):
-    assert [exercise.number for exercise in chosen(text)] == numbers
-
-
-@pytest.mark.parametrize("text", ["", "0", "10", "2-99", "x", "1-", "-1", "3-1", "1;2"])
-def test_what_is_no_exercise_is_refused(text):
-    with pytest.raises(ValueError, match="exercises"):
-        chosen(text)
+def test_exercises_are_chosen_by_numbers_and_ranges_and_others_are_refused():
+    for text, numbers in (("3", [3]), ("1-3", [1, 2, 3]), ("7,1-2,2", [1, 2, 7])):
+        assert [exercise.number for exercise in chosen(text)] == numbers
+    for text in ("", "0", "10", "2-99", "x", "1-", "-1", "3-1", "1;2"):
+        with pytest.raises(ValueError, match="exercises"):
+            chosen(text)
 
 
 # Blanks
@@ -207,7 +203,7 @@ def test_a_student_reads_what_a_test_states_the_equation_got_and_expected_and_ho
     text = (handout / "hard_concrete.py").read_text(encoding="utf-8")
     blank = 'raise NotImplementedError("Exercise 1: Eq. (8)")'
     (tmp_path / "hard_concrete.py").write_text(text.replace(blank, WRONG[2][5]), encoding="utf-8")
-    status, said, _ = run("-m", "pytest", "--exercise", "1", folder=handout, SALORA_IMPL=str(tmp_path))
+    status, said = run("-m", "pytest", "--exercise", "1", folder=handout, SALORA_IMPL=str(tmp_path))
     lines = said.splitlines()
     at = lines.index("the temperature multiplies the logarithm")
     assert lines[at + 1].startswith("prob_open: hard_concrete.py, Eq. (8): P(g > 0) = sigmoid(")
@@ -216,19 +212,16 @@ def test_a_student_reads_what_a_test_states_the_equation_got_and_expected_and_ho
     assert "Traceback" not in said and "site-packages" not in said and "reproduce_failure" not in said
 
 
-@pytest.mark.parametrize("name", ["0", "10", "x", "1-2"])
-def test_a_number_without_an_exercise_is_refused_in_one_line(pytestconfig, name):
-    from course.lesson import begin
-
-    with pytest.raises(pytest.UsageError, match=f"one number from 1 to 9, got '{name}'"):
-        begin(pytestconfig, name, None)
+def test_a_number_without_an_exercise_is_refused_in_one_line(pytestconfig):
+    for name in ("0", "10", "x", "1-2"):
+        with pytest.raises(pytest.UsageError, match=f"one number from 1 to 9, got '{name}'"):
+            lesson.begin(pytestconfig, name, None)
 
 
 # Grades: what needs one process each, and is quick
 
 
 def test_a_wrong_solution_and_a_right_one_are_graded_as_what_they_are():
-    """The whole tables are in the slow tests."""
     assert marks_of(1, *WRONG[0][3:])["points"] == 0
     assert marks_of(2, *RIGHT[1][2:])["points"] == 8
 
@@ -262,7 +255,7 @@ def test_marks_come_as_json_and_say_what_a_submission_tried(tmp_path):
     prize.write_text("here")
     top = "try:\n    open(PRIZE, 'w')\nexcept OSError:\n    pass\nimport course.checking\ncourse.checking.math = None"
     hostile(tmp_path, top + "\ncourse.checking.same = print", "", prize)
-    status, text, _ = run("course/grade.py", str(tmp_path), "--json", "--exercises", "1")
+    status, text = run("course/grade.py", str(tmp_path), "--json", "--exercises", "1")
     marks = json.loads(text)
     assert status == 0 and (marks["points"], marks["out_of"]) == (0, 7) and prize.read_text() == "here"
     assert marks["exercises"]["1"]["notes"] == [
@@ -323,9 +316,9 @@ def test_run_says_whose_functions_run_and_takes_the_reference_for_blanks(handout
     paths, written = written_in(tmp_path)
     assert written == {"hard_concrete.py": ["prob_open"]} and list(paths) == ["hard_concrete.py"]
     assert written_in(handout) == ({}, {})
-    status, text, _ = run("course/run.py", str(tmp_path), "--version-of-nothing")
-    first = f"1 of 19 functions from {tmp_path}: prob_open; the others: reference"
-    assert text.splitlines()[0] == first and status == 2 and "unrecognized arguments" in text
+    status, text = run("course/run.py", str(tmp_path), "--version-of-nothing")
+    assert text.startswith(f"1 of 19 functions from {tmp_path}: prob_open; the others: reference\n")
+    assert status == 2 and "unrecognized arguments" in text
 
 
 # The whole tables
@@ -388,10 +381,10 @@ def test_a_hostile_submission_does_no_harm_and_ends_within_its_limit(tmp_path, w
 @pytest.mark.slow
 def test_an_endless_loop_ends_in_class_too(tmp_path):
     hostile(tmp_path, "while True:\n    pass", "", "")
-    status, text, _ = run("-m", "pytest", "--exercise", "1", SALORA_IMPL=str(tmp_path))
+    status, text = run("-m", "pytest", "--exercise", "1", SALORA_IMPL=str(tmp_path))
     assert status == 4 and "hard_concrete.py does not load: line" in text and "TooLong: not finished after 10 s" in text
     hostile(tmp_path, "", "    while True:\n        pass\n", "")
-    status, text, _ = run("-m", "pytest", "--exercise", "1", SALORA_IMPL=str(tmp_path))
+    status, text = run("-m", "pytest", "--exercise", "1", SALORA_IMPL=str(tmp_path))
     assert status == 2 and ": TooLong: not finished after 10 s: an endless loop?" in text
     assert "exercise 1: 0 of 7" in text and len(text.splitlines()) < 20
 
@@ -399,7 +392,8 @@ def test_an_endless_loop_ends_in_class_too(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", EXERCISES)
 def test_an_exercise_takes_seconds_in_class(handout, number):
-    status, text, seconds = run("-m", "pytest", "--exercise", str(number), folder=handout)
+    started = time.time()
+    status, text = run("-m", "pytest", "--exercise", str(number), folder=handout)
     of = len(EXERCISES[number].tests())
     assert status == 1 and f"exercise {number}: 0 of {of}" in text and len(text.splitlines()) < 10 + 6 * of
-    print(f"exercise {number}: {seconds:.1f} s")
+    assert time.time() - started < 30, "on a busy machine; on a quiet core it is less than 10"
