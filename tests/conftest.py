@@ -1,6 +1,7 @@
 """What all tests share: whose implementation is tested, where a failed test points, Hypothesis profiles, fixtures.
 
     SALORA_IMPL=folder python -m pytest        files in `folder` replace ours one by one; ours serve for those it lacks
+    python -m pytest --exercise 3              the checks of one exercise of the course: see course/lesson.py
 """
 
 import importlib.util
@@ -30,7 +31,15 @@ settings.register_profile("mutants", max_examples=50, phases=BARE, derandomize=T
 settings.load_profile("default")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--exercise", metavar="N", help="run the checks of exercise N of course/exercises.md alone")
+
+
 def pytest_configure(config):
+    if config.getoption("--exercise"):
+        from course import lesson
+
+        return lesson.begin(config, config.getoption("--exercise"), IMPL)
     if IMPL and not any((IMPL / f"{name}.py").is_file() for name in MODULES):
         lack = "holds none of " + ", ".join(f"{name}.py" for name in MODULES) if IMPL.is_dir() else "is not a folder"
         raise pytest.UsageError(f"SALORA_IMPL: {IMPL} {lack}")

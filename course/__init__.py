@@ -1,0 +1,1 @@
+"""A course on SaLoRA: ten exercises, the handout that students get, and the grader. Start with exercises.md."""

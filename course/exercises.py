@@ -1,0 +1,80 @@
+"""The exercises: what the student writes, where it stands in the paper, and what would give the answer away.
+
+A function is named as it is called inside its file: "prob_open", or "SaLoRALinear.forward" for a method. To change the
+course, change this table, the checks in course/checks/exercise_N.py and the text in exercises.md.
+"""
+
+import ast
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+COURSE = Path(__file__).resolve().parent
+ROOT = COURSE.parent
+FILES = ("hard_concrete.py", "salora.py", "budget.py", "course/bare_loop.py")  # in the order of their imports
+NOT_WRITTEN = "not written yet"
+
+
+@dataclass(frozen=True)
+class Exercise:
+    number: int
+    title: str
+    place: str  # in the paper
+    targets: dict  # {file: functions that the student writes}
+    gives_away: dict = field(default_factory=dict)  # {file: functions whose bodies would show the answer}
+
+    @property
+    def stub(self):
+        """What a function of the handout says when it is called before it is written."""
+        return f"Exercise {self.number}: {self.place}"
+
+    @property
+    def checks(self):
+        """The file with the tests."""
+        return COURSE / "checks" / f"exercise_{self.number}.py"
+
+    def tests(self):
+        """The names of the tests, in order."""
+        tree = ast.parse(self.checks.read_text(encoding="utf-8"))
+        return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+
+
+EXERCISES = {
+    exercise.number: exercise
+    for exercise in (
+        Exercise(1, "How likely is a gate to be open?", "Eq. (8)",
+                 {"hard_concrete.py": ("prob_open",)}, {"hard_concrete.py": ("prob_above",)}),
+        Exercise(2, "Sample a gate", "Eq. (7)",
+                 {"hard_concrete.py": ("sample_gate",)}, {"hard_concrete.py": ("median_gate",)}),
+        Exercise(3, "The median and the mean", "Section 3.5",
+                 {"hard_concrete.py": ("median_gate", "mean_gate")}),
+        Exercise(4, "The gated layer", "Eq. (5)",
+                 {"salora.py": ("SaLoRALinear.forward", "SaLoRALinear.delta")}),
+        Exercise(5, "Independent triplets", "Eq. (9)",
+                 {"salora.py": ("orthogonality", "canonicalize")}),
+        Exercise(6, "Count the parameters", "Eq. (11)",
+                 {"budget.py": ("total_parameters", "expected_density", "kept_density")}),
+        Exercise(7, "Which triplets stay", "Section 3.5, the budget rule",
+                 {"budget.py": ("best_within_budget",)}),
+        Exercise(8, "Two ways to reach the target", "Eq. (12) and the projection",
+                 {"budget.py": ("Lagrangian.forward", "Lagrangian.ascend", "project")},
+                 {"budget.py": ("LinearLagrangian.forward",)}),
+        Exercise(9, "Algorithm 1 in a bare loop", "Algorithm 1",
+                 {"course/bare_loop.py": ("before_step", "after_backward", "after_step", "finish")},
+                 {"budget.py": ("RankAllocator.before_step", "RankAllocator.penalty", "RankAllocator.after_backward",
+                                "RankAllocator.after_step", "RankAllocator._enter_phase", "RankAllocator._release",
+                                "RankAllocator._decide")}),
+    )
+}  # fmt: skip
+
+
+def chosen(text):
+    """The exercises that "1-4" or "1,3,7-9" means, in order. Raises ValueError for anything else."""
+    numbers = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
+        if not found or not set(found) <= EXERCISES.keys():
+            raise ValueError(f"exercises are numbers and ranges from 1 to {max(EXERCISES)}, as in 1-4,7; got {text!r}")
+        numbers.update(found)
+    return [EXERCISES[number] for number in sorted(numbers)]

@@ -1,0 +1,101 @@
+"""Make the folder that students get: a copy of the repository in which the exercises are blank.
+
+    python course/make_handout.py ../handout                       all exercises
+    python course/make_handout.py ../handout --exercises 1-4       these; all else stays as it is
+
+Where a function stands so near that it gives an answer away, its body goes as well. course/reference.zip holds the text
+of the four files as they are: the tests of one exercise need the others. It is no secret, and exercises.md says so.
+In the end the handout is checked: its files import, each exercise's tests fail because it is not written yet, and with
+the reference put back they pass.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from course.exercises import EXERCISES, FILES, ROOT, chosen
+from course.grade import grade
+from course.graft import reference_texts, stubbed
+
+COPIED = ("*.md", "*.txt", "*.toml", "LICENSE", "hard_concrete.py", "salora.py", "budget.py", "tiny_transformer.py",
+          "train_glue_mini.py", "assets", "cli", "course", "experiments", "glue", "hub", "peers", "tests")  # fmt: skip
+LEFT_OUT = [  # wherever they stand: what is the teacher's, and what shows the answers
+    "answers.md", "teaching.md", "grade.py", "judge.py", "make_handout.py", "mutants.py", "test_mutants.py",
+    "test_course.py", "course_faults.py", ".*", "__pycache__",
+]  # fmt: skip
+
+
+def make_handout(out, exercises):
+    """Write the handout into a new folder."""
+    texts = reference_texts()
+    out.mkdir(parents=True)
+    for source in [path for pattern in COPIED for path in ROOT.glob(pattern)]:
+        if source.is_dir():
+            shutil.copytree(source, out / source.name, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        else:
+            shutil.copy(source, out)
+    for file, words in blanks(exercises).items():
+        (out / file).write_text(stubbed(texts[file], words), encoding="utf-8")
+    with zipfile.ZipFile(out / "course" / "reference.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+        for file, text in texts.items():
+            packed.writestr(zipfile.ZipInfo(file), text)  # ZipInfo: without today's date, so equal bytes every time
+
+
+def blanks(exercises):
+    """{file: {function: what it raises}} of a handout with these exercises."""
+    words = {file: {} for file in FILES}
+    for exercise in exercises:
+        for file, names in exercise.gives_away.items():
+            words[file] |= dict.fromkeys(names, f"left out: it gives away exercise {exercise.number}")
+    for exercise in exercises:
+        for file, names in exercise.targets.items():
+            words[file] |= dict.fromkeys(names, exercise.stub)
+    return words
+
+
+def check_handout(out, exercises):
+    """Raises RuntimeError where the handout does not do what it should."""
+    modules = ", ".join(file.removesuffix(".py").replace("/", ".") for file in FILES)
+    done = subprocess.run([sys.executable, "-B", "-c", f"import {modules}"], cwd=out, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the handout does not import: {done.stderr.strip().splitlines()[-1]}")
+    for number, result in grade(out, exercises)["exercises"].items():
+        wrong = [words for words in result["failed"].values() if "not written yet: Exercise" not in words]
+        if result["points"] or result["notes"] or wrong or len(result["failed"]) != result["out_of"]:
+            raise RuntimeError(f"exercise {number}: its tests should fail as not written yet, but {result}")
+    with tempfile.TemporaryDirectory() as folder:
+        for file, text in reference_texts().items():
+            (Path(folder) / Path(file).name).write_text(text, encoding="utf-8")
+        for number, result in grade(folder, exercises)["exercises"].items():
+            if result["points"] != result["out_of"]:
+                raise RuntimeError(f"exercise {number}: the reference should pass, but {result}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path, help="a folder that does not exist yet")
+    parser.add_argument("--exercises", type=chosen, default=EXERCISES.values(), metavar="1-4", help="default: all")
+    args = parser.parse_args(argv)
+    if args.out.exists():
+        parser.error(f"{args.out} exists: name a new folder")
+    if args.out.resolve().is_relative_to(ROOT):
+        parser.error(f"{args.out} lies inside the repository: name a folder outside it")
+    make_handout(args.out, args.exercises)
+    numbers = ", ".join(str(exercise.number) for exercise in args.exercises)
+    print(f"{args.out}: exercises {numbers} are blank. Checking that they fail, and pass with the reference ...")
+    try:
+        check_handout(args.out, args.exercises)
+    except RuntimeError as error:
+        parser.error(str(error))
+    print("The handout is ready.")
+
+
+if __name__ == "__main__":
+    main()
