@@ -7,7 +7,7 @@ becomes a sigmoid sample on (0, 1), which is stretched to (GAMMA, ZETA) and clam
 
 s grows with u, so every question about g is a question about u, and all answers but the mean are one line long.
 First come pure functions of (log_theta, u), element by element and in any shape; then one module that holds log_theta.
-Left out: how gates are trained towards a budget (budget.py) and what they multiply (salora.py).
+Left out: how gates are trained toward a budget (budget.py) and what they multiply (salora.py).
 """
 
 from math import log

@@ -1,4 +1,4 @@
-"""What is done with a trained model: predictions, and scoring or labelling with a finished run."""
+"""What is done with a trained model: predictions, and scoring or labeling with a finished run."""
 
 from functools import partial
 from pathlib import Path

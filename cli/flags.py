@@ -197,9 +197,11 @@ def build_parser():
     )
     g.add_argument(
         "--precision", choices=["fp32", "bf16"], default="fp32",
-        help="of the model's matrix products; weights, gates and penalties stay in fp32 (default fp32)",
+        help="precision of the model's matrix products; weights, gates and penalties stay in fp32 (default fp32)",
     )
-    g.add_argument("--accumulate", type=positive, default=1, metavar="N", help="take a batch in N parts, for memory")
+    g.add_argument(
+        "--accumulate", type=positive, default=1, metavar="N", help="split each batch into N parts to save memory"
+    )
     g.add_argument(
         "--recompute", action="store_true", default=None,
         help="activation checkpointing: compute the activations of a block again for its gradient instead of "
@@ -216,7 +218,7 @@ def build_parser():
     g.add_argument(
         "--out", type=path, metavar="DIR",
         help="a new folder for the run (default runs/TASK-METHOD-sSEED, with the recipe in it unless it is the "
-        "default, and -1, -2 ... behind it where that is taken)",
+        "default, with -1, -2 ... appended if that exists)",
     )
     g.add_argument(
         "--resume", type=path, metavar="RUN",
@@ -224,7 +226,9 @@ def build_parser():
     )
 
     g = p.add_argument_group("afterwards")
-    g.add_argument("--evaluate", type=path, metavar="RUN", help="score a finished run; goes with --data and --device")
+    g.add_argument(
+        "--evaluate", type=path, metavar="RUN", help="score a finished run; can be combined with --data and --device"
+    )
     g.add_argument(
         "--export", type=path, metavar="RUN",
         help="write a finished run's model for other programs: RUN/peft, an adapter that peft opens, and "

@@ -19,7 +19,7 @@ An arm is METHOD-R and has the size of LoRA of rank R:
 
     lora       LoRA                        restart    LoRA whose learning rate restarts half-way, as in ours
     ours       SaLoRA, cut from rank 16    svd        cut from rank 16 by singular values, without gates
-    paper      the published recipe        narrow     the main job's default until now: cut from rank 8, window 0.2-0.5
+    paper      the published recipe        narrow     the main job's default: cut from rank 8, window 0.2-0.5
 
 and those in METHODS. A seed draws the shift, the texts, the start and the order; arms of one seed share all of it, so
 they are compared in pairs. Tuning uses seed 100 and the reports others. Rows that are there are not run again: other

@@ -25,7 +25,7 @@ def pearson(predicted, gold):
 
 
 def matthews(predicted, gold):
-    """Matthews' correlation of two binary labellings is their Pearson correlation."""
+    """Matthews' correlation of two binary labelings is their Pearson correlation."""
     return pearson(predicted, gold)
 
 

@@ -1,7 +1,7 @@
 """AdaLoRA: singular values that are masked by importance (Zhang et al., ICLR 2023, arXiv 2303.10512).
 
 The update P Lambda Q (Eq. 3) is B diag(g) A here: P = B, Q = A, and g holds the singular values. All three are trained,
-with a pull of P and Q towards orthogonality (Eq. 4). Every triplet has an importance: the smoothed sensitivity of its
+with a pull of P and Q toward orthogonality (Eq. 4). Every triplet has an importance: the smoothed sensitivity of its
 entries times their uncertainty (Eqs. 7 to 11). The b(t) most important triplets of all matrices together keep their
 singular value (Eq. 6), and that of the others becomes 0. Their vectors stay, so that a triplet can come back until
 b(t) has reached its end; it falls along a cubic curve (appendix A, in the form of the authors' code).

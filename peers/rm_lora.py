@@ -1,6 +1,6 @@
 """RM-LoRA: regularized and masked LoRA (under review at TMLR, 2024).
 
-Two additions to LoRA, against directions that are never used: a pull of A and B towards orthogonality (Eq. 10), and
+Two additions to LoRA, against directions that are never used: a pull of A and B toward orthogonality (Eq. 10), and
 random masks, so that a step updates only r_hat of the R directions of a matrix (Algorithm 1). No rank is cut: all R
 directions stay. The variants of the paper: beta = 0 is GM-LoRA, share = 1 is R-LoRA, both together are plain LoRA.
 

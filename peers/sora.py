@@ -1,7 +1,7 @@
 """SoRA: gates that a proximal step makes exactly zero (Ding et al., EMNLP 2023, arXiv 2311.11696).
 
 LoRA with a trained gate g between A and B (Eqs. 6 to 9), which is B diag(g) A here. A, B and g go down the gradient;
-then g is shrunk towards 0 by the threshold xi = eta_t lambda, and is exactly 0 when it is smaller (Eqs. 10 and 11). A
+then g is shrunk toward 0 by the threshold xi = eta_t lambda, and is exactly 0 when it is smaller (Eqs. 10 and 11). A
 gate at 0 still has a gradient, so it can open again. After training, triplets whose gate is 0 are pruned (Eq. 12).
 
 lambda rises in levels, as in the authors' schedule, whose aim is a curve of score against size. SoRA has no budget: how

@@ -101,8 +101,8 @@ def rows(folder):
     for name, text in texts.items():
         path = folder / f"{name}.tsv"
         path.write_text(text, encoding="utf-8")
-        for labelled in (True, False) if name != "cola" else (True,):
-            read = partial(read_rows, path, TASKS[name], labelled)
+        for labeled in (True, False) if name != "cola" else (True,):
+            read = partial(read_rows, path, TASKS[name], labeled)
             variants.append(([path], read))
     return variants
 

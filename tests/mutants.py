@@ -298,8 +298,6 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_program.py::test_moments_start_anew_with_canonical_triplets_only"),
     ("budget.py", 'self.noise.set_state(state["noise"])', "pass",
      "tests/test_program.py::test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit"),
-    ("budget.py", "gate.log_theta.requires_grad_(free)", "pass",
-     "tests/test_program.py::test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit"),
     ("budget.py", 'self.gate_optimizer.load_state_dict(state["gate_optimizer"])', "pass",
      "tests/test_program.py::test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit"),
     # The encoder
