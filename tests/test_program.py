@@ -94,7 +94,9 @@ def test_pictures_are_drawn(go, tmp_path, flags, pictures):
     assert len(drawn) == pictures and all(path.stat().st_size > 5000 for path in drawn)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "head"])
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=pytest.mark.slow if name in PEERS else ()) for name in METHODS if name != "head"]
+)
 def test_loss_falls(go, tmp_path, method):
     lr = max(3e-3, METHODS[method][0])
     flags = ["--steps", 120, "--rows", 16, "--batch-size", 16, "--lr", lr, "--out", tmp_path / "run"]
@@ -411,6 +413,7 @@ def in_pairs(wide, tmp_path_factory):
     return flags, folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", PEERS)
 def test_two_processes_train_every_peer_like_one(go, tmp_path, in_pairs, method):
     flags, folder = in_pairs
