@@ -94,9 +94,10 @@ def test_pictures_are_drawn(go, tmp_path, flags, pictures):
     assert len(drawn) == pictures and all(path.stat().st_size > 5000 for path in drawn)
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=pytest.mark.slow if name in PEERS else ()) for name in METHODS if name != "head"]
-)
+SOME_SLOW = [pytest.param(name, marks=pytest.mark.slow if name in PEERS else ()) for name in METHODS if name != "head"]
+
+
+@pytest.mark.parametrize("method", SOME_SLOW)
 def test_loss_falls(go, tmp_path, method):
     lr = max(3e-3, METHODS[method][0])
     flags = ["--steps", 120, "--rows", 16, "--batch-size", 16, "--lr", lr, "--out", tmp_path / "run"]
