@@ -56,6 +56,7 @@ def test_steps_stay_on_their_device_and_read_nothing_back(monkeypatch, window, c
     assert len(phases) == 3
 
 
+@pytest.mark.slow
 def test_a_step_of_roberta_large_stays_on_its_device(monkeypatch):
     """The largest published shape, steps with open and with free gates: 3.54 M budgeted parameters."""
     sizes = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
