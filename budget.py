@@ -151,6 +151,11 @@ def check_density(density):
         raise ValueError(f"density must be in (0, 1], got {density}")
 
 
+def check_window(start, end):
+    if not 0 <= start <= end <= 1:
+        raise ValueError(f"the gates' window needs 0 <= start <= end <= 1, got start={start}, end={end}")
+
+
 class GateSchedule:
     """Algorithm 1's three phases over `total_steps`: the gates train while T_start <= step < T_end.
 
@@ -159,8 +164,7 @@ class GateSchedule:
     """
 
     def __init__(self, total_steps, start=0.2, end=0.5):
-        if not 0 <= start <= end <= 1:
-            raise ValueError(f"the gates' window needs 0 <= start <= end <= 1, got start={start}, end={end}")
+        check_window(start, end)
         self.T_start, self.T_end = round(start * total_steps), round(end * total_steps)
 
     def phase(self, step):
@@ -185,11 +189,13 @@ class Lagrangian(nn.Module):
     lam (1,) starts at 0 and is never negative. Raises ValueError for another target.
     """
 
+    multipliers = 1
+
     def __init__(self, target, lr=0.01, Optimizer=torch.optim.Adam, device="cpu"):
         super().__init__()
         check_density(target)
         self.target = target
-        self.lam = nn.Parameter(torch.zeros(1, device=device))
+        self.lam = nn.Parameter(torch.zeros(self.multipliers, device=device))
         self.optimizer = Optimizer([self.lam], lr=lr, maximize=True)
 
     def forward(self, C):
@@ -207,10 +213,7 @@ class Lagrangian(nn.Module):
 class LinearLagrangian(Lagrangian):
     """lam[0] (C - b) + lam[1] (C - b)^2 (not in the paper): its pull does not fade as C nears b."""
 
-    def __init__(self, target, lr=0.01, Optimizer=torch.optim.Adam, device="cpu"):
-        super().__init__(target, lr, Optimizer, device)
-        self.lam = nn.Parameter(torch.zeros(2, device=device))
-        self.optimizer = Optimizer([self.lam], lr=lr, maximize=True)
+    multipliers = 2
 
     def forward(self, C):
         gap = C - self.target
@@ -264,7 +267,7 @@ class Recipe:
         return cls(**{**published, **changes})
 
     def __post_init__(self):
-        GateSchedule(1, *self.window)  # raises for an impossible window
+        check_window(*self.window)
         allowed = {"controller": CONTROLLERS, "rule": RULES, "survivors": SURVIVORS}
         for name, values in allowed.items():
             if getattr(self, name) not in values:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, folders that one run has to itself, and digests of what they hold."""
+"""Tables that grow by a row, folders that one run has to itself, and digests of what they hold."""
 
 import csv
 import hashlib
@@ -17,22 +17,6 @@ except ImportError:  # Windows, where nothing is locked
 RUN_FILES = {"settings.json", "adapter.pt", "log.csv", "training.png", "ranks.png"}  # of a run that is not finished
 
 
-def write_atomically(path, write):
-    """Call write(path of a temporary file), then put the file in place: readers see all of it or nothing.
-
-    Raises OSError where that fails, and leaves the file as it was.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save meets a full disk with a RuntimeError
-        raise OSError(f"{path} cannot be written: {error}") from None
-    finally:
-        with suppress(OSError):
-            part.unlink()
-
-
 def append(path, row):
     """Add a row, {column: value}, to a CSV file, with a header line if the file is new."""
     new = not path.exists()
@@ -41,6 +25,14 @@ def append(path, row):
         if new:
             writer.writeheader()
         writer.writerow(row)
+
+
+def read_table(path):
+    """The rows of a CSV file, dicts of texts; none if the file is not there."""
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def check_free(folder):

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import torch
 
-from budget import CONTROLLERS, RULES, SURVIVORS, Recipe, check_density
+from budget import CONTROLLERS, RULES, SURVIVORS, Recipe, check_density, check_window
 from glue.tasks import NAMES, TASKS
 from peers import PEERS
 
@@ -298,7 +298,7 @@ def settle(args):
     if budgeted:
         check_density(args.density)
     if gates:
-        recipe_of(args)
+        check_window(*args.window)
     args.device = device_of(args.device or "auto")
     return args
 

@@ -6,8 +6,9 @@ import time
 import torch
 
 from cli import report
-from cli.files import digest_of, write_atomically
+from cli.files import digest_of
 from cli.workers import worker
+from hub.checkpoints import write_atomically
 from salora import adapter_state
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from budget import kept_density, total_parameters
-from cli.files import digest_of, write_atomically
+from cli.files import digest_of
 from cli.pictures import FEW_STEPS, draw_ranks, draw_training, rank_grid
 from cli.runs import write_settings
 from cli.workers import worker, workers
 from glue.metrics import METRICS
 from glue.tasks import task_of
+from hub.checkpoints import write_atomically
 from peers import PEERS
 from salora import adapter_state, salora_layers, save_adapter
 

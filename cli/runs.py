@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from cli.files import check_free, digest_of, write_atomically
+from cli.files import check_free, digest_of
 from cli.flags import build_parser, device_of, settle
 from glue.mini import TASKS as MINI_TASKS
-from hub.checkpoints import read_json, read_torch
+from hub.checkpoints import read_json, read_torch, write_atomically
 
 PROGRAM_FLAGS = ("out", "resume", "evaluate", "export", "predict", "command")  # of this call, not of the run
 

@@ -14,7 +14,6 @@ the main job needs another --out. compare.png shows the score against the final 
 """
 
 import argparse
-import csv
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -26,8 +25,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_glue_mini
-from cli.files import append, write_atomically
+from cli.files import append, read_table
 from glue.mini import TASKS as MINI_TASKS
+from hub.checkpoints import write_atomically
 
 METHODS = {
     "salora": [],
@@ -119,13 +119,6 @@ def draw(rows, path):
     figure.savefig(path, format="png", dpi=110)
 
 
-def read(path):
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M",
@@ -140,12 +133,13 @@ def main(argv=None):
     for seed in args.seeds:
         for task in args.tasks:
             for method in args.methods:
-                if any((row["method"], row["task"], row["seed"]) == (method, task, str(seed)) for row in read(path)):
+                rows = read_table(path)
+                if any((row["method"], row["task"], row["seed"]) == (method, task, str(seed)) for row in rows):
                     continue
                 row = one(method, task, seed, flags, str(out / f"{method}-{task}-s{seed}-{time_ns()}"))
                 append(path, row)
                 print(f"{method}, {task}, seed {seed}: {row['score']:.4f}", flush=True)
-    rows = read(path)
+    rows = read_table(path)
     print(table(rows))
     write_atomically(out / "compare.png", lambda path: draw(rows, path))
     print(f"see {path} and {out / 'compare.png'}")

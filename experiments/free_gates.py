@@ -10,7 +10,6 @@ again.
 """
 
 import argparse
-import csv
 import sys
 import tempfile
 from contextlib import redirect_stdout
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_glue_mini
 from budget import RankAllocator
-from cli.files import append
+from cli.files import append, read_table
 from glue.mini import TASKS
 
 
@@ -43,13 +42,6 @@ def one(task, seed, gate_lr, flags):
             summary = train_glue_mini.main([*flags, "--out", f"{folder}/run"])
     row = {"task": task, "seed": seed, "gate_lr": gate_lr, "C": summary["density_expected"]}
     return row | {"kept": summary["density_kept"], "score": summary["score"]}
-
-
-def read(path):
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def table(rows):
@@ -79,13 +71,13 @@ def main(argv=None):
         for task in args.tasks:
             for gate_lr in args.gate_lr:
                 key = (task, str(seed), str(gate_lr))
-                if any((row["task"], row["seed"], row["gate_lr"]) == key for row in read(path)):
+                if any((row["task"], row["seed"], row["gate_lr"]) == key for row in read_table(path)):
                     continue
                 row = one(task, seed, gate_lr, flags)
                 append(path, row)
                 print(f"{task}, seed {seed}, gate lr {gate_lr:g}: C {row['C']:.3f}", flush=True)
-    print(table(read(path)))
-    return read(path)
+    print(table(read_table(path)))
+    return read_table(path)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ One row a length, seed, noise and method is added to a CSV file in --out; table 
 
 import argparse
 import copy
-import csv
 import json
 import sys
 import time
@@ -28,11 +27,12 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import FixedRanks, RankAllocator, Recipe, freeze_gates, total_parameters
-from cli.files import append, write_atomically
+from cli.files import append, read_table
 from cli.flags import positive
 from cli.setup import TARGETS
 from glue.metrics import spearman
 from glue.pretrain import mini_encoder
+from hub.checkpoints import write_atomically
 from salora import adapt, canonicalize, prune, salora_layers
 from tiny_transformer import MaskedLM, load_pretrained
 from train_glue_mini import fine_tune
@@ -203,7 +203,7 @@ def main(argv=None):
     path = out / f"{args.network}.csv"
     noises = args.noise or ([0.0] if args.network == "transformer" else [0.1, 1.0])
     steps = args.steps or NETWORKS[args.network][1]
-    rows = list(csv.DictReader(open(path))) if path.is_file() else []
+    rows = read_table(path)
     done = {(int(row["steps"]), row["method"], float(row["noise"]), int(row["seed"])) for row in rows}
     for seed in args.seeds[:1] if args.quick else args.seeds:
         for noise in noises[:1] if args.quick else noises:
@@ -216,7 +216,7 @@ def main(argv=None):
                 append(path, row)
                 seconds = time.time() - started
                 print(f"seed {seed}, noise {noise}, {method}: {row['right']:.0%} of the ranks right, {seconds:.0f} s")
-    rows = list(csv.DictReader(open(path)))
+    rows = read_table(path)
     print(table(rows))
     write_atomically(out / f"{args.network}.png", lambda path: draw(rows, path))
     print(f"see {path} and {out / args.network}.png")

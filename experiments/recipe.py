@@ -11,7 +11,6 @@ Rows are told apart by variant, task and seed alone: a study with other flags fo
 """
 
 import argparse
-import csv
 import sys
 import time
 from contextlib import redirect_stdout
@@ -23,8 +22,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_glue_mini
-from cli.files import append, write_atomically
+from cli.files import append, read_table
 from glue.mini import TASKS as MINI_TASKS
+from hub.checkpoints import write_atomically
 
 LORA = ["--method", "lora", "--rank"]
 VARIANTS = {
@@ -141,14 +141,14 @@ def main(argv=None):
     for seed in args.seeds:
         for task in args.tasks:
             for variant in variants:
-                rows = list(csv.DictReader(open(path))) if path.is_file() else []
+                rows = read_table(path)
                 if any((row["variant"], row["task"], row["seed"]) == (variant, task, str(seed)) for row in rows):
                     continue
                 name = f"{variant}-{task}-s{seed}-{time.time_ns()}".replace(" ", "")
                 row = one(variant, task, seed, flags, str(out / name))
                 append(path, row)
                 print(f"{variant}, {task}, seed {seed}: {row['score']:.4f}, {row['seconds']:.0f} s", flush=True)
-    rows = list(csv.DictReader(open(path)))
+    rows = read_table(path)
     print(table(rows))
     write_atomically(out / "recipe.png", lambda path: draw(rows, path))
     print(f"see {path} and {out / 'recipe.png'}")

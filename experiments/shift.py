@@ -27,7 +27,6 @@ values of --steps or --texts, or other tuned values, need another --out. Left ou
 """
 
 import argparse
-import csv
 import itertools
 import random
 import sys
@@ -44,12 +43,13 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import FixedRanks, RankAllocator, Recipe
-from cli.files import append, write_atomically
+from cli.files import append, read_table
 from cli.flags import positive
 from cli.setup import TARGETS
 from glue import mini
 from glue.pretrain import corrupt, mini_encoder
 from glue.tokens import MiniTokenizer, collate
+from hub.checkpoints import write_atomically
 from salora import adapt, salora_layers
 from tiny_transformer import MaskedLM, load_pretrained
 from train_glue_mini import fine_tune
@@ -272,19 +272,11 @@ def measure(data, arm, lr, scale, seed, steps):
     return size_of(model), data.loss(model), ranks_of(model)
 
 
-def read(path):
-    """The rows of a CSV file, none if it is not there."""
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def tune(args, out):
     """Every arm on the whole grid, with the seed that no report uses."""
     path = out / "tune.csv"
     keys = ["kind", "arm", "lr", "scale", "seed"]
-    done = {tuple(row[key] for key in keys) for row in read(path)}
+    done = {tuple(row[key] for key in keys) for row in read_table(path)}
     for kind in args.kinds:
         data = Data(kind, TUNE_SEED, args.texts)
         for arm, (lr, scale) in itertools.product(args.arms, args.grid):
@@ -322,7 +314,7 @@ def ranking(losses):
 def compare(args, out):
     """Every arm with its tuned learning rate and scale, on every kind and seed."""
     path = out / "shift.csv"
-    done = {(row["kind"], row["arm"], row["seed"]) for row in read(path)}
+    done = {(row["kind"], row["arm"], row["seed"]) for row in read_table(path)}
     for seed in args.seeds:
         for kind in args.kinds:
             data = None
@@ -488,11 +480,11 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     if args.tune:
         tune(args, out)
-        print(best_of(read(out / "tune.csv")))
-        return read(out / "tune.csv")
+        print(best_of(read_table(out / "tune.csv")))
+        return read_table(out / "tune.csv")
     if not args.report:
         compare(args, out)
-    rows = read(out / "shift.csv")
+    rows = read_table(out / "shift.csv")
     if args.report:
         if not rows:
             parser.error(f"no rows in {out / 'shift.csv'}: run without --report first")

@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import FixedRanks, Recipe
-from cli.files import append
+from cli.files import append, read_table
 from cli.flags import positive
 from experiments import shift
 from salora import salora_layers
@@ -38,7 +38,7 @@ PLACEMENTS = ["found", "shuffled", "uniform"]
 
 def found_ranks(out, data, arm, seed, steps):
     """The ranks of this arm's run: from ranks.csv where experiments/shift.py left them, or from a run of it now."""
-    for row in shift.read(out / "ranks.csv"):
+    for row in read_table(out / "ranks.csv"):
         if (row["kind"], row["arm"], row["seed"]) == (data.kind, arm.name, str(seed)):
             return json.loads(row["ranks"])
     return shift.measure(data, arm, *shift.tuned(arm), seed, steps)[2]
@@ -113,7 +113,7 @@ def main(argv=None):
     path = out / "transplant.csv"
     for seed in args.seeds:
         for kind in args.kinds:
-            done = {row["placement"] for row in shift.read(path) if (row["kind"], row["seed"]) == (kind, str(seed))}
+            done = {row["placement"] for row in read_table(path) if (row["kind"], row["seed"]) == (kind, str(seed))}
             if done == set(PLACEMENTS):
                 continue
             data = shift.Data(kind, seed, args.texts)
@@ -125,7 +125,7 @@ def main(argv=None):
                     append(path, row)
                     seconds = time.time() - started
                     print(f"{kind}, {placement}, seed {seed}: {row['loss']:.4f}, {seconds:.0f} s", flush=True)
-    rows = shift.read(path)
+    rows = read_table(path)
     print(table(rows))
     return rows
 

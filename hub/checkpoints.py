@@ -7,6 +7,7 @@ ValueError that names the file, never in a hang, a crash elsewhere or code that 
 import json
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -134,10 +135,16 @@ def read_torch(path):
 
 
 def write_atomically(path, write):
-    """Call write(path of a temporary file), then put the file in place: readers see all of it or nothing."""
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    """Call write(path of a temporary file), then put the file in place: readers see all of it or nothing.
+
+    Raises OSError where that fails, and leaves the file as it was.
+    """
+    part = path.with_name(path.name + ".part")
     try:
         write(part)
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save meets a full disk with a RuntimeError
+        raise OSError(f"{path} cannot be written: {error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()

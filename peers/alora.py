@@ -111,9 +111,8 @@ class ALoRA(Allocator):
         layer.A[j] = normal((k,), self.noise, layer.A) / k**0.5
         layer.B[:, j] = 0
         for p, row in ((layer.A, j), (layer.B, (slice(None), j))):
-            for moment in self.optimizer.state.get(p, {}).values():
-                if isinstance(moment, torch.Tensor) and moment.shape == p.shape:
-                    moment[row] = 0
+            for moment in self.moments(p):
+                moment[row] = 0
 
 
 def matrix_means(scores):

@@ -44,11 +44,6 @@ class RMLoRA(Allocator):
                 for tensor in (p.data, *self.moments(p)):
                     self.held.append((tensor, axis, rest, tensor.index_select(axis, rest)))
 
-    def moments(self, p):
-        """The optimizer's tensors of the shape of a parameter."""
-        state = self.optimizer.state.get(p, {}).values()
-        return [x for x in state if isinstance(x, torch.Tensor) and x.shape == p.shape]
-
     @torch.no_grad()
     def after_step(self):
         """Put back what Adam's moments and weight decay have moved in spite of the mask."""

@@ -183,15 +183,16 @@ def test_json_nested_without_end_is_damaged(tmp_path, text):
         read_json(tmp_path / "config.json")
 
 
-def test_an_atomic_write_that_fails_leaves_what_was_there(tmp_path):
+@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("PytorchStreamWriter failed writing file")])
+def test_an_atomic_write_that_fails_leaves_what_was_there(tmp_path, error):
     path = tmp_path / "file"
     path.write_text("before")
 
     def write(part):
         part.write_text("half")
-        raise OSError("disk full")
+        raise error
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=f"file cannot be written: {error}"):
         write_atomically(path, write)
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
 

@@ -14,7 +14,7 @@ from test_program import FILES, adapter_of, go, log_of, quick_pictures, refused 
 
 import train_glue_mini
 from cli import journal
-from cli.files import check_free, claimed, digest_of, write_atomically
+from cli.files import check_free, claimed, digest_of
 from cli.flags import TRIPLET_METHODS
 from cli.runs import read_settings
 from glue import pretrain
@@ -199,19 +199,6 @@ def test_a_claimed_folder_into_which_nothing_came_is_gone_again(tmp_path):
     with pytest.raises(ValueError), claimed(tmp_path / "a" / "b", new=True):
         raise ValueError
     assert names(tmp_path) == []
-
-
-def test_a_file_that_cannot_be_written_leaves_the_old_one_and_no_part(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail(part):
-        part.write_text("half")
-        raise RuntimeError("PytorchStreamWriter failed writing file")
-
-    with pytest.raises(OSError, match="file cannot be written: PytorchStreamWriter"):
-        write_atomically(path, fail)
-    assert path.read_text() == "old" and names(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("kilobytes", [0, 4, 20])
