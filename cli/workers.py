@@ -11,8 +11,10 @@ import torch.distributed as dist
 def start_workers(device):
     """Join the other processes, if torchrun started this one."""
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        import torch._dynamo  # an optimizer would import it later, and it keeps a group that it finds alive for ever
+
         dist.init_process_group("nccl" if torch.cuda.is_available() and device != "cpu" else "gloo")
-        atexit.register(dist.destroy_process_group)  # its threads can abort a process that ends
+        atexit.register(dist.destroy_process_group)  # a thread of it that outlives Python aborts the process
 
 
 def worker():

@@ -393,6 +393,25 @@ def in_two_processes(folder, command):
     return done.stdout
 
 
+THREADS_AT_EXIT = """
+import atexit, os, sys
+sys.path.insert(0, sys.argv[1])
+from train_glue_mini import main
+tasks = "/proc/self/task"
+atexit.register(lambda: print("at exit:", [open(f"{tasks}/{task}/comm").read().strip() for task in os.listdir(tasks)]))
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the names of threads are read from /proc")
+def test_no_thread_of_the_workers_outlives_python(tmp_path, wide):
+    """Now and then such a thread aborts its process, and torchrun then stops the one that still writes."""
+    (tmp_path / "driver.py").write_text(THREADS_AT_EXIT)
+    flags = ["--weights", wide, "--steps", 12, "--rows", 48, "--device", "cpu", "--out", tmp_path / "two"]
+    said = in_two_processes(tmp_path, [tmp_path / "driver.py", Path(train_glue_mini.__file__).parent, *flags])
+    assert said.count("at exit:") == 2 and "gloo" not in said
+
+
 ONE_AFTER_THE_OTHER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
