@@ -10,8 +10,12 @@ data in glue/. Left out: hyper-parameter search, choosing an epoch by its dev sc
 """
 
 import shlex
+import signal
 import sys
 from contextlib import nullcontext, redirect_stdout
+
+if __name__ == "__main__":
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: the end, no traceback
 
 import torch
 import torch.nn.functional as F
@@ -162,4 +166,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_interrupt)
     main()

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -601,6 +603,26 @@ def test_an_interruption_says_what_can_be_done(go, tmp_path, capsys, monkeypatch
             go("--out", tmp_path / "run" / name)
         assert exit_.value.code == 130
         assert capsys.readouterr().err == "\ninterrupted; no epoch was finished\n"
+
+
+def interrupted_at(word, folder, *flags, **environment):
+    """(exit status, what it said on stderr) of a program that gets Ctrl-C once a line with the word is printed."""
+    command = [sys.executable, "-u", train_glue_mini.__file__, "--out", folder / "run", *flags]
+    program = subprocess.Popen(list(map(str, command)), cwd=folder, env={**os.environ, **environment}, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    while word not in (line := program.stdout.readline()):
+        assert line, program.stderr.read()
+    program.send_signal(signal.SIGINT)
+    return program.wait(timeout=60), program.stderr.read()
+
+
+def test_an_interruption_while_torch_is_imported_prints_nothing(tmp_path):
+    (tmp_path / "torch.py").write_text("import time\nprint('importing')\ntime.sleep(60)\n")
+    assert interrupted_at("importing", tmp_path, PYTHONPATH=str(tmp_path)) == (-signal.SIGINT, "")
+
+
+def test_an_interruption_of_the_program_is_said_in_a_line(tmp_path, wide):
+    assert interrupted_at("step", tmp_path, "--weights", wide, "--steps", 100_000) == (130, "\ninterrupted; no epoch was finished\n")
 
 
 def test_a_run_is_evaluated_on_the_device_that_is_asked_for(go, tmp_path):
