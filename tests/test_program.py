@@ -622,7 +622,8 @@ def test_an_interruption_while_torch_is_imported_prints_nothing(tmp_path):
 
 
 def test_an_interruption_of_the_program_is_said_in_a_line(tmp_path, wide):
-    assert interrupted_at("step", tmp_path, "--weights", wide, "--steps", 100_000) == (130, "\ninterrupted; no epoch was finished\n")
+    status, said = interrupted_at("step", tmp_path, "--weights", wide, "--steps", 100_000)
+    assert (status, said) == (130, "\ninterrupted; no epoch was finished\n")
 
 
 def test_a_run_is_evaluated_on_the_device_that_is_asked_for(go, tmp_path):
