@@ -20,6 +20,8 @@ An arm is METHOD-R and has the size of LoRA of rank R:
     lora       LoRA                        restart    LoRA whose learning rate restarts half-way, as in ours
     ours       SaLoRA, cut from rank 16    svd        cut from rank 16 by singular values, without gates
     paper      the published recipe        narrow     the main job's default: cut from rank 8, window 0.2-0.5
+    adalora    AdaLoRA, cut from rank 8    rm-lora    RM-LoRA: regularized and masked, no rank is cut
+    sora       SoRA from rank R: how much smaller it ends follows from its lambda
 
 and those in METHODS. A seed draws the shift, the texts, the start and the order; arms of one seed share all of it, so
 they are compared in pairs. Tuning uses seed 100 and the reports others. Rows that are there are not run again: other
@@ -50,6 +52,7 @@ from glue import mini
 from glue.pretrain import corrupt, mini_encoder
 from glue.tokens import MiniTokenizer, collate
 from hub.checkpoints import write_atomically
+from peers import PEERS, Peer
 from salora import adapt, salora_layers
 from tiny_transformer import MaskedLM, load_pretrained
 from train_glue_mini import fine_tune
@@ -136,7 +139,7 @@ class Data:
         return total / sum(len(labels) for _, labels in self.held_out)
 
 
-# The arms: the rank at creation (None: R) and the recipe (None: LoRA as it is).
+# The arms: the rank at creation (None: R) and the recipe (None: LoRA as it is), or a peer's allocator.
 
 RESTART = Recipe.ours(window=(0.5, 0.5), canonical=False, spread=0.0)  # nothing is cut at density 1
 METHODS = {
@@ -152,6 +155,9 @@ METHODS = {
     "boosted": (16, Recipe.ours(window=(0.4, 0.5))),
     "linear": (16, Recipe.ours(window=(0.4, 0.5), controller="linear")),
     "quadratic": (16, Recipe.ours(window=(0.4, 0.5), controller="quadratic")),
+    "adalora": (8, PEERS["adalora"]),
+    "sora": (None, PEERS["sora"]),
+    "rm-lora": (None, PEERS["rm-lora"]),
 }
 
 
@@ -174,7 +180,7 @@ class Arm(NamedTuple):
 
     @property
     def recipe(self):
-        """That of the method; ours cuts late, but below rank 2 early, since there is more to recover from."""
+        """That of the method, or its peer; ours cuts late, but below rank 2 early: there is more to recover from."""
         method = ("late" if self.rank >= 2 else "early") if self.method == "ours" else self.method
         return METHODS[method][1]
 
@@ -182,6 +188,9 @@ class Arm(NamedTuple):
         recipe = self.recipe
         if recipe is None:
             return FixedRanks(model, steps, Recipe.ours().warmup)
+        if isinstance(recipe, Peer):
+            density = {"density": self.rank / self.r0} if recipe.budgeted else {}
+            return recipe.allocator(model, optimizer, steps, warmup=Recipe.ours().warmup, seed=seed, **density)
         Allocator = Boosted if self.method == "boosted" else RankAllocator
         return Allocator(model, optimizer, steps, self.rank / self.r0, recipe, seed)
 
@@ -393,7 +402,7 @@ def report(rows):
             lines.append(f"  {arm:<14}{sizes[arm]:>7.4f}{len(values):>7}{mean(values):>9.4f}{deviation}")
         lines.append(f"{kind}: differences of arms over shared seeds, 95 % bootstrap intervals (below 0: less loss)")
         for arm in losses:
-            if METHODS[arm.rpartition("-")[0]][0] is None:
+            if arm.startswith(("lora", "restart")):
                 continue
             for rival in rivals(arm, losses):
                 gaps = [a - b for a, b in zip(*paired(losses, arm, rival))]

@@ -174,6 +174,16 @@ def test_shift_study_adds_rows_and_does_none_twice(tmp_path, tiny_lm):
             assert size - slack <= float(row["size"]) <= size + 1e-4, row
 
 
+def test_peers_run_in_the_shift_study(tiny_lm):
+    arms = ["adalora-4", "rm-lora-4", "sora-8"]
+    rows = shift.main(["--kinds", "words", "--arms", *arms, "--seeds", "0", *tiny_lm])
+    sizes = [float(row["size"]) for row in rows]
+    assert sizes[0] <= 0.6 and sizes[1] == 0.5 and 0 < sizes[2] <= 1, "AdaLoRA counts triplets, which differ in size"
+    assert len({row["loss"] for row in rows}) == 3
+    with pytest.raises(SystemExit):
+        shift.main(["--arms", "adalora-9", *tiny_lm])
+
+
 def test_shift_study_tunes_on_a_grid_with_a_seed_of_its_own(monkeypatch, tiny_lm):
     monkeypatch.setattr(shift, "GRID", shift.GRID[:2])
     rows = shift.main(["--tune", "--kinds", "words", "--arms", "lora-4", "ours-4", *tiny_lm])
