@@ -502,6 +502,8 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
     ("hub/checkpoints.py", "    if not isinstance(found, dict):\n", "    if found is None:\n",
      "tests/test_tiny_transformer.py::test_loading_refuses_damaged_json_by_file"),
     # The experiments
+    ("experiments/shift.py", "if isinstance(recipe, Peer):", "if False:",
+     "tests/test_experiments.py::test_peers_run_in_the_shift_study"),
     ("experiments/planted_ranks.py", "torch.arange(RANK) < ranks[name]", "torch.arange(RANK) <= ranks[name]",
      "tests/test_experiments.py::test_planted_updates_have_the_ranks_that_are_said"),
     ("experiments/planted_ranks.py", "        canonicalize(layer)\n", "",
