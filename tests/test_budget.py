@@ -74,6 +74,13 @@ def test_without_layers_there_is_no_density(density_of):
 
 
 @pytest.mark.equation("11")
+@pytest.mark.parametrize("density_of", [expected_density, kept_density])
+@given(banks())
+def test_layers_may_come_by_name(density_of, bank):
+    assert density_of({str(i): layer for i, layer in enumerate(bank)}) == density_of(bank)
+
+
+@pytest.mark.equation("11")
 @given(banks(), seeds)
 def test_the_order_of_layers_does_not_matter_to_densities(bank, seed):
     shuffled = random.Random(seed).sample(bank, len(bank))

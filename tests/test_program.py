@@ -17,6 +17,7 @@ import train_glue_mini
 from cli import report, setup
 from cli.flags import METHODS, TRIPLET_METHODS, build_parser, device_of, settle
 from cli.journal import Journal
+from cli.workers import share_of
 from glue.mini import TASKS as MINI_TASKS
 from glue.tasks import NAMES, task_of
 from hard_concrete import HardConcreteGate
@@ -366,6 +367,12 @@ def test_accumulating_equals_the_whole_batch_noise_included(go, tmp_path, wide, 
     worst = (losses_of(tmp_path / "one") - losses_of(tmp_path / "four")).abs().max()
     assert worst < 1e-5, "a batch in parts is not the whole batch: are the gates the same in all parts?"
     assert one["ranks"] == four["ranks"]
+
+
+def test_a_batch_has_no_more_parts_than_rows():
+    """A billion of them, empty but for ten, would take minutes."""
+    parts = [list(part) for part in share_of(range(10), 10**9)]
+    assert parts == [[row] for row in range(10)]
 
 
 def test_recomputing_activations_changes_nothing(go, tmp_path):
