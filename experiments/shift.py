@@ -148,6 +148,7 @@ METHODS = {
     "ours": (16, None),  # early or late: see Arm.recipe
     "early": (16, Recipe.ours(window=(0.2, 0.5))),
     "late": (16, Recipe.ours(window=(0.4, 0.5))),
+    "short": (16, Recipe.ours(window=(0.48, 0.5))),
     "svd": (16, Recipe.ours(window=(0.5, 0.5))),
     "paper": (8, Recipe.paper()),
     "narrow": (8, Recipe.ours(window=(0.2, 0.5))),
