@@ -407,6 +407,8 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_program.py::test_an_interruption_of_the_program_is_said_in_a_line"),
     ("salora.py", "list(layers.values() if isinstance(layers, dict) else layers)", "list(layers)",
      "tests/test_budget.py::test_layers_may_come_by_name"),
+    ("cli/runs.py", ", torch.linalg.LinAlgError", "",
+     "tests/test_program.py::test_an_svd_that_does_not_converge_is_one_line"),
     ("cli/workers.py", "        import torch._dynamo", "        pass",
      "tests/test_program.py::test_no_thread_of_the_workers_outlives_python"),
     ("cli/workers.py", "p.grad = grad.view_as(p)", "pass",

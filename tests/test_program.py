@@ -612,6 +612,14 @@ def test_an_interruption_says_what_can_be_done(go, tmp_path, capsys, monkeypatch
         assert capsys.readouterr().err == "\ninterrupted; no epoch was finished\n"
 
 
+def test_an_svd_that_does_not_converge_is_one_line(go, tmp_path, capsys, monkeypatch):
+    def diverge(*values, **options):
+        raise torch.linalg.LinAlgError("linalg.svd: the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", diverge)
+    assert "failed to converge" in refused(capsys, go, "--out", tmp_path / "run")
+
+
 def interrupted_at(word, folder, *flags, **environment):
     """(exit status, what it said on stderr) of a program that gets Ctrl-C once a line with the word is printed."""
     command = [sys.executable, "-u", train_glue_mini.__file__, "--out", folder / "run", *flags]
