@@ -615,8 +615,8 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_tiny_transformer.py::test_heads_of_pretraining_are_left_behind_without_a_word"),
     ("tiny_transformer.py", 'MaskedLM: "ForMaskedLM"}', 'MaskedLM: "Model"}',
      "tests/test_hub.py::test_a_saved_masked_lm_opens_in_transformers_and_comes_back"),
-    ("tiny_transformer.py", '    "is_decoder": (False,),\n', "",
-     "tests/test_hub.py::test_a_rate_above_one_and_a_decoder_are_refused"),
+    ("tiny_transformer.py", '    "add_cross_attention": (False,),\n', "",
+     "tests/test_hub.py::test_a_rate_above_one_and_cross_attention_are_refused"),
     ("hub/checkpoints.py", ' or ".." in Path(shard).parts', "",
      "tests/test_hub.py::test_an_index_that_leaves_its_folder_is_refused"),
     ("hub/checkpoints.py", "except (ValueError, RecursionError)", "except ValueError",
@@ -815,6 +815,11 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_course.py::test_marks_come_as_json_and_say_what_a_submission_tried"),
     ("course/run.py", " and not is_stub(nodes[name])", "",
      "tests/test_course.py::test_run_says_whose_functions_run_and_takes_the_reference_for_blanks"),
+    # The decoder
+    ("tiny_transformer.py", "        if self.config.is_decoder:\n", "        if False:\n",
+     "tests/test_tiny_transformer.py::test_what_follows_changes_nothing_in_a_decoder_and_something_in_an_encoder"),
+    ("tiny_transformer.py", "mask.new_ones(seq, seq).tril()", "mask.new_ones(seq, seq).tril(1)",  # is_decoder
+     "tests/test_tiny_transformer.py::test_what_follows_changes_nothing_in_a_decoder_and_something_in_an_encoder"),
 ]  # fmt: skip
 
 
