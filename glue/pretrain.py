@@ -39,17 +39,22 @@ def mini_config():
 
 
 def mini_encoder(folder="runs", device="cpu"):
-    """The folder of the pre-trained encoder. It is trained on first use, in about 40 s on two cores, and kept under a
-    name that changes with everything the training depends on."""
+    """The folder of the pre-trained encoder, which is trained on first use, in about 40 s on two cores."""
     training = (TEXTS, BATCH, STEPS, WARMUP, LR)
-    recipe = repr((MaskedLM.__name__, mini_config(), *training, mini.vocabulary(), mini.corpus(100)))
-    path = Path(folder) / f"mini-encoder-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
+    recipe = (MaskedLM.__name__, mini_config(), *training, mini.vocabulary(), mini.corpus(100))
+    return trained_once("encoder", recipe, lambda: pretrain(device), folder)
+
+
+def trained_once(kind, recipe, train, folder="runs"):
+    """The folder of the model that train() returns: trained on first use, and kept under a name that changes with
+    `recipe`, everything that the training depends on."""
+    path = Path(folder) / f"mini-{kind}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]}"
     if not path.is_dir():
-        print(f"pre-training the tiny encoder, once; it is kept in {path}")
+        print(f"pre-training the tiny {kind}, once; it is kept in {path}")
         part = path.with_name(f"{path.name}.part{os.getpid()}")
         part.mkdir(parents=True, exist_ok=True)  # if that is impossible, then better now than after training
         try:
-            save_pretrained(pretrain(device), part)
+            save_pretrained(train(), part)
             with suppress(OSError):  # another run was faster
                 part.rename(path)
         finally:

@@ -1,0 +1,347 @@
+"""Instructions in miniature: a tiny decoder learns to make a sentence more positive or more negative.
+
+    python experiments/instruct.py                                      every arm, seeds 0 to 4
+    python experiments/instruct.py --arms lora-8 salora --seeds 0 1     some of them
+    python experiments/instruct.py --tune                               learning rates, on a seed that is not reported
+
+The paper tunes LLaMA-7B on instructions and asks it to change the sentiment of reviews and nothing else (its section
+4.2). Here a causal tiny transformer reads mini-GLUE's world word by word, and then adapters in all six matrices of a
+layer learn from a few hundred examples to answer
+
+    more negative : the old dog chased the sad tutor in the yard . although the film was dull the song was not bad .
+                    the old dog chased the sad tutor in the yard . although the film was moving the song was not good .
+
+What counts are held-out sentences: the loss of the next word (nats) of the grammar's own answer; and of the sentence
+that the model writes, word by word, whether the grammar finds the sentiment asked for in it (accuracy), and whether all
+words but opinions and "not" are kept, in order (meaning). No classifier judges: the grammar does.
+
+    untuned    the decoder as it was pre-trained        lora-8, lora-4    LoRA
+    salora     SaLoRA cut from rank 8 to density 1/2    salora-16         cut from rank 16 to 1/4: the size of lora-4
+
+A seed draws the sentences, the start and the order. Rows that are in DIR/instruct.csv are not run again: other values
+of --steps or --rows need another --out. Left out: sampling and beam search, a cache of keys and values, perplexity.
+"""
+
+import argparse
+import random
+import re
+import sys
+import time
+from collections import defaultdict
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from budget import FixedRanks, RankAllocator, Recipe
+from cli.files import append, read_table
+from cli.flags import positive
+from cli.setup import TARGETS
+from experiments.shift import interval, size_of
+from glue import mini
+from glue.pretrain import mini_config, trained_once
+from glue.tokens import MiniTokenizer
+from salora import adapt
+from tiny_transformer import MaskedLM, TinyTransformer, load_pretrained
+from train_glue_mini import fine_tune
+
+TEXTS, STEPS, WARMUP, LR = 40_000, 6000, 50, 3e-3  # of pre-training
+BATCH, HELD_OUT, LONGEST = 32, 500, 30  # LONGEST: of an answer, in words; the grammar's have at most 26
+SCALE = 2  # alpha / rank at creation
+TUNE_SEED = 100
+GRID = [1.5e-3, 3e-3, 6e-3, 1.2e-2]
+ARMS = {  # (rank at creation, density or None for LoRA, recipe, learning rate: the least loss of --tune)
+    "untuned": None,
+    "lora-8": (8, None, None, 3e-3),
+    "lora-4": (4, None, None, 3e-3),
+    "salora": (8, 0.5, Recipe.ours(), 3e-3),
+    "salora-16": (16, 0.25, Recipe.ours(window=(0.4, 0.5)), 3e-3),
+}
+COLUMNS = ["arm", "seed", "lr", "size", "loss", "accuracy", "meaning"]
+
+
+# The grammar: sentences, answers and their judge.
+
+OPPOSITE = dict(zip(mini.GOOD + mini.BAD, mini.BAD + mini.GOOD))
+CLAUSE = rf"the (?:{'|'.join(mini.THINGS)}) was (not )?({'|'.join(OPPOSITE)})"
+OPINION = re.compile(rf"(?:.* \. )?(although )?{CLAUSE}(?: (?:(and|but|although) )?{CLAUSE})? \.")
+
+
+def new_sentence(rng):
+    """(a scene and an opinion in words, whether the opinion is praise)."""
+    opinion, _, praise = mini.sst2(rng)
+    return f"{mini.say(mini.new_scene(rng), rng)} {opinion}", bool(praise)
+
+
+def answer_to(sentence):
+    """The grammar's own: every opinion becomes its opposite."""
+    return " ".join(OPPOSITE.get(word, word) for word in sentence.split())
+
+
+def sentiment(text):
+    """True for praise, False for blame, None for what the grammar would not say. "not" turns a word round; "and" joins
+    clauses that agree; of two that do not agree the one after "but", or without "although", decides."""
+    found = OPINION.fullmatch(text)
+    if not found:
+        return None
+    although, *first, joint, turned, word = found.groups()
+    first = (first[1] in mini.GOOD) != bool(first[0])
+    if word is None:
+        return None if although else first
+    second = (word in mini.GOOD) != bool(turned)
+    if bool(although) == bool(joint) or (first == second) != (joint == "and"):
+        return None
+    return first if joint == "although" else second
+
+
+def other_words(text):
+    return [word for word in text.split() if word not in OPPOSITE and word != "not"]
+
+
+FAULTS = ["not the sentiment asked for", "other words changed"]
+
+
+def faults_of(sentence, praise, text):
+    """What is wrong with a text that should be the sentence turned into praise or blame: some of FAULTS."""
+    wrong = [sentiment(text) != praise, other_words(text) != other_words(sentence)]
+    return [fault for fault, found in zip(FAULTS, wrong) if found]
+
+
+# The decoder.
+
+
+class Tokenizer(MiniTokenizer):
+    """The words of mini-GLUE, and those of instructions."""
+
+    def __init__(self):
+        super().__init__()
+        self.words += ["more", "positive", "negative", ":"]
+        self.ids = {word: i for i, word in enumerate(self.words)}
+        self.size = len(self.words)
+
+    def prompt(self, sentence, praise):
+        """The instruction to turn a sentence into praise or blame, up to where the answer begins: token ids."""
+        return self.encode_pair(f"more {'positive' if praise else 'negative'} : {sentence}", None, 64)[0]
+
+
+class NextWord(MaskedLM):
+    """Token ids and a mask of places, each (batch, seq) -> logits of the word after each place (places, vocab)."""
+
+    def forward(self, ids, places):
+        return super().forward(self.encoder(ids)[places])
+
+
+def decoder_config():
+    return replace(mini_config(), vocab_size=Tokenizer().size, max_position_embeddings=72, type_vocab_size=1,
+                   is_decoder=True)  # fmt: skip
+
+
+def texts_to_read(n, seed=0):
+    """What pre-training reads: mini-GLUE's corpus; scenes with opinions, alone or under a label; and texts said twice,
+    from which the model learns to copy."""
+    rng, texts = random.Random(f"read {seed}"), []
+    for first, second in mini.corpus(n, f"read {seed}"):
+        sentence, praise = new_sentence(rng)
+        label = "positive" if praise else "negative"
+        twice = rng.choice([first, sentence, sentence.split(" . ")[1]])
+        kinds = [(first, second), (sentence, None), (f"{label} : {sentence}", None), (twice, twice)]
+        texts.append(rng.choices(kinds, [4, 3, 3, 10])[0])
+    return texts
+
+
+def batch_of(rows, model=None, device="cpu"):
+    """Rows (token ids, where the answer begins) -> ((ids, places), the next words of these places)."""
+    longest = max(len(ids) for ids, _ in rows)
+    pad = Tokenizer().pad
+    ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows], device=device)  # (batch, seq)
+    starts = torch.tensor([start for _, start in rows], device=device)
+    following = ids.roll(-1, 1)
+    places = (torch.arange(longest, device=device) >= starts[:, None] - 1) & (following != pad)
+    places[:, -1] = False
+    return (ids, places), following[places]
+
+
+def pretrain(steps=STEPS):
+    """Train a new decoder to tell the next word; prints its progress. Returns it in eval mode."""
+    torch.manual_seed(0)
+    lm = NextWord(TinyTransformer(decoder_config()))
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=LR, betas=(0.9, 0.98), fused=True)
+    tokenizer, rng, started, order = Tokenizer(), random.Random(0), time.time(), []
+    rows = [(tokenizer.encode_pair(*text, 70)[0], 1) for text in texts_to_read(TEXTS)]
+    rows.sort(key=lambda row: len(row[0]))  # texts of equal length meet in a batch
+    batches = [rows[i : i + BATCH] for i in range(0, TEXTS, BATCH)]
+    for step in range(steps):
+        order = order or rng.sample(batches, len(batches))
+        inputs, labels = batch_of(order.pop())
+        for group in optimizer.param_groups:
+            group["lr"] = LR * min(1, (step + 1) / WARMUP) * (1 - step / steps)
+        loss = F.cross_entropy(lm(*inputs), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % 200 == 0:
+            left = (time.time() - started) / (step + 1) * (steps - step - 1)
+            print(f"step {step + 1:4d}/{steps} | next-word loss {loss.item():.2f} | eta {left:.0f} s", flush=True)
+    return lm.eval()
+
+
+def mini_decoder():
+    """The folder of the pre-trained decoder, which is trained on first use, in about two minutes on one core."""
+    recipe = (NextWord.__name__, decoder_config(), TEXTS, STEPS, WARMUP, LR, BATCH, texts_to_read(200))
+    return trained_once("decoder", recipe, pretrain)
+
+
+@torch.no_grad()
+def write(model, prompts, stop, most=LONGEST):
+    """Go on from each prompt with the likeliest word, again and again, until `stop`, or `most` words.
+
+    prompts: lists of token ids; they are padded on the left, which moves no position. Returns lists of token ids.
+    """
+    longest, pad = max(map(len, prompts)), model.encoder.config.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])  # (batch, seq)
+    for _ in range(most):
+        last = torch.zeros_like(ids, dtype=torch.bool)
+        last[:, -1] = True
+        ids = torch.cat([ids, model(ids, last).argmax(1, keepdim=True)], 1)
+        if (ids[:, longest:] == stop).any(1).all():
+            break
+    written = ids[:, longest:].tolist()
+    return [words[: words.index(stop)] if stop in words else words for words in written]
+
+
+# The runs.
+
+
+class Data:
+    """Sentences of a seed: rows to train on, and sentences to hold out."""
+
+    def __init__(self, seed, rows):
+        rng, self.tokenizer = random.Random(f"instruct {seed}"), Tokenizer()
+        sentences = {}
+        while len(sentences) < HELD_OUT + rows:
+            sentences.setdefault(*new_sentence(rng))
+        self.asked = [(sentence, not praise) for sentence, praise in sentences.items()]
+        encoded = [self.row(*asked) for asked in self.asked]
+        self.asked, self.held_out, self.train = self.asked[:HELD_OUT], encoded[:HELD_OUT], encoded[HELD_OUT:]
+
+    def row(self, sentence, praise):
+        prompt = self.tokenizer.prompt(sentence, praise)
+        return prompt + self.tokenizer.encode_pair(answer_to(sentence), None, 64)[0][1:], len(prompt)
+
+    @torch.no_grad()
+    def loss(self, model):
+        """Mean cross-entropy of the words of the grammar's answers, in nats."""
+        inputs, labels = batch_of(self.held_out)
+        return F.cross_entropy(model.eval()(*inputs), labels).item()
+
+    def answers(self, model):
+        """[what the model writes] for all held-out sentences."""
+        prompts = [self.tokenizer.prompt(*asked) for asked in self.asked]
+        written = write(model.eval(), prompts, self.tokenizer.stop)
+        return [" ".join(self.tokenizer.words[i] for i in ids) for ids in written]
+
+
+def adapted(name, data, lr, seed, steps):
+    """The decoder, fine-tuned as the arm `name` says."""
+    with redirect_stdout(None):
+        model, _ = load_pretrained(mini_decoder(), NextWord)
+    if name == "untuned":
+        return model
+    rank, density, recipe, _ = ARMS[name]
+    torch.manual_seed(seed)
+    adapt(model, TARGETS, rank, alpha=SCALE * rank)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
+    if density is None:
+        allocator = FixedRanks(model, steps, Recipe.ours().warmup)
+    else:
+        allocator = RankAllocator(model, optimizer, steps, density, recipe, seed)
+    with redirect_stdout(None):
+        fine_tune(model, data.train, optimizer, allocator, lr=lr, batch_size=BATCH, seed=seed, batch_of=batch_of)
+    return model.eval()
+
+
+def compare(args, out, seeds, rates_of):
+    """Run every arm on every seed with the learning rates rates_of(arm); what is in out/instruct.csv is not run again.
+
+    The first sentences that each model writes go to out/written.csv.
+    """
+    path = out / "instruct.csv"
+    done = {(row["arm"], row["seed"], row["lr"]) for row in read_table(path)}
+    for seed in seeds:
+        data = Data(seed, args.rows)
+        for name, lr in ((name, lr) for name in args.arms for lr in rates_of(name)):
+            if (name, str(seed), str(lr)) in done:
+                continue
+            started = time.time()
+            model = adapted(name, data, lr, seed, args.steps)
+            written = data.answers(model)
+            faults = [faults_of(*asked, text) for asked, text in zip(data.asked, written, strict=True)]
+            accuracy, meaning = (mean(fault not in some for some in faults) for fault in FAULTS)
+            values = [name, seed, lr, size_of(model) if name != "untuned" else 0.0, data.loss(model), accuracy, meaning]
+            row = dict(zip(COLUMNS, [round(x, 4) if type(x) is float else x for x in values], strict=True))
+            for (sentence, praise), text in list(zip(data.asked, written))[:20]:
+                texts = {"praise": int(praise), "sentence": sentence, "written": text}
+                append(out / "written.csv", {"arm": name, "seed": seed, "lr": lr, **texts})
+            append(path, row)
+            said = ", ".join(f"{key} {value}" for key, value in row.items())
+            print(f"{said}, {time.time() - started:.0f} s", flush=True)
+
+
+def table(rows):
+    """A line an arm and learning rate: means over seeds, and their 95 % bootstrap intervals."""
+    lines = [f"{'arm':<11}{'lr':>8}{'size':>7}{'seeds':>7}" + "".join(f"{key:>26}" for key in COLUMNS[4:])]
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["arm"], row["lr"]].append(row)
+    for (name, lr), some in groups.items():
+        line = f"{name:<11}{lr:>8}{mean(float(row['size']) for row in some):>7.3f}{len(some):>7}"
+        for key in COLUMNS[4:]:
+            values = [float(row[key]) for row in some]
+            low, high = interval(values)
+            line += f"{f'{mean(values):.3f} [{low:.3f}, {high:.3f}]':>26}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def examples(rows):
+    """One sentence as it came for every arm and every verdict on it."""
+    found = {}
+    for row in rows:
+        sentence, praise, text = row["sentence"], row["praise"] == "1", row["written"]
+        faults = " and ".join(faults_of(sentence, praise, text)) or "good"
+        asked = f"more {'positive' if praise else 'negative'} : {sentence}"
+        found.setdefault((row["arm"], faults), f"{row['arm']}, {faults}\n  {asked}\n  {text}")
+    return "\n".join(found[key] for key in sorted(found))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM",
+                        help=f"of {', '.join(ARMS)} (default all)")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(5), metavar="S", help="default 0 to 4")
+    parser.add_argument("--tune", action="store_true", help=f"try learning rates, on seed {TUNE_SEED}")
+    parser.add_argument("--steps", type=positive, default=300, metavar="N", help="default 300")
+    parser.add_argument("--rows", type=positive, default=500, metavar="N", help="to train on (default 500)")
+    parser.add_argument("--out", default="runs/instruct", metavar="DIR", help="default runs/instruct")
+    args = parser.parse_args(argv)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    mini_decoder()
+    tuned = {name: [(arm or [0.0])[-1]] for name, arm in ARMS.items()}
+    if args.tune:
+        compare(args, out, [TUNE_SEED], lambda name: GRID if ARMS[name] else tuned[name])
+    else:
+        compare(args, out, args.seeds, tuned.get)
+    rows = read_table(out / "instruct.csv")
+    print(table([row for row in rows if (row["seed"] == str(TUNE_SEED)) == args.tune]))
+    print(examples(read_table(out / "written.csv")))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
