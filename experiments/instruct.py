@@ -2,7 +2,7 @@
 
     python experiments/instruct.py                                      every arm, seeds 0 to 4
     python experiments/instruct.py --arms lora-8 salora --seeds 0 1     some of them
-    python experiments/instruct.py --tune                               learning rates, on a seed that is not reported
+    python experiments/instruct.py --lr .012 .024 .048 --seeds 100 --out runs/instruct-tune     where ARMS has them from
 
 The paper tunes LLaMA-7B on instructions and asks it to change the sentiment of reviews and nothing else (its section
 4.2). Here a causal tiny transformer reads mini-GLUE's world word by word, and then adapters in all six matrices of a
@@ -23,6 +23,7 @@ of --steps or --rows need another --out. Left out: sampling and beam search, a c
 """
 
 import argparse
+import itertools
 import random
 import re
 import sys
@@ -40,27 +41,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import FixedRanks, RankAllocator, Recipe
 from cli.files import append, read_table
-from cli.flags import positive
+from cli.flags import above_zero, positive
 from cli.setup import TARGETS
 from experiments.shift import interval, size_of
 from glue import mini
-from glue.pretrain import mini_config, trained_once
+from glue.pretrain import LR, WARMUP, mini_config, train, trained_once
 from glue.tokens import MiniTokenizer
 from salora import adapt
 from tiny_transformer import MaskedLM, TinyTransformer, load_pretrained
 from train_glue_mini import fine_tune
 
-TEXTS, STEPS, WARMUP, LR = 40_000, 6000, 50, 3e-3  # of pre-training
+TEXTS, STEPS = 40_000, 6000  # of pre-training
 BATCH, HELD_OUT, LONGEST = 32, 500, 30  # LONGEST: of an answer, in words; the grammar's have at most 26
 SCALE = 2  # alpha / rank at creation
-TUNE_SEED = 100
-GRID = [1.5e-3, 3e-3, 6e-3, 1.2e-2]
-ARMS = {  # (rank at creation, density or None for LoRA, recipe, learning rate: the least loss of --tune)
+ARMS = {  # rank at creation, density, recipe (None: LoRA), and of three learning rates the one with the least loss
     "untuned": None,
-    "lora-8": (8, None, None, 3e-3),
-    "lora-4": (4, None, None, 3e-3),
-    "salora": (8, 0.5, Recipe.ours(), 3e-3),
-    "salora-16": (16, 0.25, Recipe.ours(window=(0.4, 0.5)), 3e-3),
+    "lora-8": (8, 1.0, None, 0.024),
+    "lora-4": (4, 1.0, None, 0.024),
+    "salora": (8, 0.5, Recipe.ours(), 0.024),
+    "salora-16": (16, 0.25, Recipe.ours(window=(0.4, 0.5)), 0.024),
 }
 COLUMNS = ["arm", "seed", "lr", "size", "loss", "accuracy", "meaning"]
 
@@ -169,25 +168,19 @@ def batch_of(rows, model=None, device="cpu"):
 def pretrain(steps=STEPS):
     """Train a new decoder to tell the next word; prints its progress. Returns it in eval mode."""
     torch.manual_seed(0)
-    lm = NextWord(TinyTransformer(decoder_config()))
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=LR, betas=(0.9, 0.98), fused=True)
-    tokenizer, rng, started, order = Tokenizer(), random.Random(0), time.time(), []
+    lm, tokenizer, rng = NextWord(TinyTransformer(decoder_config())), Tokenizer(), random.Random(0)
     rows = [(tokenizer.encode_pair(*text, 70)[0], 1) for text in texts_to_read(TEXTS)]
     rows.sort(key=lambda row: len(row[0]))  # texts of equal length meet in a batch
     batches = [rows[i : i + BATCH] for i in range(0, TEXTS, BATCH)]
-    for step in range(steps):
-        order = order or rng.sample(batches, len(batches))
+    order = []
+
+    def draw_loss():
+        if not order:
+            order.extend(rng.sample(batches, len(batches)))
         inputs, labels = batch_of(order.pop())
-        for group in optimizer.param_groups:
-            group["lr"] = LR * min(1, (step + 1) / WARMUP) * (1 - step / steps)
-        loss = F.cross_entropy(lm(*inputs), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if (step + 1) % 200 == 0:
-            left = (time.time() - started) / (step + 1) * (steps - step - 1)
-            print(f"step {step + 1:4d}/{steps} | next-word loss {loss.item():.2f} | eta {left:.0f} s", flush=True)
-    return lm.eval()
+        return F.cross_entropy(lm(*inputs), labels)
+
+    return train(lm, draw_loss, steps, "next-word loss")
 
 
 def mini_decoder():
@@ -256,7 +249,7 @@ def adapted(name, data, lr, seed, steps):
     torch.manual_seed(seed)
     adapt(model, TARGETS, rank, alpha=SCALE * rank)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
-    if density is None:
+    if recipe is None:
         allocator = FixedRanks(model, steps, Recipe.ours().warmup)
     else:
         allocator = RankAllocator(model, optimizer, steps, density, recipe, seed)
@@ -265,27 +258,30 @@ def adapted(name, data, lr, seed, steps):
     return model.eval()
 
 
-def compare(args, out, seeds, rates_of):
-    """Run every arm on every seed with the learning rates rates_of(arm); what is in out/instruct.csv is not run again.
+def measure(data, name, lr, seed, steps):
+    """(the row of one run, what its model writes)."""
+    model = adapted(name, data, lr, seed, steps)
+    written = data.answers(model)
+    faults = [faults_of(*asked, text) for asked, text in zip(data.asked, written, strict=True)]
+    accuracy, meaning = (mean(fault not in some for some in faults) for fault in FAULTS)
+    size = 0.0 if name == "untuned" else size_of(model)
+    values = [round(value, 4) for value in (size, data.loss(model), accuracy, meaning)]
+    return dict(zip(COLUMNS, [name, seed, lr, *values], strict=True)), written
 
-    The first sentences that each model writes go to out/written.csv.
-    """
+
+def compare(args, out):
+    """Run every arm on every seed. What is in out/instruct.csv is not run again; out/written.csv has the first texts
+    that each model writes."""
     path = out / "instruct.csv"
     done = {(row["arm"], row["seed"], row["lr"]) for row in read_table(path)}
-    for seed in seeds:
-        data = Data(seed, args.rows)
-        for name, lr in ((name, lr) for name in args.arms for lr in rates_of(name)):
+    for seed, name in itertools.product(args.seeds, args.arms):
+        for lr in [0.0] if name == "untuned" else args.lr or [ARMS[name][-1]]:
             if (name, str(seed), str(lr)) in done:
                 continue
-            started = time.time()
-            model = adapted(name, data, lr, seed, args.steps)
-            written = data.answers(model)
-            faults = [faults_of(*asked, text) for asked, text in zip(data.asked, written, strict=True)]
-            accuracy, meaning = (mean(fault not in some for some in faults) for fault in FAULTS)
-            values = [name, seed, lr, size_of(model) if name != "untuned" else 0.0, data.loss(model), accuracy, meaning]
-            row = dict(zip(COLUMNS, [round(x, 4) if type(x) is float else x for x in values], strict=True))
+            started, data = time.time(), Data(seed, args.rows)
+            row, written = measure(data, name, lr, seed, args.steps)
             for (sentence, praise), text in list(zip(data.asked, written))[:20]:
-                texts = {"praise": int(praise), "sentence": sentence, "written": text}
+                texts = {"praise": praise, "sentence": sentence, "written": text}
                 append(out / "written.csv", {"arm": name, "seed": seed, "lr": lr, **texts})
             append(path, row)
             said = ", ".join(f"{key} {value}" for key, value in row.items())
@@ -312,7 +308,7 @@ def examples(rows):
     """One sentence as it came for every arm and every verdict on it."""
     found = {}
     for row in rows:
-        sentence, praise, text = row["sentence"], row["praise"] == "1", row["written"]
+        sentence, praise, text = row["sentence"], row["praise"] == "True", row["written"]
         faults = " and ".join(faults_of(sentence, praise, text)) or "good"
         asked = f"more {'positive' if praise else 'negative'} : {sentence}"
         found.setdefault((row["arm"], faults), f"{row['arm']}, {faults}\n  {asked}\n  {text}")
@@ -324,21 +320,17 @@ def main(argv=None):
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM",
                         help=f"of {', '.join(ARMS)} (default all)")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=range(5), metavar="S", help="default 0 to 4")
-    parser.add_argument("--tune", action="store_true", help=f"try learning rates, on seed {TUNE_SEED}")
+    parser.add_argument("--lr", type=above_zero, nargs="+", metavar="LR", help="default: what is tuned for each arm")
     parser.add_argument("--steps", type=positive, default=300, metavar="N", help="default 300")
-    parser.add_argument("--rows", type=positive, default=500, metavar="N", help="to train on (default 500)")
+    parser.add_argument("--rows", type=positive, default=400, metavar="N", help="to train on (default 400)")
     parser.add_argument("--out", default="runs/instruct", metavar="DIR", help="default runs/instruct")
     args = parser.parse_args(argv)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     mini_decoder()
-    tuned = {name: [(arm or [0.0])[-1]] for name, arm in ARMS.items()}
-    if args.tune:
-        compare(args, out, [TUNE_SEED], lambda name: GRID if ARMS[name] else tuned[name])
-    else:
-        compare(args, out, args.seeds, tuned.get)
+    compare(args, out)
     rows = read_table(out / "instruct.csv")
-    print(table([row for row in rows if (row["seed"] == str(TUNE_SEED)) == args.tune]))
+    print(table(rows))
     print(examples(read_table(out / "written.csv")))
     return rows
 
