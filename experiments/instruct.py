@@ -6,10 +6,7 @@
 
 The paper tunes LLaMA-7B on instructions and asks it to change the sentiment of reviews and nothing else (its section
 4.2). Here a causal tiny transformer reads mini-GLUE's world word by word, and then adapters in all six matrices of a
-layer learn from a few hundred examples to answer
-
-    more negative : the old dog chased the sad tutor in the yard . although the film was dull the song was not bad .
-                    the old dog chased the sad tutor in the yard . although the film was moving the song was not good .
+layer learn from a few hundred examples to follow the instructions of glue/instructions.py.
 
 What counts are held-out sentences: the loss of the next word (nats) of the grammar's own answer; and of the sentence
 that the model writes, word by word, whether the grammar finds the sentiment asked for in it (accuracy), and whether all
@@ -25,7 +22,6 @@ of --steps or --rows need another --out. Left out: sampling and beam search, a c
 import argparse
 import itertools
 import random
-import re
 import sys
 import time
 from collections import defaultdict
@@ -44,9 +40,8 @@ from cli.files import append, read_table
 from cli.flags import above_zero, positive
 from cli.setup import TARGETS
 from experiments.shift import interval, size_of
-from glue import mini
+from glue.instructions import FAULTS, InstructionTokenizer, answer_to, faults_of, new_sentence, texts_to_read
 from glue.pretrain import LR, WARMUP, mini_config, train, trained_once
-from glue.tokens import MiniTokenizer
 from salora import adapt
 from tiny_transformer import MaskedLM, TinyTransformer, load_pretrained
 from train_glue_mini import fine_tune
@@ -64,68 +59,7 @@ ARMS = {  # rank at creation, density, recipe (None: LoRA), and of three learnin
 COLUMNS = ["arm", "seed", "lr", "size", "loss", "accuracy", "meaning"]
 
 
-# The grammar: sentences, answers and their judge.
-
-OPPOSITE = dict(zip(mini.GOOD + mini.BAD, mini.BAD + mini.GOOD))
-CLAUSE = rf"the (?:{'|'.join(mini.THINGS)}) was (not )?({'|'.join(OPPOSITE)})"
-OPINION = re.compile(rf"(?:.* \. )?(although )?{CLAUSE}(?: (?:(and|but|although) )?{CLAUSE})? \.")
-
-
-def new_sentence(rng):
-    """(a scene and an opinion in words, whether the opinion is praise)."""
-    opinion, _, praise = mini.sst2(rng)
-    return f"{mini.say(mini.new_scene(rng), rng)} {opinion}", bool(praise)
-
-
-def answer_to(sentence):
-    """The grammar's own: every opinion becomes its opposite."""
-    return " ".join(OPPOSITE.get(word, word) for word in sentence.split())
-
-
-def sentiment(text):
-    """True for praise, False for blame, None for what the grammar would not say. "not" turns a word round; "and" joins
-    clauses that agree; of two that do not agree the one after "but", or without "although", decides."""
-    found = OPINION.fullmatch(text)
-    if not found:
-        return None
-    although, *first, joint, turned, word = found.groups()
-    first = (first[1] in mini.GOOD) != bool(first[0])
-    if word is None:
-        return None if although else first
-    second = (word in mini.GOOD) != bool(turned)
-    if bool(although) == bool(joint) or (first == second) != (joint == "and"):
-        return None
-    return first if joint == "although" else second
-
-
-def other_words(text):
-    return [word for word in text.split() if word not in OPPOSITE and word != "not"]
-
-
-FAULTS = ["not the sentiment asked for", "other words changed"]
-
-
-def faults_of(sentence, praise, text):
-    """What is wrong with a text that should be the sentence turned into praise or blame: some of FAULTS."""
-    wrong = [sentiment(text) != praise, other_words(text) != other_words(sentence)]
-    return [fault for fault, found in zip(FAULTS, wrong) if found]
-
-
 # The decoder.
-
-
-class Tokenizer(MiniTokenizer):
-    """The words of mini-GLUE, and those of instructions."""
-
-    def __init__(self):
-        super().__init__()
-        self.words += ["more", "positive", "negative", ":"]
-        self.ids = {word: i for i, word in enumerate(self.words)}
-        self.size = len(self.words)
-
-    def prompt(self, sentence, praise):
-        """The instruction to turn a sentence into praise or blame, up to where the answer begins: token ids."""
-        return self.encode_pair(f"more {'positive' if praise else 'negative'} : {sentence}", None, 64)[0]
 
 
 class NextWord(MaskedLM):
@@ -136,27 +70,14 @@ class NextWord(MaskedLM):
 
 
 def decoder_config():
-    return replace(mini_config(), vocab_size=Tokenizer().size, max_position_embeddings=72, type_vocab_size=1,
+    return replace(mini_config(), vocab_size=InstructionTokenizer().size, max_position_embeddings=72, type_vocab_size=1,
                    is_decoder=True)  # fmt: skip
-
-
-def texts_to_read(n, seed=0):
-    """What pre-training reads: mini-GLUE's corpus; scenes with opinions, alone or under a label; and texts said twice,
-    from which the model learns to copy."""
-    rng, texts = random.Random(f"read {seed}"), []
-    for first, second in mini.corpus(n, f"read {seed}"):
-        sentence, praise = new_sentence(rng)
-        label = "positive" if praise else "negative"
-        twice = rng.choice([first, sentence, sentence.split(" . ")[1]])
-        kinds = [(first, second), (sentence, None), (f"{label} : {sentence}", None), (twice, twice)]
-        texts.append(rng.choices(kinds, [4, 3, 3, 10])[0])
-    return texts
 
 
 def batch_of(rows, model=None, device="cpu"):
     """Rows (token ids, where the answer begins) -> ((ids, places), the next words of these places)."""
     longest = max(len(ids) for ids, _ in rows)
-    pad = Tokenizer().pad
+    pad = InstructionTokenizer().pad
     ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows], device=device)  # (batch, seq)
     starts = torch.tensor([start for _, start in rows], device=device)
     following = ids.roll(-1, 1)
@@ -168,7 +89,7 @@ def batch_of(rows, model=None, device="cpu"):
 def pretrain(steps=STEPS):
     """Train a new decoder to tell the next word; prints its progress. Returns it in eval mode."""
     torch.manual_seed(0)
-    lm, tokenizer, rng = NextWord(TinyTransformer(decoder_config())), Tokenizer(), random.Random(0)
+    lm, tokenizer, rng = NextWord(TinyTransformer(decoder_config())), InstructionTokenizer(), random.Random(0)
     rows = [(tokenizer.encode_pair(*text, 70)[0], 1) for text in texts_to_read(TEXTS)]
     rows.sort(key=lambda row: len(row[0]))  # texts of equal length meet in a batch
     batches = [rows[i : i + BATCH] for i in range(0, TEXTS, BATCH)]
@@ -214,7 +135,7 @@ class Data:
     """Sentences of a seed: rows to train on, and sentences to hold out."""
 
     def __init__(self, seed, rows):
-        rng, self.tokenizer = random.Random(f"instruct {seed}"), Tokenizer()
+        rng, self.tokenizer = random.Random(f"instruct {seed}"), InstructionTokenizer()
         sentences = {}
         while len(sentences) < HELD_OUT + rows:
             sentences.setdefault(*new_sentence(rng))
