@@ -154,13 +154,13 @@ def test_instructions_add_rows_and_run_nothing_twice(tmp_path, short, capsys):
     rows = instruct.main(["--seeds", "0", *short])
     assert list(rows[0]) == instruct.COLUMNS and [row["arm"] for row in rows] == list(instruct.ARMS)
     sizes = {row["arm"]: float(row["size"]) for row in rows}
-    assert (sizes["untuned"], sizes["lora-8"], sizes["lora-4"]) == (0, 1, 0.5)
+    assert [sizes[arm] for arm in ("untuned", "lora-8", "restart-8", "lora-4")] == [0, 1, 1, 0.5]
     assert 0.47 < sizes["salora"] <= 0.5 and 0.47 < sizes["salora-16"] <= 0.5
     assert f"lora-4, {' and '.join(FAULTS)}\n  more " in capsys.readouterr().out, "texts as they came"
     more = instruct.main(["--seeds", "0", "1", "--arms", "lora-4", "untuned", *short])
-    assert more[:5] == rows and [(row["seed"], row["arm"]) for row in more[5:]] == [("1", "lora-4"), ("1", "untuned")]
+    assert more[:6] == rows and [(row["seed"], row["arm"]) for row in more[6:]] == [("1", "lora-4"), ("1", "untuned")]
     more = instruct.main(["--seeds", "0", "--arms", "lora-4", "untuned", "--lr", ".001", ".002", *short])
-    assert [(row["arm"], row["lr"]) for row in more[7:]] == [("lora-4", "0.001"), ("lora-4", "0.002")]
+    assert [(row["arm"], row["lr"]) for row in more[8:]] == [("lora-4", "0.001"), ("lora-4", "0.002")]
 
 
 def test_training_lowers_the_loss_of_held_out_answers(short):
