@@ -1,8 +1,9 @@
 """A RoBERTa encoder in one file, small enough to train on a laptop and exact enough to hold real checkpoints.
 
 Post-LN Transformer encoder: x = norm(x + f(x)) after attention and after the feed-forward net, exact GELU, learned
-positions that start at pad + 1. BERT is the same network: its position table gets pad + 1 unused rows in front.
-Two heads: `MaskedLM` for pre-training, `SequenceClassifier` for tasks. Left out: decoders, caches, relative positions.
+positions that start at pad + 1. BERT is the same network: its position table gets pad + 1 unused rows in front. With
+`is_decoder` a token sees itself and earlier ones only. Two heads: `MaskedLM` for pre-training, of a decoder too, and
+`SequenceClassifier` for tasks. Left out: caches, cross-attention, relative positions.
 Names of parameters are ours; `hub_name` translates them to those of published checkpoints.
 """
 
@@ -36,6 +37,7 @@ class TransformerConfig:
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     initializer_range: float = 0.02
+    is_decoder: bool = False  # a causal mask: no token sees a later one
     model_type: str = "roberta"  # or "bert": whose names and whose count of positions a checkpoint has
 
     def __post_init__(self):
@@ -70,7 +72,7 @@ class Block(nn.Module):
         return self.out(h.transpose(1, 2).reshape(batch, seq, d))
 
     def forward(self, x, mask):
-        """x (batch, seq, d), mask (batch, 1, 1, seq) True where a token may be looked at -> (batch, seq, d)."""
+        """x (batch, seq, d), mask (batch, 1, 1 or seq, seq) True where a token may be looked at -> (batch, seq, d)."""
         x = self.norm1(x + self.dropout(self.attention(x, mask)))
         return self.norm2(x + self.dropout(self.down(F.gelu(self.up(x)))))
 
@@ -103,6 +105,9 @@ class TinyTransformer(nn.Module):
         x = self.word(input_ids) + self.position(positions) + self.token_type(token_type_ids)  # (batch, seq, d)
         x = self.dropout(self.norm(x))
         mask = attention_mask.bool()[:, None, None, :]  # (batch, 1, 1, seq)
+        if self.config.is_decoder:
+            seq = input_ids.shape[1]
+            mask = mask & mask.new_ones(seq, seq).tril()  # (batch, 1, seq, seq)
         for block in self.layers:
             again = self.recompute and self.training
             x = checkpoint(block, x, mask, use_reentrant=False) if again else block(x, mask)
@@ -114,6 +119,8 @@ class SequenceClassifier(nn.Module):
 
     def __init__(self, encoder, num_labels):
         super().__init__()
+        if encoder.config.is_decoder:
+            raise ValueError("a classifier reads the first token, which sees no other in a decoder: take an encoder")
         d = encoder.config.hidden_size
         self.encoder, self.num_labels = encoder, num_labels
         self.classifier = nn.ModuleDict({"dense": nn.Linear(d, d), "out_proj": nn.Linear(d, num_labels)})
@@ -218,7 +225,8 @@ SUPPORTED = {
     "model_type": ("bert", "roberta", "xlm-roberta", "camembert"),
     "hidden_act": ("gelu",),
     "position_embedding_type": ("absolute",),
-    "is_decoder": (False,),
+    "is_decoder": (False, True),
+    "add_cross_attention": (False,),
 }
 
 
@@ -338,6 +346,7 @@ def stored_shapes(model, config):
 
 
 ARCHITECTURES = {TinyTransformer: "Model", SequenceClassifier: "ForSequenceClassification", MaskedLM: "ForMaskedLM"}
+DECODERS = {"RobertaForMaskedLM": "RobertaForCausalLM", "BertForMaskedLM": "BertLMHeadModel"}
 
 
 def save_pretrained(model, folder):
@@ -351,7 +360,9 @@ def save_pretrained(model, folder):
     config = (model if kind is TinyTransformer else model.encoder).config
     tensors = {name: p.detach().cpu() for name, p in hub_parameters(model, config).items()}
     family = {"bert": "Bert", "roberta": "Roberta"}[config.model_type]
-    raw = {"architectures": [family + ARCHITECTURES[kind]], "hidden_act": "gelu", **asdict(config)}
+    name = family + ARCHITECTURES[kind]
+    name = DECODERS.get(name, name) if config.is_decoder else name
+    raw = {"architectures": [name], "hidden_act": "gelu", **asdict(config)}
     if config.model_type == "bert":
         raw["max_position_embeddings"] = config.max_length
         tensors["bert." + POSITIONS] = tensors["bert." + POSITIONS][config.pad_token_id + 1 :].clone()

@@ -39,17 +39,22 @@ def mini_config():
 
 
 def mini_encoder(folder="runs", device="cpu"):
-    """The folder of the pre-trained encoder. It is trained on first use, in about 40 s on two cores, and kept under a
-    name that changes with everything the training depends on."""
+    """The folder of the pre-trained encoder, which is trained on first use, in about 40 s on two cores."""
     training = (TEXTS, BATCH, STEPS, WARMUP, LR)
-    recipe = repr((MaskedLM.__name__, mini_config(), *training, mini.vocabulary(), mini.corpus(100)))
-    path = Path(folder) / f"mini-encoder-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
+    recipe = (MaskedLM.__name__, mini_config(), *training, mini.vocabulary(), mini.corpus(100))
+    return trained_once("encoder", recipe, lambda: pretrain(device), folder)
+
+
+def trained_once(kind, recipe, train, folder="runs"):
+    """The folder of the model that train() returns: trained on first use, and kept under a name that changes with
+    `recipe`, everything that the training depends on."""
+    path = Path(folder) / f"mini-{kind}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]}"
     if not path.is_dir():
-        print(f"pre-training the tiny encoder, once; it is kept in {path}")
+        print(f"pre-training the tiny {kind}, once; it is kept in {path}")
         part = path.with_name(f"{path.name}.part{os.getpid()}")
         part.mkdir(parents=True, exist_ok=True)  # if that is impossible, then better now than after training
         try:
-            save_pretrained(pretrain(device), part)
+            save_pretrained(train(), part)
             with suppress(OSError):  # another run was faster
                 part.rename(path)
         finally:
@@ -74,23 +79,35 @@ def pretrain(device="cpu", steps=STEPS):
     generator = torch.Generator().manual_seed(0)
     tokenizer = MiniTokenizer()
     lm = MaskedLM(TinyTransformer(mini_config())).to(device)
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=LR, betas=(0.9, 0.98), fused=True)
     texts = tokenizer.encode([(*text, 0) for text in mini.corpus(TEXTS)])
     texts.sort(key=lambda text: len(text[0]))  # texts of equal length meet in a batch: no padding
     batches = [collate(texts[i : i + BATCH], tokenizer.pad) for i in range(0, TEXTS, BATCH)]
-    started, order = time.time(), []
-    for step in range(steps):
-        order = order or torch.randperm(len(batches), generator=generator).tolist()
+
+    order = []
+
+    def draw_loss():
+        if not order:
+            order.extend(torch.randperm(len(batches), generator=generator).tolist())
         ids, _, types, _ = batches[order.pop()]
         seen, hidden = corrupt(ids, types, tokenizer, generator)
+        states = lm.encoder(seen.to(device), token_type_ids=types.to(device))  # (batch, seq, d)
+        return F.cross_entropy(lm(states[hidden.to(device)]), ids[hidden].to(device))
+
+    return train(lm, draw_loss, steps, "masked-word loss")
+
+
+def train(lm, draw_loss, steps, name):
+    """Minimize the loss that draw_loss() finds on a new batch; prints it under its name. Returns lm in eval mode."""
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=LR, betas=(0.9, 0.98), fused=True)
+    started = time.time()
+    for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LR * min(1, (step + 1) / WARMUP) * (1 - step / steps)
-        states = lm.encoder(seen.to(device), token_type_ids=types.to(device))  # (batch, seq, d)
-        loss = F.cross_entropy(lm(states[hidden.to(device)]), ids[hidden].to(device))
+        loss = draw_loss()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if (step + 1) % 100 == 0:
             left = (time.time() - started) / (step + 1) * (steps - step - 1)
-            print(f"step {step + 1:4d}/{steps} | masked-word loss {loss.item():.2f} | eta {left:.0f} s", flush=True)
+            print(f"step {step + 1:4d}/{steps} | {name} {loss.item():.2f} | eta {left:.0f} s", flush=True)
     return lm.eval()

@@ -627,8 +627,8 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_tiny_transformer.py::test_heads_of_pretraining_are_left_behind_without_a_word"),
     ("tiny_transformer.py", 'MaskedLM: "ForMaskedLM"}', 'MaskedLM: "Model"}',
      "tests/test_hub.py::test_a_saved_masked_lm_opens_in_transformers_and_comes_back"),
-    ("tiny_transformer.py", '    "is_decoder": (False,),\n', "",
-     "tests/test_hub.py::test_a_rate_above_one_and_a_decoder_are_refused"),
+    ("tiny_transformer.py", '    "add_cross_attention": (False,),\n', "",
+     "tests/test_hub.py::test_a_rate_above_one_and_cross_attention_are_refused"),
     ("hub/checkpoints.py", ' or ".." in Path(shard).parts', "",
      "tests/test_hub.py::test_an_index_that_leaves_its_folder_is_refused"),
     ("hub/checkpoints.py", "except (ValueError, RecursionError)", "except ValueError",
@@ -827,6 +827,21 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_course.py::test_marks_come_as_json_and_say_what_a_submission_tried"),
     ("course/run.py", " and not is_stub(nodes[name])", "",
      "tests/test_course.py::test_run_says_whose_functions_run_and_takes_the_reference_for_blanks"),
+    # The decoder and its instructions
+    ("tiny_transformer.py", "        if self.config.is_decoder:\n", "        if False:\n",
+     "tests/test_tiny_transformer.py::test_what_follows_changes_nothing_in_a_decoder_and_something_in_an_encoder"),
+    ("tiny_transformer.py", "mask.new_ones(seq, seq).tril()", "mask.new_ones(seq, seq).tril(1)",
+     "tests/test_tiny_transformer.py::test_what_follows_changes_nothing_in_a_decoder_and_something_in_an_encoder"),
+    ("tiny_transformer.py", "if config.is_decoder else name", "if False else name",
+     "tests/test_tiny_transformer.py::test_decoder_and_its_lm_head_equal_transformers_in_both_directions"),
+    ("glue/instructions.py", ' or (first == second) != (joint == "and")', "",
+     "tests/test_instruct.py::test_sentiment_of"),
+    ("experiments/instruct.py", "starts[:, None] - 1)", "starts[:, None])",
+     "tests/test_instruct.py::test_a_batch_asks_for_every_word_of_the_answer_and_for_no_other"),
+    ("experiments/instruct.py", "[pad] * (longest - len(prompt)) + prompt", "prompt + [pad] * (longest - len(prompt))",
+     "tests/test_instruct.py::test_what_is_written_in_a_batch_is_what_is_written_alone_word_by_word"),
+    ("experiments/instruct.py", "if (name, str(seed), str(lr)) in done:", "if False:",
+     "tests/test_instruct.py::test_instructions_add_rows_and_run_nothing_twice"),
 ]  # fmt: skip
 
 

@@ -62,12 +62,12 @@ def test_a_config_with_fewer_layers_than_the_file_is_refused(folder):
         load_pretrained(folder)
 
 
-def test_a_rate_above_one_and_a_decoder_are_refused(folder):
+def test_a_rate_above_one_and_cross_attention_are_refused(folder):
     edit(folder, config={"attention_probs_dropout_prob": 1.5})
     with pytest.raises(ValueError, match="attention_probs_dropout_prob 1.5, expected float .* at most 1$"):
         load_pretrained(folder)
-    edit(folder, config={"attention_probs_dropout_prob": 0, "is_decoder": True})
-    with pytest.raises(ValueError, match="has is_decoder True, expected one of False"):
+    edit(folder, config={"attention_probs_dropout_prob": 0, "add_cross_attention": True})
+    with pytest.raises(ValueError, match="has add_cross_attention True, expected one of False"):
         load_pretrained(folder)
 
 

@@ -106,6 +106,49 @@ def test_masked_tokens_are_not_looked_at():
 
 
 @pytest.mark.equation("encoder")
+def test_what_follows_changes_nothing_in_a_decoder_and_something_in_an_encoder():
+    ids, mask, types = batch()
+    for place in range(1, 7):
+        other = ids.clone()
+        other[:, place:] = torch.randint(5, 40, other[:, place:].shape)
+        for is_decoder in (True, False):
+            encoder = small_encoder(is_decoder=is_decoder).double()
+            before, after = (encoder(x, None, types)[:, :place] for x in (ids, other))
+            assert torch.allclose(before, after, rtol=0, atol=1e-12) == is_decoder, place
+
+
+@pytest.mark.equation("encoder")
+def test_the_first_token_of_a_decoder_sees_itself_and_the_last_one_all():
+    encoder = small_encoder(is_decoder=True).double()
+    ids, mask, types = batch()
+    hidden = encoder(ids, mask, types)
+    assert torch.allclose(hidden[0, :1], naive_encoder(encoder, ids[0, :1], types[0, :1]), atol=1e-12)
+    for place in range(6):
+        other = ids.clone()
+        other[0, place] = 4  # the batch has no 4
+        assert not torch.allclose(encoder(other, mask, types)[0, 6], hidden[0, 6], atol=1e-6), place
+
+
+def test_padding_on_the_left_of_a_decoder_changes_nothing():
+    encoder = small_encoder(is_decoder=True).double()
+    ids, mask, types = batch()
+    padded = torch.cat([torch.full((2, 3), 1), ids], 1)
+    shifted = encoder(padded)[:, 3:]
+    assert torch.allclose(shifted[mask == 1], encoder(ids)[mask == 1], atol=1e-12)
+
+
+def test_a_decoder_is_saved_and_loaded_as_one_and_makes_no_classifier(tmp_path):
+    encoder = small_encoder(is_decoder=True)
+    save_pretrained(encoder, tmp_path)
+    loaded, config = load_pretrained(tmp_path)
+    ids, mask, types = batch()
+    assert config == encoder.config and config.is_decoder
+    assert torch.equal(loaded(ids, mask, types), encoder(ids, mask, types))
+    with pytest.raises(ValueError, match="reads the first token, which sees no other in a decoder"):
+        SequenceClassifier(loaded, 2)
+
+
+@pytest.mark.equation("encoder")
 def test_positions_start_at_pad_plus_one_and_padding_keeps_the_padding_position():
     encoder = small_encoder(pad_token_id=3, vocab_size=40)
     seen = []
@@ -366,6 +409,32 @@ def test_encoder_equals_transformers_on_a_random_checkpoint(family, tmp_path):
     expected = model(input_ids=ids, attention_mask=mask, token_type_ids=types).last_hidden_state
     difference = ((encoder(ids, mask, types) - expected).abs() * mask[..., None]).max()
     assert difference < 1e-5, f"differs by {difference:.2e}, but should by at most 1e-5"
+
+
+@pytest.mark.parametrize("family", ["Roberta", "Bert"])
+def test_decoder_and_its_lm_head_equal_transformers_in_both_directions(tmp_path, family):
+    """Theirs opens here, ours opens there, with padding on the right and on the left."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("safetensors")
+    Theirs = {"Roberta": transformers.RobertaForCausalLM, "Bert": transformers.BertLMHeadModel}[family]
+    torch.manual_seed(2)
+    other = Theirs(getattr(transformers, f"{family}Config")(**SMALL, is_decoder=True)).eval()
+    for p in other.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    other.save_pretrained(tmp_path)
+    lm, config = load_pretrained(tmp_path, MaskedLM)
+    assert config.is_decoder and config.model_type == family.lower()
+    save_pretrained(lm, tmp_path / "saved")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert type(again) is Theirs and again.config.architectures == [Theirs.__name__] and again.config.is_decoder
+    ids, mask, types = batch(pad=config.pad_token_id)
+    if family == "Roberta":  # BERT there counts positions from the left, padding included
+        ids, mask = torch.cat([ids, ids.flip(1)]), torch.cat([mask, mask.flip(1)])
+        types = torch.cat([types, types])
+    for model in (other, again):
+        expected = model(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
+        difference = ((lm(lm.encoder(ids, mask, types)) - expected).abs() * mask[..., None]).max()
+        assert difference < 1e-5, f"differs by {difference:.2e}, but should by at most 1e-5"
 
 
 @pytest.mark.equation("encoder")
