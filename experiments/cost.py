@@ -75,8 +75,10 @@ class Stepper:
         self.optimizer, self.step = optimizer, 0
         if arm.startswith("salora"):
             window, _ = PHASES[arm.split()[1]]
-            recipe = Recipe.paper(window=window, rule="budget")  # not "median": at T_end = 0 every median is open
-            self.allocator = RankAllocator(self.model, optimizer, FOREVER, 0.5, recipe)
+            self.allocator = RankAllocator(self.model, optimizer, FOREVER, 0.5, Recipe.paper(window=window))
+            if arm == "salora pruned":
+                for layer in self.allocator.layers.values():
+                    layer.gate.log_theta.data[R // 2 :] = -5.0  # these medians are 0: rank 4 everywhere
         else:
             self.allocator = FixedRanks(self.model, FOREVER)
         self.ids = torch.randint(5, WORDS, (batch_size, LENGTH), device=device)

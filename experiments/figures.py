@@ -124,7 +124,8 @@ def table(rows, *names):
 
 
 def fig1(args, path):
-    blocks = [f"block {i}" for i in range(3)]
+    names = salora_layers(shift.adapted(1, 1, seed=0))
+    blocks = [f"block {i}" for i in sorted({split_name(name)[0] for name in names})]
     runs = [Run("lora", 8, where=where, seed=seed) for seed in args.seeds for where in (*TARGETS, *blocks)]
     runs += [Run("lora", r, seed=seed) for seed in args.seeds for r in (1, 2, 4, 8)]
     rows = rows_of(runs, path, args)
