@@ -121,7 +121,8 @@ def ranks(means, path):
         axis.imshow(grid, cmap="YlGnBu", vmin=0, vmax=8, aspect="auto")
         for (m, b), rank in cells.items():
             color = "white" if rank > 4.8 else "black"
-            axis.text(blocks.index(b), matrices.index(m), f"{rank:.1f}", ha="center", va="center", color=color)
+            axis.text(blocks.index(b), matrices.index(m), f"{rank:.1f}", ha="center", va="center", color=color,
+                      fontsize=13)  # fmt: skip
         axis.set_xticks(range(len(blocks)), blocks)
         axis.set_yticks(range(len(matrices)), matrices)
         axis.set_xlabel("block")
