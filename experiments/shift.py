@@ -254,13 +254,14 @@ def adapted(rank, scale, seed):
     return adapt(model, TARGETS, rank, alpha=scale * rank)
 
 
-def fit(model, data, lr, seed, steps, allocator_of):
+def fit(model, data, lr, seed, steps, allocator_of, journal=None):
     """Train the adapters on the shifted language, with the allocator that allocator_of(model, optimizer) makes."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
     allocator = allocator_of(model, optimizer)
     data.restart(seed)
     with redirect_stdout(None):
-        fine_tune(model, data.train, optimizer, allocator, lr=lr, batch_size=1, seed=seed, batch_of=data.batch_of)
+        fine_tune(model, data.train, optimizer, allocator, lr=lr, batch_size=1, seed=seed, journal=journal,
+                  batch_of=data.batch_of)  # fmt: skip
     return allocator
 
 

@@ -796,6 +796,17 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_peers.py::test_trained_parameters_are_as_many_as_the_closed_form_says"),
     ("peers/bias.py", "        block.key = Rescaled(block.key)  # l_k", "        block.query = Rescaled(block.query)",
      "tests/test_peers.py::test_ia3_equals_rescaled_weights"),
+    # The paper's figures
+    ("experiments/figures.py", "return p * (1 - p) * TAU *", "return p * TAU *",
+     "tests/test_figures.py::test_the_density_integrates_to_the_probability_of_a_gate_inside_0_and_1"),
+    ("experiments/figures.py", "Recipe.paper(beta=0.0)", "Recipe.paper(beta=0.0, spread=8.0)",
+     "tests/test_figures.py::test_an_ablation_takes_away_only_what_it_names"),
+    ("experiments/figures.py", "if is_adapted(name, run.where) else 0", "",
+     "tests/test_figures.py::test_figure_1_adapts_one_place_and_no_other"),
+    ("experiments/figures.py", "if key in map(key_of, read_table(path)):", "if False:",
+     "tests/test_figures.py::test_another_seed_adds_rows"),
+    ("experiments/cost.py", "layer.gate.log_theta.data[R // 2 :] = -5.0", "pass",
+     "tests/test_figures.py::test_what_table_4_measures_is_in_its_phase"),
     # The course
     ("course/exercises.py", "or not set(found) <= EXERCISES.keys()", "",
      "tests/test_course.py::test_exercises_are_chosen_by_numbers_and_ranges_and_others_are_refused"),

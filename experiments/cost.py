@@ -1,0 +1,194 @@
+"""Table 4 in miniature: what one training step costs in memory and time. Use `python experiments/figures.py table4`.
+
+Random weights, random tokens, sequences of 64. Every arm starts at rank 8 in all six matrices:
+
+    frozen          the encoder and no adapter: only the head trains, so nothing goes back through the encoder
+    lora            LoRA
+    salora          the published recipe: the medians of its open, window and pruned phases, weighted .2, .3 and .5
+    peft-lora, peft-adalora      if PEFT can be imported; AdaLoRA includes its scores of importance
+
+Peak memory comes from a process of its own for each arm: on a CPU the peak resident size, Python and torch included,
+on CUDA what torch allocated at most. Times come from rounds that take one step of each arm in turn, so that a busy
+machine disturbs all of them alike.
+"""
+
+import time
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+
+from budget import FixedRanks, RankAllocator, Recipe
+from cli.files import append, read_table
+from cli.flags import positive
+from cli.setup import TARGETS
+from salora import adapt
+from tiny_transformer import SequenceClassifier, TinyTransformer, TransformerConfig
+
+SHAPES = {  # hidden size, layers, heads
+    "tiny": (64, 3, 4),
+    "minilm": (384, 6, 12),
+    "roberta-base": (768, 12, 12),
+}
+LENGTH, WORDS, R = 64, 1000, 8
+FOREVER = 100_000  # steps: no phase ends while it is measured
+PHASES = {  # window, and the share of a run (T_start = .2 and T_end = .5)
+    "open": ((0.9, 1.0), 0.2),
+    "window": ((0.0, 1.0), 0.3),
+    "pruned": ((0.0, 0.0), 0.5),
+}
+
+
+def add_flags(parser):
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, metavar="S", help=f"of table4: {', '.join(SHAPES)} "
+                        "(default tiny minilm)")  # fmt: skip
+    parser.add_argument("--batches", type=positive, nargs="+", default=[8, 32], metavar="N", help="batch sizes of "
+                        "table4 (default 8 32)")  # fmt: skip
+    parser.add_argument("--rounds", type=positive, default=10, metavar="N", help="of table4 (default 10)")
+    parser.add_argument("--device", default="cpu", help="of table4: cpu (default) or cuda")
+
+
+def arms():
+    """The names of what can be measured here; each phase of SaLoRA is one."""
+    names = ["frozen", "lora", *(f"salora {phase}" for phase in PHASES)]
+    return names + (["peft-lora", "peft-adalora"] if find_spec("peft") else [])
+
+
+class Stepper:
+    """One arm with its batch: each call is one training step."""
+
+    def __init__(self, arm, shape, batch_size, device):
+        torch.manual_seed(0)
+        d, layers, heads = SHAPES[shape]
+        config = TransformerConfig(vocab_size=WORDS, hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads,
+                                   intermediate_size=4 * d)  # fmt: skip
+        model = SequenceClassifier(TinyTransformer(config), 2)
+        model, self.after = self.with_adapters(arm, model)
+        self.model = model.to(device).train()
+        for name, p in self.model.named_parameters():
+            if "classifier" in name:
+                p.requires_grad_(True)
+        optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
+        self.optimizer, self.step = optimizer, 0
+        if arm.startswith("salora"):
+            window, _ = PHASES[arm.split()[1]]
+            self.allocator = RankAllocator(self.model, optimizer, FOREVER, 0.5, Recipe.paper(window=window))
+            if arm == "salora pruned":
+                for layer in self.allocator.layers.values():
+                    layer.gate.log_theta.data[R // 2 :] = -5.0  # these medians are 0: rank 4 everywhere
+        else:
+            self.allocator = FixedRanks(self.model, FOREVER)
+        self.ids = torch.randint(5, WORDS, (batch_size, LENGTH), device=device)
+        self.labels = torch.randint(0, 2, (batch_size,), device=device)
+
+    @staticmethod
+    def with_adapters(arm, model):
+        """(the model with the adapters of this arm, what is called with the index of a step after it)."""
+        if arm == "lora" or arm.startswith("salora"):
+            return adapt(model, TARGETS, R, 2 * R), None
+        model.requires_grad_(False)
+        if arm == "frozen":
+            return model, None
+        from peft import AdaLoraConfig, AdaLoraModel, LoraConfig, inject_adapter_in_model
+
+        if arm == "peft-lora":
+            return inject_adapter_in_model(LoraConfig(r=R, lora_alpha=2 * R, target_modules=TARGETS), model), None
+        config = AdaLoraConfig(init_r=R, target_r=R // 2, lora_alpha=2 * R, target_modules=TARGETS, tinit=0,
+                               tfinal=FOREVER // 2, deltaT=1, total_step=FOREVER)  # fmt: skip
+        adalora = AdaLoraModel(model, {"default": config}, "default")
+        return adalora, adalora.update_and_allocate
+
+    def __call__(self):
+        self.allocator.before_step(self.step)
+        F.cross_entropy(self.model(self.ids), self.labels).backward()
+        self.allocator.after_backward()
+        self.optimizer.step()
+        self.allocator.after_step()
+        if self.after:
+            self.after(self.step)
+        self.optimizer.zero_grad()
+        self.step += 1
+
+
+def seconds_of(step, device):
+    """The time of one call."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def peak_memory(arm, shape, batch_size, device):
+    """The peak of this process in MiB, after three steps."""
+    step = Stepper(arm, shape, batch_size, device)
+    for _ in range(3):
+        step()
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024  # kB; unlike getrusage's, not inherited from the parent
+
+
+def memory_of(*arguments):
+    """`peak_memory`, in a process of its own."""
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak_memory, arguments)
+
+
+def times_of(names, shape, batch_size, rounds, device):
+    """{arm: median seconds per step}, from interleaved rounds after two that do not count."""
+    steppers = {name: Stepper(name, shape, batch_size, device) for name in names}
+    times = {name: [] for name in names}
+    for index in range(rounds + 2):
+        for name, step in steppers.items():
+            seconds = seconds_of(step, device)
+            if index >= 2:
+                times[name].append(seconds)
+    return {name: median(values) for name, values in times.items()}
+
+
+def with_whole_runs(values, combine):
+    """The phases of SaLoRA become one arm."""
+    phases = [values[f"salora {phase}"] for phase in PHASES]
+    shares = [share for _, share in PHASES.values()]
+    rest = {name: value for name, value in values.items() if not name.startswith("salora")}
+    return {**rest, "salora": combine(phases, shares)}
+
+
+def weighted(values, shares):
+    return sum(value * share for value, share in zip(values, shares, strict=True))
+
+
+def largest(values, shares):
+    return max(values)
+
+
+def compare(args, path):
+    """Adds the rows that are missing, and prints all."""
+    shapes = args.shapes or (list(SHAPES) if args.full else ["tiny", "minilm"])
+    for shape in shapes:
+        for batch_size in args.batches:
+            key = (shape, str(batch_size), args.device)
+            if key in {(row["shape"], row["batch_size"], row["device"]) for row in read_table(path)}:
+                continue
+            times = with_whole_runs(times_of(arms(), shape, batch_size, args.rounds, args.device), weighted)
+            memory = {name: memory_of(name, shape, batch_size, args.device) for name in arms()}
+            memory = with_whole_runs(memory, largest)
+            for name in times:
+                row = {"shape": shape, "batch_size": batch_size, "device": args.device, "arm": name}
+                row |= {"ms": round(1000 * times[name], 3), "MiB": round(memory[name], 1)}
+                ratios = {"time_ratio": times[name] / times["lora"], "memory_ratio": memory[name] / memory["lora"]}
+                append(path, row | {name: round(ratio, 3) for name, ratio in ratios.items()})
+    print(f"{'shape':<14}{'batch':>6}  {'arm':<14}{'ms/step':>9}{'/ lora':>8}{'MiB':>9}{'/ lora':>8}")
+    for row in read_table(path):
+        start = f"{row['shape']:<14}{row['batch_size']:>6}  {row['arm']:<14}"
+        print(f"{start}{row['ms']:>9}{row['time_ratio']:>8}{row['MiB']:>9}{row['memory_ratio']:>8}")

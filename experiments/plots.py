@@ -1,0 +1,130 @@
+"""The pictures of experiments/figures.py: each takes rows of a CSV file, dicts of texts, and a path."""
+
+from statistics import mean
+
+from cli.pictures import rank_grid
+from experiments.shift import interval
+
+COLORS = {"lora": "#000000", "ours": "#0072B2", "paper": "#D55E00"}  # Okabe and Ito's, for the color-blind too
+NAMES = {"lora": "LoRA", "ours": "SaLoRA (ours)", "paper": "SaLoRA (paper)"}
+MARKERS = {"lora": "s", "ours": "o", "paper": "v"}
+LOSS = "masked-word loss (nats)"
+
+
+def panels(rows, columns, width, height):
+    """A figure and its axes, a flat list, in letters that can be read on a slide."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"font.size": 13}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def save(figure, path):
+    figure.savefig(path, format="png", dpi=110)
+
+
+def mean_and_bars(values):
+    """(mean, how far the 95 % bootstrap interval reaches below it, and above it); one seed has no interval."""
+    middle = mean(values)
+    low, high = interval(values) if len(values) > 1 else (middle, middle)
+    return middle, max(0, middle - low), max(0, high - middle)
+
+
+def places(rows, matrices, blocks, path):
+    """Figure 1: the loss by kind of matrix, by block, and by rank."""
+    figure, axes = panels(1, 3, 14, 4.6)
+    ranks = [(str(r), "all", str(r)) for r in (1, 2, 4, 8)]
+    groups = [[(m, m, "8") for m in matrices], [(b[6:], b, "8") for b in blocks], ranks]
+    titles = ["one kind of matrix (r = 8)", "one block (r = 8)", "one rank, all matrices"]
+    for axis, group, title in zip(axes, groups, titles):
+        for label, where, r in group:
+            losses = [float(row["loss"]) for row in rows if (row["where"], row["r"]) == (where, r)]
+            if losses:
+                middle, below, above = mean_and_bars(losses)
+                axis.bar(label, middle, yerr=[[below], [above]], capsize=4, color="#0072B2")
+        axis.set_title(title, fontsize=13)
+    losses = [float(row["loss"]) for row in rows]
+    for axis, label in zip(axes, ("matrix", "block", "rank r")):
+        axis.set(xlabel=label, ylim=(0.9 * min(losses), 1.03 * max(losses)))  # bars from 0 would hide the differences
+    axes[0].set_ylabel(f"{LOSS}; axis cut")
+    save(figure, path)
+
+
+def hard_concrete(rows, path):
+    """Figure 3: lines are the closed form, points are samples; the masses at 0 and at 1 are bars."""
+    figure, axes = panels(1, 3, 14, 4.6)
+    for axis, log_theta in zip(axes, dict.fromkeys(row["log_theta"] for row in rows)):
+        some = [row for row in rows if row["log_theta"] == log_theta]
+        inside = [row for row in some if row["part"] == "density"]
+        edges = [row for row in some if row["part"] != "density"]
+        g = [float(row["g"]) for row in inside]
+        axis.plot(g, [float(row["exact"]) for row in inside], color="#0072B2", lw=2, label="density")
+        axis.plot(g, [float(row["sampled"]) for row in inside], "o", color="#D55E00", ms=5, label="sampled")
+        x = [float(row["g"]) for row in edges]
+        axis.bar(x, [float(row["exact"]) for row in edges], 0.05, color="#56B4E9", label="mass at 0 and at 1")
+        axis.plot(x, [float(row["sampled"]) for row in edges], "o", color="#D55E00", ms=5)
+        axis.set_title(f"log theta = {float(log_theta):g}", fontsize=13)
+        axis.set(xlabel="gate g", ylim=(0, None))
+    axes[0].set_ylabel("density, or mass")
+    axes[1].legend(fontsize=12)
+    save(figure, path)
+
+
+def curves(rows, column, label, path):
+    """Figures 4 and 5: the loss over a column, a line for every arm."""
+    figure, [axis] = panels(1, 1, 7.5, 5)
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        points = []
+        mine = [row for row in rows if row["arm"] == arm]
+        for key in dict.fromkeys((row["r"], row["density"]) for row in mine):
+            some = [row for row in mine if (row["r"], row["density"]) == key]
+            x = mean(float(row[column]) for row in some)
+            points.append((x, *mean_and_bars([float(row["loss"]) for row in some])))
+        x, y, below, above = zip(*sorted(points))
+        axis.errorbar(x, y, (below, above), label=NAMES[arm], color=COLORS[arm], marker=MARKERS[arm], lw=2, ms=8,
+                      capsize=4)  # fmt: skip
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.set(xlabel=label, ylabel=LOSS)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=12)
+    save(figure, path)
+
+
+def traces(rows, path):
+    """Figure 6: four panels over steps; one line a seed."""
+    figure, axes = panels(2, 2, 12, 8)
+    columns = {"C": "expected density C", "lam": "lambda"}
+    columns |= {"orth_A": "||A A^T - I||^2, W^O, block 0", "orth_B": "||B^T B - I||^2, W^O, block 0"}
+    for axis, (column, label) in zip(axes, columns.items()):
+        for arm in dict.fromkeys(row["arm"] for row in rows):
+            for i, seed in enumerate(dict.fromkeys(row["seed"] for row in rows)):
+                some = [row for row in rows if (row["arm"], row["seed"]) == (arm, seed)]
+                axis.plot([int(row["step"]) for row in some], [float(row[column]) for row in some], lw=2,
+                          color=COLORS[arm], label=NAMES[arm] if i == 0 else None)  # fmt: skip
+        axis.set(xlabel="optimizer step", ylabel=label)
+        if column.startswith("orth"):
+            axis.set_yscale("log")
+    axes[0].axhline(0.5, color="gray", lw=1)
+    axes[0].legend(fontsize=12)
+    save(figure, path)
+
+
+def ranks(means, path):
+    """Figure 7: the mean rank of every matrix, a panel for every recipe."""
+    figure, axes = panels(1, len(means), 5.5 * len(means), 4.6)
+    for axis, (arm, found) in zip(axes, means.items()):
+        matrices, blocks, cells = rank_grid(found)
+        grid = [[cells.get((m, b), float("nan")) for b in blocks] for m in matrices]
+        axis.imshow(grid, cmap="YlGnBu", vmin=0, vmax=8, aspect="auto")
+        for (m, b), rank in cells.items():
+            color = "white" if rank > 4.8 else "black"
+            axis.text(blocks.index(b), matrices.index(m), f"{rank:.1f}", ha="center", va="center", color=color,
+                      fontsize=13)  # fmt: skip
+        axis.set_xticks(range(len(blocks)), blocks)
+        axis.set_yticks(range(len(matrices)), matrices)
+        axis.set_xlabel("block")
+        axis.set_title(f"mean rank, {NAMES[arm]}", fontsize=13)
+    save(figure, path)

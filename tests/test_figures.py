@@ -1,0 +1,131 @@
+"""The paper's figures and tables in miniature: what is drawn is right, and nothing is run twice."""
+
+import json
+
+import pytest
+import torch
+
+from budget import RankAllocator, Recipe
+from experiments import cost, figures, shift
+from tiny_transformer import MaskedLM, load_pretrained, save_pretrained
+
+
+@pytest.fixture
+def flags(tmp_path, tiny_weights, monkeypatch):
+    """Runs of five steps with a small random masked LM instead of the pre-trained one."""
+    save_pretrained(MaskedLM(load_pretrained(tiny_weights)[0]), tmp_path / "lm")
+    monkeypatch.setattr(shift, "mini_encoder", lambda: tmp_path / "lm")
+    monkeypatch.setattr(shift, "HELD_OUT", 40)
+    figures.data_of.cache_clear()
+    yield ["--seeds", "0", "--steps", "5", "--texts", "64", "--samples", "1000", "--out", str(tmp_path / "out")]
+    figures.data_of.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "item", ["fig1", "fig3", "fig5", "fig6", "fig7", "table3", pytest.param("fig4", marks=pytest.mark.slow)]
+)
+def test_an_item_writes_its_files_and_runs_nothing_twice(item, flags, tmp_path, monkeypatch, capsys):
+    rows = figures.main([item, *flags])
+    names = {f"{item}.csv", f"{item}.png"} if item.startswith("fig") else {f"{item}.csv"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert f"{item}.csv" in capsys.readouterr().out
+    monkeypatch.setattr(figures, "measure", None)  # calling it would be an error
+    assert figures.main([item, *flags]) == rows, "what is there is not done again"
+
+
+def test_another_seed_adds_rows(flags):
+    first = figures.main(["table3", *flags])
+    both = figures.main(["table3", *flags, "--seeds", "0", "1"])
+    assert both[: len(first)] == first and len(both) == 2 * len(first)
+
+
+@pytest.mark.parametrize("log_theta", [-3.0, 0.0, 1.5])
+def test_the_density_integrates_to_the_probability_of_a_gate_inside_0_and_1(log_theta):
+    log_theta = torch.tensor(log_theta, dtype=torch.float64)
+    t = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    integral = torch.trapezoid(torch.stack([figures.density_of(log_theta, x) for x in t.tolist()]), t)
+    u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000  # stratified noise
+    g = figures.sample_gate(log_theta, u)
+    inside = ((g > 0) & (g < 1)).double().mean()
+    torch.testing.assert_close(integral, inside, rtol=0, atol=2e-5)
+
+
+def test_the_density_is_that_of_samples_and_masses_add_up_to_1(flags):
+    rows = figures.main(["fig3", *flags, "--samples", "400000"])
+    for row in rows:
+        assert abs(float(row["exact"]) - float(row["sampled"])) < 0.04, row
+    for log_theta in ("-2.0", "0.0", "2.0"):
+        some = [row for row in rows if row["log_theta"] == log_theta]
+        weights = [0.05 if row["part"] == "density" else 1 for row in some]  # a bin is 1/20 wide
+        assert sum(w * float(row["sampled"]) for w, row in zip(weights, some)) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("where, adapted", [("query", ["0.query", "1.query"]), ("block 1", 6), ("all", 12)])
+def test_figure_1_adapts_one_place_and_no_other(flags, where, adapted):
+    ranks = json.loads(figures.measure(figures.Run("lora", 8, where=where), 2, 64)["ranks"])
+    found = [name for name, rank in ranks.items() if rank == 8]
+    assert all(rank in (0, 8) for rank in ranks.values())
+    if isinstance(adapted, list):
+        assert [name.removeprefix("encoder.layers.") for name in found] == adapted
+    else:
+        assert len(found) == adapted and (where == "all" or all(".1." in name for name in found))
+
+
+def test_an_ablation_takes_away_only_what_it_names():
+    Allocator, recipe, tuned_as = figures.ARMS["paper"]
+    assert (Allocator, recipe) == (RankAllocator, Recipe.paper())
+    assert figures.ARMS["no Lagrangian"] == (figures.FreeGates, recipe, tuned_as)
+    assert figures.ARMS["no orthogonality"] == (Allocator, Recipe.paper(beta=0), tuned_as)
+
+
+def test_figure_6_traces_the_penalties_of_the_first_output_projection(flags):
+    layer = torch.nn.Module()
+    layer.r, layer.A, layer.B = 2, torch.eye(2, 5), 2 * torch.eye(4, 2)
+
+    class Allocator:
+        layers = {figures.FIRST_OUT: layer}
+
+        def status(self):
+            return {"phase": "window", "C": 0.7, "lam": 0.1}
+
+    trace = figures.Trace(200)
+    for step in range(4):
+        trace.add(step, None, None, Allocator(), 32)
+    assert [row["step"] for row in trace.rows] == [2, 4]
+    assert trace.rows[0]["orth_A"] == 0 and trace.rows[0]["orth_B"] == 18, "B^T B is 4 I: two times (4 - 1)^2"
+
+
+def test_table_4_weighs_the_phases_of_salora_by_their_share_of_a_run():
+    values = {"lora": 1.0, "salora open": 10.0, "salora window": 20.0, "salora pruned": 30.0}
+    assert cost.with_whole_runs(values, cost.weighted) == {"lora": 1.0, "salora": 23.0}
+    assert cost.with_whole_runs(values, cost.largest)["salora"] == 30
+
+
+def test_what_table_4_measures_is_in_its_phase():
+    for phase, r, free in (("open", 8, False), ("window", 8, True), ("pruned", 4, False)):
+        step = cost.Stepper(f"salora {phase}", "tiny", 2, "cpu")
+        step()
+        layers = step.allocator.layers.values()
+        assert all(layer.r == r and (layer.gate.fixed is None) == free for layer in layers), phase
+
+
+def test_table_4_measures_every_arm_once(flags, monkeypatch, capsys):
+    monkeypatch.setattr(cost, "memory_of", lambda arm, *_: 100.0)
+    short = ["table4", "--shapes", "tiny", "--batches", "2", "--rounds", "1", *flags]
+    rows = figures.main(short)
+    assert {"frozen", "lora", "salora"} <= {row["arm"] for row in rows}
+    assert all(float(row["ms"]) > 0 and row["memory_ratio"] == "1.0" for row in rows)
+    assert figures.main(short) == rows, "what is there is not done again"
+
+
+@pytest.mark.slow
+def test_peak_memory_is_that_of_another_process():
+    small, large = (cost.memory_of("lora", "tiny", batch_size, "cpu") for batch_size in (1, 256))
+    assert large > small + 20
+
+
+def test_an_unknown_item_is_one_line_and_exit_status_2(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        figures.main(["fig2"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and "fig2" in last and "fig3" in last
