@@ -5,11 +5,12 @@ Random weights, random tokens, sequences of 64. Every arm starts at rank 8 in al
     frozen          the encoder and no adapter: only the head trains, so nothing goes back through the encoder
     lora            LoRA
     salora          the published recipe: the medians of its open, window and pruned phases, weighted .2, .3 and .5
-    peft-lora, peft-adalora      if PEFT can be imported; AdaLoRA includes its scores of importance
+    peft-lora       if PEFT can be imported: its LoRA
+    peft-adalora    the same: its AdaLoRA, with its scores of importance in every step, without its penalty
 
-Peak memory comes from a process of its own for each arm: on a CPU the peak resident size, Python and torch included,
-on CUDA what torch allocated at most. Times come from rounds that take one step of each arm in turn, so that a busy
-machine disturbs all of them alike.
+Peak memory comes from a process of its own for each arm: on CUDA what torch allocated at most; on a CPU, for which it
+needs Linux, the peak resident size, Python and torch included. SaLoRA's is the largest of its phases. Times come from
+rounds that take one step of each arm in turn, so that a busy machine disturbs all of them alike.
 """
 
 import time

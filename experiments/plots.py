@@ -43,7 +43,8 @@ def places(rows, matrices, blocks, path):
             losses = [float(row["loss"]) for row in rows if (row["where"], row["r"]) == (where, r)]
             if losses:
                 middle, below, above = mean_and_bars(losses)
-                axis.bar(label, middle, yerr=[[below], [above]], capsize=4, color="#0072B2")
+                bars = [[below], [above]] if len(losses) > 1 else None
+                axis.bar(label, middle, yerr=bars, capsize=4, color="#0072B2")
         axis.set_title(title, fontsize=13)
     losses = [float(row["loss"]) for row in rows]
     for axis, label in zip(axes, ("matrix", "block", "rank r")):
