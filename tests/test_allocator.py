@@ -7,7 +7,7 @@ import loops
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from loops import STEPS, T_END, T_START, Run, assert_finished, assert_refused, assert_same, conv_net, mlp, sgd
 from strategies import seeds, sizes
@@ -318,8 +318,10 @@ def plans(draw):
 
 
 @given(plans(), seeds)
+@example(plan=([(1, 1)], 1, 1 - 1e-16, 1, Recipe.ours(window=(0.0, 0.0))), seed=0)
 def test_any_plan_on_any_shapes_has_its_phases_on_time_and_never_overspends(plan, seed):
     shapes, r, density, steps, recipe = plan
+    most = density + 1e-6  # 0.29 x 12,800 is 3,711.9999... in floats, and 3,712 are allowed
     torch.manual_seed(seed)
     model = adapt(nn.ModuleList(nn.Linear(k, d) for d, k in shapes), r"\d+", r)
     layers, schedule = list(salora_layers(model).values()), GateSchedule(steps, *recipe.window)
@@ -330,7 +332,7 @@ def test_any_plan_on_any_shapes_has_its_phases_on_time_and_never_overspends(plan
         allocator.before_step(step)
         free, decided = schedule.T_start <= step < schedule.T_end, step >= schedule.T_end
         assert all((layer.gate.fixed is None) == free for layer in layers), f"step {step}"
-        assert kept_density(layers) <= density if decided else all(layer.r == r for layer in layers)
+        assert kept_density(layers) <= most if decided else all(layer.r == r for layer in layers)
         sum((layer(x) - 1).square().mean() for layer, x in zip(layers, inputs)).backward()
         allocator.after_backward()
         optimizer.step()
@@ -342,7 +344,7 @@ def test_any_plan_on_any_shapes_has_its_phases_on_time_and_never_overspends(plan
     allocator.finish()
     kept = sum(layer.r * layer.triplet_size for layer in layers)
     assert kept == sum(r * layer.triplet_size * kept_density([layer]) for layer in layers), "what is closed is gone"
-    assert kept_density(layers) <= density
+    assert kept_density(layers) <= most
     if schedule.window == 0:
         assert abs(allocator.C_end - 11 / 12) <= 1e-5, "decided by the odds that gates start with"
     elif recipe.controller == "projection":
