@@ -176,10 +176,10 @@ def largest(values, shares):
 def compare(args, path):
     """Adds the rows that are missing, and prints all."""
     shapes = args.shapes or (list(SHAPES) if args.full else ["tiny", "minilm"])
+    done = {(row["shape"], row["batch_size"], row["device"]) for row in read_table(path)}
     for shape in shapes:
         for batch_size in args.batches:
-            key = (shape, str(batch_size), args.device)
-            if key in {(row["shape"], row["batch_size"], row["device"]) for row in read_table(path)}:
+            if (shape, str(batch_size), args.device) in done:
                 continue
             times = with_whole_runs(times_of(arms(), shape, batch_size, args.rounds, args.device), weighted)
             memory = {name: memory_of(name, shape, batch_size, args.device) for name in arms()}

@@ -99,17 +99,17 @@ def key_of(row):
 
 def rows_of(runs, path, args):
     """The rows of these runs: from the CSV file, or measured now and added to it; runs of one data set in sequence."""
+    keys = {run: key_of({**run._asdict(), "steps": args.steps}) for run in runs}
+    done = set(map(key_of, read_table(path)))
     for run in sorted(runs, key=lambda run: (run.seed, run.kind)):
-        key = key_of({**run._asdict(), "steps": args.steps})
-        if key in map(key_of, read_table(path)):
+        if keys[run] in done:
             continue
         started = time.time()
         row = measure(run, args.steps, args.texts)
         append(path, row)
         name = f"{run.arm} r={run.r} b={run.density:g} {run.where}, {run.kind}, seed {run.seed}"
         print(f"{name}: loss {row['loss']:.3f}, {time.time() - started:.0f} s", flush=True)
-    wanted = {key_of({**run._asdict(), "steps": args.steps}) for run in runs}
-    return [row for row in read_table(path) if key_of(row) in wanted]
+    return [row for row in read_table(path) if key_of(row) in keys.values()]
 
 
 def table(rows, *names):
@@ -207,10 +207,10 @@ class Trace:
 
 
 def fig6(args, path):
+    done = {(row["arm"], row["seed"], row["steps"]) for row in read_table(path)}
     for seed in args.seeds:
         for arm in ("paper", "ours"):
-            key = (arm, str(seed), str(args.steps))
-            if key in {(row["arm"], row["seed"], row["steps"]) for row in read_table(path)}:
+            if (arm, str(seed), str(args.steps)) in done:
                 continue
             trace = Trace(args.steps)
             measure(Run(arm, 8, 0.5, seed=seed), args.steps, args.texts, trace)

@@ -23,7 +23,6 @@ of --steps or --rows need another --out. Left out: sampling and beam search, a c
 """
 
 import argparse
-import itertools
 import random
 import sys
 import time
@@ -49,6 +48,7 @@ from salora import adapt
 from tiny_transformer import MaskedLM, TinyTransformer, load_pretrained
 from train_glue_mini import fine_tune
 
+PAD = InstructionTokenizer().pad
 TEXTS, STEPS = 40_000, 6000  # of pre-training
 BATCH, HELD_OUT, LONGEST = 32, 500, 30  # LONGEST: of an answer, in words; the grammar's have at most 23
 SCALE = 2  # alpha / rank at creation
@@ -83,11 +83,10 @@ def decoder_config():
 def batch_of(rows, model=None, device="cpu"):
     """Rows (token ids, where the answer begins) -> ((ids, places), the next words of these places)."""
     longest = max(len(ids) for ids, _ in rows)
-    pad = InstructionTokenizer().pad
-    ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows], device=device)  # (batch, seq)
+    ids = torch.tensor([ids + [PAD] * (longest - len(ids)) for ids, _ in rows], device=device)  # (batch, seq)
     starts = torch.tensor([start for _, start in rows], device=device)
     following = ids.roll(-1, 1)
-    places = (torch.arange(longest, device=device) >= starts[:, None] - 1) & (following != pad)
+    places = (torch.arange(longest, device=device) >= starts[:, None] - 1) & (following != PAD)
     places[:, -1] = False
     return (ids, places), following[places]
 
@@ -196,16 +195,24 @@ def measure(data, name, lr, seed, steps):
     return dict(zip(COLUMNS, [name, seed, lr, *values], strict=True)), written
 
 
+def rates_of(name, asked):
+    """The learning rates to run an arm with: those that are asked for, or the tuned one; untuned has none."""
+    return [0.0] if name == "untuned" else asked or [ARMS[name][-1]]
+
+
 def compare(args, out):
     """Run every arm on every seed. What is in out/instruct.csv is not run again; out/written.csv has the first texts
     that each model writes."""
     path = out / "instruct.csv"
     done = {(row["arm"], row["seed"], row["lr"]) for row in read_table(path)}
-    for seed, name in itertools.product(args.seeds, args.arms):
-        for lr in [0.0] if name == "untuned" else args.lr or [ARMS[name][-1]]:
+    runs = [(name, lr) for name in args.arms for lr in rates_of(name, args.lr)]
+    for seed in args.seeds:
+        data = None
+        for name, lr in runs:
             if (name, str(seed), str(lr)) in done:
                 continue
-            started, data = time.time(), Data(seed, args.rows)
+            started = time.time()
+            data = data or Data(seed, args.rows)
             row, written = measure(data, name, lr, seed, args.steps)
             for (sentence, praise), text in list(zip(data.asked, written))[:20]:
                 texts = {"praise": praise, "sentence": sentence, "written": text}

@@ -3,11 +3,8 @@
 from statistics import mean
 
 from cli.pictures import rank_grid
-from experiments.shift import interval
+from experiments.shift import STYLES, interval
 
-COLORS = {"lora": "#000000", "ours": "#0072B2", "paper": "#D55E00"}  # Okabe and Ito's, for the color-blind too
-NAMES = {"lora": "LoRA", "ours": "SaLoRA (ours)", "paper": "SaLoRA (paper)"}
-MARKERS = {"lora": "s", "ours": "o", "paper": "v"}
 LOSS = "masked-word loss (nats)"
 
 
@@ -77,6 +74,7 @@ def curves(rows, column, label, path):
     """Figures 4 and 5: the loss over a column, a line for every arm."""
     figure, [axis] = panels(1, 1, 7.5, 5)
     for arm in dict.fromkeys(row["arm"] for row in rows):
+        name, color, marker, _ = STYLES[arm]
         points = []
         mine = [row for row in rows if row["arm"] == arm]
         for key in dict.fromkeys((row["r"], row["density"]) for row in mine):
@@ -84,8 +82,7 @@ def curves(rows, column, label, path):
             x = mean(float(row[column]) for row in some)
             points.append((x, *mean_and_bars([float(row["loss"]) for row in some])))
         x, y, below, above = zip(*sorted(points))
-        axis.errorbar(x, y, (below, above), label=NAMES[arm], color=COLORS[arm], marker=MARKERS[arm], lw=2, ms=8,
-                      capsize=4)  # fmt: skip
+        axis.errorbar(x, y, (below, above), label=name, color=color, marker=marker, lw=2, ms=8, capsize=4)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axis.set(xlabel=label, ylabel=LOSS)
@@ -101,10 +98,11 @@ def traces(rows, path):
     columns |= {"orth_A": "||A A^T - I||^2, W^O, block 0", "orth_B": "||B^T B - I||^2, W^O, block 0"}
     for axis, (column, label) in zip(axes, columns.items()):
         for arm in dict.fromkeys(row["arm"] for row in rows):
+            name, color, _, _ = STYLES[arm]
             for i, seed in enumerate(dict.fromkeys(row["seed"] for row in rows)):
                 some = [row for row in rows if (row["arm"], row["seed"]) == (arm, seed)]
                 axis.plot([int(row["step"]) for row in some], [float(row[column]) for row in some], lw=2,
-                          color=COLORS[arm], label=NAMES[arm] if i == 0 else None)  # fmt: skip
+                          color=color, label=name if i == 0 else None)  # fmt: skip
         axis.set(xlabel="optimizer step", ylabel=label)
         if column.startswith("orth"):
             axis.set_yscale("log")
@@ -127,5 +125,5 @@ def ranks(means, path):
         axis.set_xticks(range(len(blocks)), blocks)
         axis.set_yticks(range(len(matrices)), matrices)
         axis.set_xlabel("block")
-        axis.set_title(f"mean rank, {NAMES[arm]}", fontsize=13)
+        axis.set_title(f"mean rank, {STYLES[arm][0]}", fontsize=13)
     save(figure, path)

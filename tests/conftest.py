@@ -153,3 +153,15 @@ def folder_from(variable):
 glue_dir = folder_from("GLUE_DIR")
 encoder_dir = folder_from("ENCODER_DIR")
 roberta_tokenizer_dir = folder_from("ROBERTA_TOKENIZER_DIR")
+
+
+@pytest.fixture
+def tiny_lm(tmp_path, tiny_weights, monkeypatch):
+    """The shift study with a small random masked LM instead of the pre-trained one. Returns flags for a short run."""
+    from experiments import shift
+    from tiny_transformer import MaskedLM, load_pretrained, save_pretrained
+
+    save_pretrained(MaskedLM(load_pretrained(tiny_weights)[0]), tmp_path / "lm")
+    monkeypatch.setattr(shift, "mini_encoder", lambda: tmp_path / "lm")
+    monkeypatch.setattr(shift, "HELD_OUT", 40)
+    return ["--steps", "10", "--texts", "64", "--out", str(tmp_path / "out")]

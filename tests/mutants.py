@@ -803,7 +803,7 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_figures.py::test_an_ablation_takes_away_only_what_it_names"),
     ("experiments/figures.py", "if is_adapted(name, run.where) else 0", "",
      "tests/test_figures.py::test_figure_1_adapts_one_place_and_no_other"),
-    ("experiments/figures.py", "if key in map(key_of, read_table(path)):", "if False:",
+    ("experiments/figures.py", "if keys[run] in done:", "if False:",
      "tests/test_figures.py::test_another_seed_adds_rows"),
     ("experiments/cost.py", "layer.gate.log_theta.data[R // 2 :] = -5.0", "pass",
      "tests/test_figures.py::test_what_table_4_measures_is_in_its_phase"),

@@ -139,15 +139,6 @@ def test_methods_of_the_comparison_are_the_peers_and_their_rivals():
     assert set(compare.METHODS) == rivals | set(PEERS)
 
 
-@pytest.fixture
-def tiny_lm(tmp_path, tiny_weights, monkeypatch):
-    """The shift study with a small random masked LM instead of the pre-trained one. Returns flags for a short run."""
-    save_pretrained(MaskedLM(load_pretrained(tiny_weights)[0]), tmp_path / "lm")
-    monkeypatch.setattr(shift, "mini_encoder", lambda: tmp_path / "lm")
-    monkeypatch.setattr(shift, "HELD_OUT", 40)
-    return ["--steps", "10", "--texts", "64", "--out", str(tmp_path / "out")]
-
-
 def test_a_masked_lm_is_saved_with_its_head(tmp_path, tiny_weights):
     lm = MaskedLM(load_pretrained(tiny_weights)[0])
     save_pretrained(lm, tmp_path)

@@ -6,18 +6,14 @@ import pytest
 import torch
 
 from budget import RankAllocator, Recipe
-from experiments import cost, figures, shift
-from tiny_transformer import MaskedLM, load_pretrained, save_pretrained
+from experiments import cost, figures
 
 
 @pytest.fixture
-def flags(tmp_path, tiny_weights, monkeypatch):
-    """Runs of five steps with a small random masked LM instead of the pre-trained one."""
-    save_pretrained(MaskedLM(load_pretrained(tiny_weights)[0]), tmp_path / "lm")
-    monkeypatch.setattr(shift, "mini_encoder", lambda: tmp_path / "lm")
-    monkeypatch.setattr(shift, "HELD_OUT", 40)
+def flags(tiny_lm):
+    """Those of runs of five steps."""
     figures.data_of.cache_clear()
-    yield ["--seeds", "0", "--steps", "5", "--texts", "64", "--samples", "1000", "--out", str(tmp_path / "out")]
+    yield [*tiny_lm, "--seeds", "0", "--steps", "5", "--samples", "1000"]
     figures.data_of.cache_clear()
 
 
