@@ -211,9 +211,8 @@ def arm_of(name):
 
 
 # Learning rate and scale (alpha / rank at creation) of the arms: the smallest mean over words and reverse in tune.csv,
-# since the best on words alone is often at the edge of divergence, and beyond it on reverse. All of GRID was tried on
-# both kinds for lora-4, lora-2, lora-1, ours-4, ours-2, ours-1 and svd-4; lora-8 saw three of its points on reverse,
-# narrow-4 two. No other point was better on both kinds.
+# since the best on words alone is often at the edge of divergence, and beyond it on reverse. All of these arms saw all
+# of GRID on both kinds.
 
 GRID = [(6e-3, 1), (6e-3, 2), (6e-3, 4), (1.2e-2, 1), (1.2e-2, 2), (2.4e-2, 1)]
 TUNED = {
@@ -225,7 +224,7 @@ TUNED = {
     "ours-2": (6e-3, 2),
     "ours-1": (1.2e-2, 1),
     "svd-4": (6e-3, 2),
-    "narrow-4": (6e-3, 4),
+    "narrow-4": (6e-3, 2),
 }
 
 
