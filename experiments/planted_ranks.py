@@ -108,8 +108,11 @@ def cut_by_svd(layers, density):
         prune(layer)
 
 
-def learn(kind, steps, method, noise, seed):
-    """Plant, train, count: one row of the results."""
+def learn(kind, steps, method, noise, seed, allocator_of=None):
+    """Plant, train, count: one row of the results.
+
+    allocator_of(network, optimizer, steps, density) makes the allocator of a method that METHODS does not have.
+    """
     make, _, size, lr = NETWORKS[kind]
     network, targets, inputs = make(seed, steps * size)
     test = make(seed + 10**6, 256)[2]
@@ -128,10 +131,12 @@ def learn(kind, steps, method, noise, seed):
         return (x,), y + noise * torch.randn(y.shape, generator=generator)
 
     torch.manual_seed(seed)
-    rank, recipe = uniform if method == "uniform" else RANK, METHODS[method]
+    rank, recipe = uniform if method == "uniform" else RANK, METHODS.get(method)
     adapt(network, targets, rank, alpha=rank)
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=lr)
-    if recipe is None:
+    if allocator_of:
+        allocator = allocator_of(network, optimizer, steps, density)
+    elif recipe is None:
         allocator = FixedRanks(network, steps, Recipe.ours().warmup)
     else:
         allocator = RankAllocator(network, optimizer, steps, density, recipe, seed)
