@@ -353,10 +353,10 @@ def resamples(n, times=10_000):
     return torch.randint(n, (times, n), generator=torch.Generator().manual_seed(0))
 
 
-def interval(values):
-    """The 95 % bootstrap interval of a mean."""
+def interval(values, level=0.95):
+    """The bootstrap interval of a mean."""
     means = torch.tensor(values, dtype=torch.float64)[resamples(len(values))].mean(1)
-    return means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
 
 
 def share_closed(low, high, ours):
