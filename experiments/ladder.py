@@ -39,7 +39,7 @@ from experiments import planted_ranks, shift
 
 TASKS = ["mini-cola", "mini-mrpc", "mini-rte"]
 TUNE_SEED = shift.TUNE_SEED
-GRID = [(6e-3, 1), (6e-3, 2), (1.2e-2, 1)]  # of learning rate and scale; of shift.GRID what no wide start diverges at
+GRID = [(6e-3, 1), (6e-3, 2), (1.2e-2, 1), (1.2e-2, 2)]  # of learning rate and scale: where shift.GRID has its best points
 
 
 class ByEnergy(RankAllocator):
@@ -265,7 +265,7 @@ def main(argv=None):
                         help=f"of {', '.join(names)} (default all)")  # fmt: skip
     parser.add_argument("--size", type=positive, default=4, metavar="R", help="that of LoRA of rank R (default 4)")
     parser.add_argument("--seeds", type=int, nargs="+", default=range(5), metavar="S", help="default 0 to 4")
-    parser.add_argument("--tune", action="store_true", help=f"try three learning rates and scales on seed {TUNE_SEED}")
+    parser.add_argument("--tune", action="store_true", help=f"try four learning rates and scales on seed {TUNE_SEED}")
     parser.add_argument("--steps", type=positive, metavar="N", help="a run's (default: by measure)")
     parser.add_argument("--report", action="store_true", help="only the table of what is there")
     parser.add_argument("--out", default="runs/ladder", metavar="DIR", help="default runs/ladder")
