@@ -39,7 +39,7 @@ from experiments import planted_ranks, shift
 
 TASKS = ["mini-cola", "mini-mrpc", "mini-rte"]
 TUNE_SEED = shift.TUNE_SEED
-GRID = [(6e-3, 1), (6e-3, 2), (1.2e-2, 1), (1.2e-2, 2)]  # of learning rate and scale: where shift.GRID has its best points
+GRID = [(6e-3, 1), (6e-3, 2), (1.2e-2, 1), (1.2e-2, 2)]  # learning rate, scale: where shift.GRID has its best points
 
 
 class ByEnergy(RankAllocator):
