@@ -99,8 +99,8 @@ def score(model, data, autocast):
     model.eval()
     rows = sorted(data.test, key=lambda row: len(row[0]))
     logits, labels = [], []
-    for i in range(0, len(rows), 128):
-        inputs, gold = batch_of(rows[i : i + 128], model, "cpu")
+    for i in range(0, len(rows), 4 * BATCH):
+        inputs, gold = batch_of(rows[i : i + 4 * BATCH], model, "cpu")
         with autocast:
             logits.append(model(*inputs).float())
         labels.append(gold)
