@@ -153,20 +153,11 @@ METHODS = {
     "paper": (8, Recipe.paper()),
     "narrow": (8, Recipe.ours(window=(0.2, 0.5))),
     "wider": (32, Recipe.ours(window=(0.4, 0.5))),
-    "boosted": (16, Recipe.ours(window=(0.4, 0.5))),
-    "linear": (16, Recipe.ours(window=(0.4, 0.5), controller="linear")),
     "quadratic": (16, Recipe.ours(window=(0.4, 0.5), controller="quadratic")),
     "adalora": (8, PEERS["adalora"]),
     "sora": (None, PEERS["sora"]),
     "rm-lora": (None, PEERS["rm-lora"]),
 }
-
-
-class Boosted(RankAllocator):
-    """The learning rate restarts twice as high at T_end: fewer triplets bear more."""
-
-    def lr_factor(self, step):
-        return super().lr_factor(step) * (2 if step >= self.schedule.T_end else 1)
 
 
 class Arm(NamedTuple):
@@ -192,8 +183,7 @@ class Arm(NamedTuple):
         if isinstance(recipe, Peer):
             density = {"density": self.rank / self.r0} if recipe.budgeted else {}
             return recipe.allocator(model, optimizer, steps, warmup=Recipe.ours().warmup, seed=seed, **density)
-        Allocator = Boosted if self.method == "boosted" else RankAllocator
-        return Allocator(model, optimizer, steps, self.rank / self.r0, recipe, seed)
+        return RankAllocator(model, optimizer, steps, self.rank / self.r0, recipe, seed)
 
 
 def arm_of(name):
