@@ -150,7 +150,7 @@ def above(rungs):
     return {name: names[min(i, last + 1) - 1] for i, name in enumerate(names) if i > 0}
 
 
-# One run on each measure: a generator of rows {measure, lr, scale, value, kept}.
+# One run on each measure: (its value, the density kept, C at T_end where it is known).
 
 
 def tuned(rows, rung):
@@ -166,9 +166,8 @@ def tuned(rows, rung):
 
 
 def on_shift(rung, kind, seed, steps, lr, scale):
-    data = shift.Data(kind, seed, 8000)
-    size, loss, _ = shift.measure(data, rung, lr, scale, seed, steps or 1000)
-    return loss, size * 8 / rung.r0  # kept: a share of what there was at the start
+    found = shift.measure(shift.Data(kind, seed, 8000), rung, lr, scale, seed, steps or 1000)
+    return found["loss"], found["size"] * 8 / rung.r0, found["C"]
 
 
 def on_planted(rung, seed, steps):
@@ -176,7 +175,7 @@ def on_planted(rung, seed, steps):
         return rung.allocator(model, optimizer, steps, seed, density)
 
     row = planted_ranks.learn("bank", steps or 600, rung.name, 1.0, seed, allocator_of)
-    return row["right"], row["share"]
+    return row["right"], row["share"], None
 
 
 def flags_of(rung):
@@ -198,7 +197,7 @@ def on_task(rung, task, seed, steps, out):
     folder = out / f"{rung.name}-{task}-s{seed}-{time.time_ns()}".replace(" ", "")
     flags = flags_of(rung) + (["--steps", str(steps)] if steps else [])
     summary = train_glue_mini.main([*flags, "--task", task, "--seed", str(seed), "--out", str(folder)])
-    return summary["score"], summary["density_kept"]
+    return summary["score"], summary["density_kept"], summary["density_expected"]
 
 
 def runs_of(args, rungs, rows):
@@ -230,9 +229,10 @@ def climb(args, rungs, path):
             continue
         started = time.time()
         with redirect_stdout(None):
-            value, kept = function(*inputs)
+            value, kept, C = function(*inputs)
         seconds = round(time.time() - started, 1)
-        append(path, {**row, "value": round(value, 4), "kept": round(kept, 4), "seconds": seconds})
+        found = {"value": round(value, 4), "kept": round(kept, 4), "C": C, "seconds": seconds}
+        append(path, {**row, **found})
         print(f"{measure}, {rung.name}, seed {seed}, {lr} {scale}: {value:.4f}, {seconds:.0f} s", flush=True)
 
 

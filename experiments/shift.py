@@ -275,13 +275,13 @@ def ranks_of(model):
 
 
 def measure(data, arm, lr, scale, seed, steps):
-    """(size, loss, ranks) of one run; a run whose loss is not finite has an infinite loss."""
+    """One run: its size, loss and ranks, and C at T_end. A run whose loss is not finite has an infinite loss."""
     model = adapted(arm.r0, scale, seed)
     try:
-        fit(model, data, lr, seed, steps, lambda model, optimizer: arm.allocator(model, optimizer, steps, seed))
+        allocator = fit(model, data, lr, seed, steps, lambda *parts: arm.allocator(*parts, steps, seed))
     except FloatingPointError:
-        return arm.rank / 8, float("inf"), []
-    return size_of(model), data.loss(model), ranks_of(model)
+        return {"size": arm.rank / 8, "loss": float("inf"), "ranks": [], "C": None}
+    return {"size": size_of(model), "loss": data.loss(model), "ranks": ranks_of(model), "C": allocator.C_end}
 
 
 def tune(args, out):
@@ -296,10 +296,10 @@ def tune(args, out):
             if tuple(map(str, key)) in done:
                 continue
             started = time.time()
-            size, loss, _ = measure(data, arm, lr, scale, TUNE_SEED, args.steps)
-            append(path, {**dict(zip(keys, key)), "size": round(size, 4), "loss": round(loss, 4)})
+            found = measure(data, arm, lr, scale, TUNE_SEED, args.steps)
+            append(path, {**dict(zip(keys, key)), **{name: round(found[name], 4) for name in ("size", "loss")}})
             seconds = time.time() - started
-            print(f"{kind}, {arm.name}, lr {lr:g}, scale {scale}: {loss:.3f}, {seconds:.0f} s", flush=True)
+            print(f"{kind}, {arm.name}, lr {lr:g}, scale {scale}: {found['loss']:.3f}, {seconds:.0f} s", flush=True)
 
 
 def best_of(rows):
@@ -336,10 +336,11 @@ def compare(args, out):
                 started = time.time()
                 data = data or Data(kind, seed, args.texts)
                 lr, scale = tuned(arm)
-                size, loss, ranks = measure(data, arm, lr, scale, seed, args.steps)
-                row = dict(zip(COLUMNS, [kind, arm.name, round(size, 4), seed, round(loss, 4)], strict=True))
+                found = measure(data, arm, lr, scale, seed, args.steps)
+                size, loss = round(found["size"], 4), round(found["loss"], 4)
+                row = dict(zip(COLUMNS, [kind, arm.name, size, seed, loss], strict=True))
                 seconds = round(time.time() - started, 1)
-                more = {"lr": lr, "scale": scale, "ranks": ranks, "seconds": seconds}
+                more = {"lr": lr, "scale": scale, "ranks": found["ranks"], "seconds": seconds}
                 append(out / "ranks.csv", {"kind": kind, "arm": arm.name, "seed": seed, **more})
                 append(path, row)
                 print(f"{kind}, {arm.name}, seed {seed}: {loss:.4f}, size {size:.4f}, {seconds:.0f} s", flush=True)

@@ -41,7 +41,7 @@ def found_ranks(out, data, arm, seed, steps):
     for row in read_table(out / "ranks.csv"):
         if (row["kind"], row["arm"], row["seed"]) == (data.kind, arm.name, str(seed)):
             return json.loads(row["ranks"])
-    return shift.measure(data, arm, *shift.tuned(arm), seed, steps)[2]
+    return shift.measure(data, arm, *shift.tuned(arm), seed, steps)["ranks"]
 
 
 def shuffled(ranks, shapes, rng):
