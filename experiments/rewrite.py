@@ -152,7 +152,7 @@ class Judge:
 
     def scores(self, asked, texts, humans):
         """{measure: value} of what was written for one direction."""
-        rows = self.encode([(text or ".", None, 0) for text in texts])
+        rows = self.encode([(text or ".", None, 0) for text in texts])  # no row may be empty
         labels = predict(self.classifier, rows, self.settings.device)
         values = [mean(label != ASKED[asked] for label in labels), bleu(texts, humans), self.perplexity(texts)]
         return {name: round(value, 4) for name, value in zip(names_of(asked), values, strict=True)}

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -282,3 +283,10 @@ def test_a_model_that_is_damaged_or_of_another_family_is_one_line(tmp_path, flag
             decoder.main([*flags, "--model", str(folder)])
         said = capsys.readouterr().err
         assert stopped.value.code == 2 and part in said and said.count("\n") == 1
+
+
+def test_without_transformers_there_is_one_line(flags, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit) as stopped:
+        decoder.main(flags)
+    assert stopped.value.code == 2 and "needs transformers: pip install -r req" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -322,6 +323,13 @@ def test_what_a_real_decoder_cannot_use_is_one_line_and_exit_status_2(more, part
         instruct.main([*real, *more])
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1 and part in said
+
+
+def test_without_sacrebleu_there_is_one_line(real, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    with pytest.raises(SystemExit) as stopped:
+        instruct.main(real)
+    assert stopped.value.code == 2 and "needs sacrebleu: pip install -r req" in capsys.readouterr().err
 
 
 def test_flags_that_belong_together_are_asked_for(tmp_path, tiny_decoder, capsys):
