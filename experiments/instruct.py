@@ -3,10 +3,12 @@
     python experiments/instruct.py                                      every arm, seeds 0 to 4
     python experiments/instruct.py --arms lora-8 salora --seeds 0 1     some of them
     python experiments/instruct.py --lr .012 .024 --seeds 100 --out runs/instruct-tune     other learning rates
+    python experiments/instruct.py --model MODEL --data ALPACA.json --yelp DIR --classifier-weights ENCODER
 
 The paper tunes LLaMA-7B on instructions and asks it to change the sentiment of reviews and nothing else (its section
 4.2). Here a causal tiny transformer reads mini-GLUE's world word by word, and then adapters in all six matrices of a
-layer learn from a few hundred examples to follow the instructions of glue/instructions.py.
+layer learn from a few hundred examples to follow the instructions of glue/instructions.py. The last command asks the
+same of a real decoder, with a classifier, BLEU and perplexity as its judges: see experiments/rewrite.py.
 
 What counts are held-out sentences: the loss of the next word (nats) of the grammar's own answer; and of the sentence
 that the model writes, word by word, whether the grammar finds the sentiment asked for in it (accuracy), and whether all
@@ -39,8 +41,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import FixedRanks, RankAllocator, Recipe
 from cli.files import append, read_table
-from cli.flags import above_zero, positive
+from cli.flags import Parser, above_zero, positive
 from cli.setup import TARGETS
+from experiments import rewrite
+from experiments.decoder import one_line_errors
 from experiments.shift import RESTART, interval, size_of
 from glue.instructions import FAULTS, InstructionTokenizer, answer_to, faults_of, new_sentence, texts_to_read
 from glue.pretrain import LR, WARMUP, mini_config, train, trained_once
@@ -249,16 +253,31 @@ def examples(rows):
     return "\n".join(found[key] for key in sorted(found))
 
 
+DEFAULTS = {"arms": list(ARMS), "seeds": range(5), "steps": 300, "rows": 400, "out": "runs/instruct"}
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM",
-                        help=f"of {', '.join(ARMS)} (default all)")  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", default=range(5), metavar="S", help="default 0 to 4")
-    parser.add_argument("--lr", type=above_zero, nargs="+", metavar="LR", help="default: what is tuned for each arm")
-    parser.add_argument("--steps", type=positive, default=300, metavar="N", help="default 300")
-    parser.add_argument("--rows", type=positive, default=400, metavar="N", help="to train on (default 400)")
-    parser.add_argument("--out", default="runs/instruct", metavar="DIR", help="default runs/instruct")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help=f"of {', '.join(ARMS)} (default all; "
+                        f"with --model {' '.join(rewrite.DEFAULTS['arms'])})")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="S", help="default 0 to 4; with --model 0")
+    parser.add_argument("--lr", type=above_zero, nargs="+", metavar="LR", help="default: what is tuned for each arm; "
+                        f"with --model {rewrite.LR:g}")  # fmt: skip
+    parser.add_argument("--steps", type=positive, metavar="N", help="default 300; with --model "
+                        f"{rewrite.DEFAULTS['steps']}")  # fmt: skip
+    parser.add_argument("--rows", type=positive, metavar="N", help="to train on (default 400; with --model "
+                        f"{rewrite.DEFAULTS['rows']})")  # fmt: skip
+    parser.add_argument("--out", metavar="DIR", help="default runs/instruct; with --model runs/rewrite")
+    rewrite.add_flags(parser)
     args = parser.parse_args(argv)
+    for name, value in (rewrite.DEFAULTS if args.model else DEFAULTS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.model:
+        with one_line_errors(parser):
+            return rewrite.run(args, ARMS)
+    if args.data or args.yelp or args.classifier_weights:
+        parser.error("--data, --yelp and --classifier-weights are for a real decoder: they need --model")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     mini_decoder()

@@ -237,12 +237,12 @@ def trial(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not LR:SCALE, such as 0.006:2") from None
 
 
-def tuned(arm):
+def tuned(arm, values=TUNED):
     """(lr, scale) of an arm; one that was not tuned takes those of its method, or of LoRA, at the nearest rank."""
     for method in (arm.method, "lora" if METHODS[arm.method][0] is None else "ours"):
-        names = [name for name in TUNED if name.startswith(method + "-")]
+        names = [name for name in values if name.startswith(method + "-")]
         if names:
-            return TUNED[min(names, key=lambda name: abs(float(name.rpartition("-")[2]) - arm.rank))]
+            return values[min(names, key=lambda name: abs(float(name.rpartition("-")[2]) - arm.rank))]
 
 
 def adapted(rank, scale, seed):
@@ -439,36 +439,44 @@ STYLES = {  # Okabe and Ito's colors, told apart by the color-blind too
 def draw(rows, path):
     """Loss against size, a panel a kind. Bars are intervals of the difference from LoRA r=8 of the same seed."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
 
     kinds = [kind for kind in KINDS if "lora-8" in losses_of(rows, kind)]
     figure = Figure(figsize=(1 + 4.6 * len(kinds), 4.8), layout="constrained")
     for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
         losses = losses_of(rows, kind)
         base = mean(losses["lora-8"].values())
-        for method, (label, color, marker, line) in STYLES.items():
-            points = []
-            for arm in (name for name in losses if name.rpartition("-")[0] == method):
-                gaps = [a - b for a, b in zip(*paired(losses, arm, "lora-8"))]
-                size = mean(float(r["size"]) for r in rows if (r["kind"], r["arm"]) == (kind, arm))
-                low, high = interval(gaps)
-                points.append((size, base + mean(gaps), mean(gaps) - low, high - mean(gaps)))
-            if points:
-                x, y, below, above = zip(*points)
-                axis.errorbar(x, y, (below, above), label=label, color=color, marker=marker, linestyle=line,
-                              linewidth=2, markersize=8, capsize=4)  # fmt: skip
-        sizes = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
-        sizes = [size for size in sizes if any(float(r["size"]) < 1.4 * size for r in rows if r["kind"] == kind)]
-        axis.set_xscale("log")
-        axis.set_xticks(sizes, [f"1/{1 / size:.0f}" if size < 1 else "1" for size in sizes], fontsize=13)
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.tick_params("y", labelsize=13)
-        axis.set_title(kind, fontsize=15)
-        axis.set_xlabel("adapter parameters, of LoRA r=8's", fontsize=13)
-        axis.grid(alpha=0.3)
+        points = {}
+        for arm in losses:
+            gaps = [a - b for a, b in zip(*paired(losses, arm, "lora-8"))]
+            size = mean(float(r["size"]) for r in rows if (r["kind"], r["arm"]) == (kind, arm))
+            points[arm] = (size, base, mean(gaps), *interval(gaps))
+        draw_panel(axis, points, kind)
     figure.axes[0].set_ylabel("masked-word loss (nats)", fontsize=13)
     figure.axes[0].legend(fontsize=12)
     figure.savefig(path, format="png", dpi=110)
+
+
+def draw_panel(axis, points, title):
+    """Loss against size, a line a method. points: {arm: (size, loss of LoRA r=8, difference from it, its interval)}."""
+    from matplotlib.ticker import NullLocator
+
+    for method, (label, color, marker, line) in STYLES.items():
+        some = [points[arm] for arm in points if arm.rpartition("-")[0] == method]
+        if some:
+            x = [size for size, *_ in some]
+            y = [base + gap for _, base, gap, *_ in some]
+            bars = [gap - low for *_, gap, low, _ in some], [high - gap for *_, gap, _, high in some]
+            axis.errorbar(x, y, bars, label=label, color=color, marker=marker, linestyle=line, linewidth=2,
+                          markersize=8, capsize=4)  # fmt: skip
+    sizes = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
+    sizes = [size for size in sizes if any(point[0] < 1.4 * size for point in points.values())]
+    axis.set_xscale("log")
+    axis.set_xticks(sizes, [f"1/{1 / size:.0f}" if size < 1 else "1" for size in sizes], fontsize=13)
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.tick_params("y", labelsize=13)
+    axis.set_title(title, fontsize=15)
+    axis.set_xlabel("adapter parameters, of LoRA r=8's", fontsize=13)
+    axis.grid(alpha=0.3)
 
 
 def main(argv=None):

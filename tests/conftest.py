@@ -165,3 +165,24 @@ def tiny_lm(tmp_path, tiny_weights, monkeypatch):
     monkeypatch.setattr(shift, "mini_encoder", lambda: tmp_path / "lm")
     monkeypatch.setattr(shift, "HELD_OUT", 40)
     return ["--steps", "10", "--texts", "64", "--out", str(tmp_path / "out")]
+
+
+DECODER_WORDS = "the a film song was is not very good bad great dull and but . old new dog cat saw".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(tmp_path_factory):
+    """A folder as transformers saves it: a random decoder of the LLaMA family, whose tokens are DECODER_WORDS."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("decoder")
+    words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *DECODER_WORDS])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    shape = dict(vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**shape, **heads, initializer_range=0.3, bos_token_id=1, eos_token_id=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
