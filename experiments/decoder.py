@@ -11,8 +11,8 @@ files, one sentence a line; by default those of Yelp's reviews (Li et al. 2018):
 Arms are METHOD-R, of the size of LoRA of rank R, as in experiments/shift.py: lora, ours (from rank 16), svd (the same
 cut by singular values, without gates), restart, and its others. A seed draws the sentences of a batch, their order and
 the start; the held-out sentences are always the same. So arms are compared in pairs twice over: by sentence, where one
-seed is enough, and by seed. Tuning uses seed 100, and other runs other seeds. Losses are in nats, computed in fp32. A
-word is a token, and the end of a sentence counts as one.
+seed is enough, and by seed. Tuning uses seed 100 and 300 sentences that are neither trained on nor reported. Losses are
+in nats, computed in fp32. A word is a token, and the end of a sentence counts as one.
 
 In --out: tune.csv; decoder.csv, a row a run; sentences.csv, the losses of every held-out sentence, a row a run. Runs
 that are there are not done again, so changes of steps, precision or data need another --out. An arm that was not tuned
@@ -51,7 +51,7 @@ ARMS = ["lora-8", "lora-4", "lora-2", "lora-1", "ours-4", "ours-2", "ours-1", "s
 GRID = [5e-4, 1e-3, 2e-3, 4e-3]  # learning rates that --tune tries
 LR = 2e-3  # of arms without a tuned one
 SCALE = 2  # alpha / rank at creation
-HELD_OUT, LONGEST = 1000, 64  # sentences, and tokens of a sentence
+HELD_OUT, TUNING, LONGEST = 1000, 300, 64  # sentences to report, sentences to tune on, and tokens of a sentence
 EVAL_BATCH = 16  # rows: with 190 words each, and 49,152 logits for each of them, 600 MB
 
 
@@ -160,13 +160,17 @@ def losses_of(model, rows):
 
 
 class Data:
-    """Rows to train on and rows to hold out, from the text files of a folder."""
+    """Rows to train on, rows to tune on and rows to hold out, from the text files of a folder; no row is in two."""
 
     def __init__(self, args):
         _, tokenizer = load(args.model)
         self.held_out = self.read(args.data, args.held_out, tokenizer)[:HELD_OUT]
         known = {tuple(ids) for ids, _ in self.held_out}
-        self.train = [row for row in self.read(args.data, args.train, tokenizer) if tuple(row[0]) not in known]
+        rows = [row for row in self.read(args.data, args.train, tokenizer) if tuple(row[0]) not in known]
+        rows = random.Random("to tune on").sample(rows, len(rows))
+        self.tuning = rows[: min(TUNING, len(rows) // 4)]
+        tuned = {tuple(ids) for ids, _ in self.tuning}
+        self.train = [row for row in rows if tuple(row[0]) not in tuned]
 
     def read(self, folder, names, tokenizer):
         """One row a sentence: a start, which is only read, its words, and a stop."""
@@ -190,14 +194,16 @@ def lines_of(path):
 
 
 def measure(args, data, arm, lr, seed):
-    """(row, nats, words) of one run. A run whose loss is not finite has an infinite loss."""
+    """(row, nats, words) of one run, on the rows to tune on where the seed is that of tuning, else on those held out.
+    A run whose loss is not finite has an infinite loss.
+    """
     started = time.time()
     model, _ = load(args.model, args.device)
     batches = in_batches(data.train, args.batch_size, seed)
     ranks = []
     try:
         fit(model, batches, arm.r0, lambda *parts: arm.allocator(*parts, args.steps, seed), lr, seed, args.precision)
-        nats, words = losses_of(model, data.held_out)
+        nats, words = losses_of(model, data.tuning if seed == TUNE_SEED else data.held_out)
         size, ranks = shift.size_of(model), shift.ranks_of(model)
     except FloatingPointError:
         nats, words, size = [float("inf")], [1], arm.rank / 8

@@ -879,6 +879,8 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_instruct.py::test_what_is_written_in_a_batch_is_what_is_written_alone_word_by_word"),
     ("experiments/instruct.py", "if (name, str(seed), str(lr)) in done:", "if False:",
      "tests/test_instruct.py::test_instructions_add_rows_and_run_nothing_twice"),
+    ("experiments/decoder.py", "data.tuning if seed == TUNE_SEED else data.held_out", "data.held_out",
+     "tests/test_decoder.py::test_rows_to_tune_on_are_neither_trained_on_nor_reported"),
     # The ladder, and real data
     ("experiments/ladder.py", "for i in (1, 2, 3)}", "for i in (1, 2)}",
      "tests/test_ladder.py::test_four_cuts_remove_a_quarter_of_the_way_each"),

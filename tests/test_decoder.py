@@ -103,6 +103,21 @@ def test_held_out_sentences_are_read_whole_and_are_not_trained_on(tmp_path, tiny
     assert decoder.Data(args).held_out == [(known[0], 1)]
 
 
+def test_rows_to_tune_on_are_neither_trained_on_nor_reported(tmp_path, tiny_decoder, monkeypatch):
+    texts = [" ".join(DECODER_WORDS[i : i + 3]) for i in range(8)]
+    (tmp_path / "sentiment.dev.0").write_text("\n".join(texts[:6]))
+    (tmp_path / "sentiment.test.0").write_text("\n".join(texts[5:]))
+    monkeypatch.setattr(decoder, "TUNING", 1)
+    args = SimpleNamespace(model=tiny_decoder, data=tmp_path, train=NAMES[:1], held_out=NAMES[2:3], device="cpu")
+    args.steps, args.batch_size, args.precision = 1, 2, "fp32"
+    data = decoder.Data(args)
+    assert [len(some) for some in (data.train, data.tuning, data.held_out)] == [4, 1, 3]
+    assert data.tuning[0] not in data.train + data.held_out
+    arm = decoder.arm_of("lora-4")
+    counted = {seed: decoder.measure(args, data, arm, 1e-3, seed)[2] for seed in (decoder.TUNE_SEED, 0)}
+    assert [len(words) for words in counted.values()] == [1, 3], "tuning scores the rows to tune on, others do not"
+
+
 # The study
 
 
