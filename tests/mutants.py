@@ -801,8 +801,9 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
     ("train_glue_mini.py", 'for name in ("density", "reach") if', 'for name in ("density",) if',
      "tests/test_peers.py::test_the_reach_of_sora_is_a_flag_of_the_main_job"),
     # The comparison of the peers
-    ("experiments/compare.py", "                if is_there(path, key):\n                    continue\n                try:\n"
-     "                    score, _, final", "                try:\n                    score, _, final",
+    ("experiments/compare.py", "                if is_there(path, key):\n                    continue\n"
+     "                try:\n                    score, _, final",
+     "                try:\n                    score, _, final",
      "tests/test_experiments.py::test_tuning_has_a_seed_of_its_own_and_reports_take_its_best_trial"),
     ("experiments/compare.py", "run(method, task, shift.TUNE_SEED, trial, args)", "run(method, task, 0, trial, args)",
      "tests/test_experiments.py::test_tuning_has_a_seed_of_its_own_and_reports_take_its_best_trial"),

@@ -140,12 +140,12 @@ def test_comparison_table_averages_only_seeds_that_have_run_on_every_task():
 
 
 def test_comparison_table_has_intervals_over_seeds_memory_and_a_mark_for_what_was_not_tuned():
-    means = [0.5, 0.6, 0.9]
+    means = [0.5, 0.6, 0.9, 0.7, 0.8]  # of three seeds, the interval is the range
     rows = compared({("a", "mini-cola", str(seed)): score for seed, score in enumerate(means)}, tuned="no")
     memory = [{"method": "a", "task": "mini-cola", "device": "cpu", "MiB": "321.5"}]
     _, line, note = compare.table(rows, memory).splitlines()
     low, high = shift.interval(means)
-    assert f"0.6667   [{low:.4f}, {high:.4f}]" in line and line.split()[-1] == "321.5"
+    assert f"0.7000   [{low:.4f}, {high:.4f}]" in line and line.split()[-1] == "321.5"
     assert "0.002*" in line and note == "*: the default, not tuned"
 
 
