@@ -6,8 +6,8 @@
     ... --tasks words reverse --out runs/compare-shift       the same three for the losses of experiments/shift.py
     ... --tasks mrpc cola --data GLUE --weights MODEL --out runs/compare-glue      other flags go to the main job
 
-experiments/methods.py says which methods, and at what size. All get as many trials, with seed 100, which no report
-uses: on GLUE the main job's default learning rate, its half and its double; on words and reverse the six of
+experiments/methods.py says which methods, at what size, and how SoRA gets there. All get as many trials, with seed 100,
+which no report uses: on GLUE the default learning rate of the main job, its half and its double; on a shift the six of
 shift.grid_of. An official task is tuned on a tenth of its training rows, on which that run does not train, so dev rows
 are for reports alone; a generated task has the same dev rows for both. A report takes the trial with the best mean over
 the tasks of tune.csv, and without one the default, which the table marks.
@@ -179,7 +179,7 @@ def draw(rows, path):
         if means:  # it has run on all tasks
             points.append((method, average(rows, method, "final"), *plots.mean_and_bars(means)))
     lower = kind_of(tasks[0]) == "shift"
-    label = "masked-word loss (nats; lower is better)" if lower else "score"
+    label = "loss (nats; lower is better)" if lower else "score"
     over = tasks[0] if len(tasks) == 1 else f"mean of {len(tasks)} tasks"
     plots.methods(points, f"{label}, {over}", lower, path)
 
