@@ -108,7 +108,7 @@ def run(settings, folder, model, train, dev, saved=None):
     """
     if saved:
         load_adapter_state(model, saved["adapter"])
-    options = {} if settings.density is None else {"density": settings.density}
+    options = {name: getattr(settings, name) for name in ("density", "reach") if getattr(settings, name) is not None}
     if settings.method == "alora":
         train, held_out = hold_out(train, settings.batch_size)
         options["score"] = lambda: -loss_of(model, held_out)

@@ -120,6 +120,11 @@ def build_parser():
         help="the budget: share of the adapter parameters to keep (default 0.5)",
     )
     g.add_argument(
+        "--reach", type=above_zero, metavar="X",
+        help="sora: a gate that starts within X of 0 and that no gradient moves ends at 0; more triplets go the larger "
+        "it is (default: what follows from the authors' lambda, 0.6)",
+    )
+    g.add_argument(
         "--recipe", choices=list(RECIPES),
         help="ours (default): what measured best; paper: the published algorithm. The flags below override "
         "single decisions of a recipe",
@@ -265,6 +270,7 @@ def settle(args):
     budgeted = args.method in BUDGETED_METHODS
     lacks = {} if gates else {"trained gates": GATE_FLAGS}
     lacks |= {} if budgeted else {"a budget": ["density"]}
+    lacks |= {} if args.method == "sora" else {"a threshold": ["reach"]}
     lacks |= {} if sized else {"adapters": ["rank"]}
     lacks |= {} if triplets else {"low-rank adapters": ["alpha"]}
     for what, flags in lacks.items():

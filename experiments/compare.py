@@ -1,69 +1,137 @@
 """SaLoRA beside its peers: what trains, what is left in the end, the score, and what a step costs.
 
-    python experiments/compare.py --seeds 0 1                                  every method on the eight generated tasks
-    python experiments/compare.py --tasks mini-cola mini-rte --steps 500       flags of the main job go there
-    python experiments/compare.py --methods salora adalora lora-4 --tasks sst2 --data GLUE --weights MODEL
+    python experiments/compare.py --tune                     learning rates, every method on three generated tasks
+    python experiments/compare.py --seeds 0 1 2              with the best of them, on the eight generated tasks
+    python experiments/compare.py --memory                   peak memory of every method, for the table
+    ... --tasks words reverse --out runs/compare-shift       the same three for the losses of experiments/shift.py
+    ... --tasks mrpc cola --data GLUE --weights MODEL --out runs/compare-glue      other flags go to the main job
 
-Methods that have a size end at about that of LoRA with r = 4, half of SaLoRA's at its start. SoRA's follows from its
-lambda, BitFit's and (IA)3's from the encoder; prefix and prompt have 8 vectors, since more made the tiny encoder worse.
-Counts are without the classifier and without gates. Learning rates are the main job's defaults.
+experiments/methods.py says which methods, at what size, and how SoRA gets there. All get as many trials, with seed 100,
+which no report uses: on GLUE the default learning rate of the main job, its half and its double; on a shift the six of
+shift.grid_of. An official task is tuned on a tenth of its training rows, on which that run does not train, so dev rows
+are for reports alone; a generated task has the same dev rows for both. A report takes the trial with the best mean over
+the tasks of tune.csv, and without one the default, which the table marks.
 
-Every run is added to compare.csv in --out, and a run that is there is not done again, so a study can be stopped,
-continued, and split over processes. Rows are told apart by method, task and seed alone: a study with other flags for
-the main job needs another --out. compare.png shows the score against the final number of parameters.
+Rows go to tune.csv, compare.csv and memory.csv in --out. A run that is there is not done again, so a study can be
+stopped, continued, and split over processes. Rows are told apart by method, task, seed and trial alone: a study with
+other flags needs another --out. A run that diverges is the worst of trials, and no row of a report. compare.png shows
+the score against the final number of parameters. Intervals are 95 % bootstrap intervals over seeds.
 """
 
 import argparse
 import sys
-from contextlib import redirect_stdout
+import tempfile
+from math import inf
 from pathlib import Path
-from statistics import mean, stdev
-from time import time_ns
-
-import torch
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train_glue_mini
 from cli.files import append, read_table
+from cli.flags import positive
+from cli.runs import errors_as_lines
+from experiments import cost, plots, shift
+from experiments.methods import METHODS, default_trial, hold_out, kind_of, run, trials
 from glue.mini import TASKS as MINI_TASKS
+from glue.tasks import NAMES
 from hub.checkpoints import write_atomically
 
-METHODS = {
-    "salora": [],
-    "lora-8": ["--method", "lora", "--rank", "8"],
-    "lora-4": ["--method", "lora", "--rank", "4"],
-    "adalora": ["--method", "adalora"],
-    "sora": ["--method", "sora"],
-    "alora": ["--method", "alora"],
-    "rm-lora": ["--method", "rm-lora", "--rank", "4"],
-    "adapter-h": ["--method", "adapter-h", "--rank", "16"],  # a block of LoRA has 18 d r parameters, one of this 4 d m
-    "adapter-p": ["--method", "adapter-p", "--rank", "35"],  # 2 d m
-    "prefix": ["--method", "prefix", "--rank", "8"],
-    "prompt": ["--method", "prompt", "--rank", "8"],
-    "bitfit": ["--method", "bitfit"],
-    "ia3": ["--method", "ia3"],
-    "full": ["--method", "full"],
-    "head": ["--method", "head"],
-}
+TUNING_TASKS = ["mini-cola", "mini-mrpc", "mini-rte"]
 
 
-def sizes(adapter):
-    """(parameters that train, parameters in the end) of a saved adapter: its triplets, and all but the classifier."""
-    layers = adapter["layers"].values()
-    others = sum(p.numel() for name, p in adapter["others"].items() if not name.startswith("classifier."))
-    final = sum(layer["A"].numel() + layer["B"].numel() for layer in layers)
-    trained = sum(layer["r0"] * (layer["A"].shape[1] + layer["B"].shape[0]) for layer in layers)
-    return trained + others, final + others
+def in_order(rows, key):
+    return list(dict.fromkeys(row[key] for row in rows))
 
 
-def one(method, task, seed, flags, out):
-    """Run the main job; returns a row."""
-    with redirect_stdout(None):
-        summary = train_glue_mini.main([*METHODS[method], "--task", task, "--seed", str(seed), *flags, "--out", out])
-    trained, final = sizes(torch.load(Path(out) / "adapter.pt", map_location="cpu", weights_only=True))
-    row = {"method": method, "task": task, "seed": seed, "score": summary["score"], "trained": trained, "final": final}
-    return {**row, "seconds_per_step": summary["seconds"] / summary["steps"], "device": summary["device"]}
+def text_of(trial):
+    """(0.006, 2.0) -> 0.006:2, and 0.006 alone where the scale is the main job's own."""
+    return ":".join(f"{number:g}" for number in trial if number != "")
+
+
+def is_there(path, key):
+    """Whether a CSV file has a row with these values."""
+    return any(all(row[name] == str(value) for name, value in key.items()) for row in read_table(path))
+
+
+# Tuning
+
+
+def tune(args):
+    """Try what is not yet in tune.csv, with the seed that no report uses. Returns all of its rows."""
+    path = args.out / "tune.csv"
+    if kind_of(args.tasks[0]) == "official":
+        for task in args.tasks:
+            hold_out(task, args.data, args.out / "tuning-data")
+        args.data = args.out / "tuning-data"
+    for task in args.tasks:
+        for method in args.methods:
+            for trial in trials(method, task):
+                lr, scale = trial
+                key = {"method": method, "task": task, "lr": lr, "scale": scale, "seed": shift.TUNE_SEED}
+                if is_there(path, key):
+                    continue
+                try:
+                    score, _, final, *_ = run(method, task, shift.TUNE_SEED, trial, args)
+                except FloatingPointError:
+                    score, final = (inf if kind_of(task) == "shift" else -inf), 0
+                append(path, {**key, "score": score, "final": final})
+                print(f"{method}, {task}, {text_of(trial)}: {score:.4f}, {final:,} parameters", flush=True)
+    return read_table(path)
+
+
+def ranking(rows, method, kind):
+    """[(mean over the tasks of this kind, trial)] of a method, the best first; without trials that lack a task."""
+    rows = [row for row in rows if kind_of(row["task"]) == kind]
+    tasks, scores = in_order(rows, "task"), {}
+    for row in rows:
+        if row["method"] == method:
+            trial = float(row["lr"]), float(row["scale"]) if row["scale"] else ""
+            scores.setdefault(trial, {})[row["task"]] = float(row["score"])
+    means = [(mean(found.values()), trial) for trial, found in scores.items() if len(found) == len(tasks)]
+    return sorted(means, key=lambda pair: pair[0], reverse=kind != "shift")
+
+
+# Reports
+
+
+def compare(args):
+    """Every method on every task and seed, with its best trial."""
+    path, tuned = args.out / "compare.csv", read_table(args.out / "tune.csv")
+    for seed in args.seeds:
+        for task in args.tasks:
+            for method in args.methods:
+                key = {"method": method, "task": task, "seed": seed}
+                if is_there(path, key):
+                    continue
+                found = ranking(tuned, method, kind_of(task))
+                trial = found[0][1] if found else default_trial(method, task)
+                try:
+                    score, trained, final, seconds, device = run(method, task, seed, trial, args)
+                except FloatingPointError as error:
+                    print(f"{method}, {task}, seed {seed}: {error}", flush=True)
+                    continue
+                row = {**key, "score": score, "trained": trained, "final": final, "trial": text_of(trial)}
+                row |= {"tuned": "yes" if found else "no", "seconds_per_step": seconds, "device": device}
+                append(path, row)
+                print(f"{method}, {task}, seed {seed}: {score:.4f}", flush=True)
+
+
+def peak_memory(method, task, args):
+    """(the peak of this process in MiB, device), after a run of ten steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        short = argparse.Namespace(**{**vars(args), "out": Path(folder), "steps": 10})
+        *_, device = run(method, task, 0, default_trial(method, task), short)
+    return cost.peak_of_process(device), device
+
+
+def measure_memory(args):
+    """A row of memory.csv for every method, on the first task."""
+    path, task = args.out / "memory.csv", args.tasks[0]
+    for method in args.methods:
+        if not is_there(path, {"method": method, "task": task}):
+            MiB, device = cost.in_a_process(peak_memory, method, task, args)
+            append(path, {"method": method, "task": task, "device": device, "MiB": round(MiB, 1)})
+            print(f"{method}, {task}: {MiB:.1f} MiB", flush=True)
 
 
 def seed_means(rows, method, tasks):
@@ -75,74 +143,85 @@ def seed_means(rows, method, tasks):
     return [mean(found.values()) for found in scores.values() if len(found) == len(tasks)]
 
 
-def in_order(rows, key):
-    return list(dict.fromkeys(row[key] for row in rows))
-
-
 def average(rows, method, column):
     return mean(float(row[column]) for row in rows if row["method"] == method)
 
 
-def table(rows):
-    """A line a method: parameters that train and that are left, scores, their mean +- deviation over seeds, time."""
+def table(rows, memory=()):
+    """A line a method: parameters that train and that are left, scores, their mean with its interval, and the cost."""
     tasks = in_order(rows, "task")
-    head = f"{'':<10}{'trained':>10}{'final':>10}" + "".join(f"{task.removeprefix('mini-'):>8}" for task in tasks)
-    lines = [head + f"{'mean':>9}{'+-':>8}{'seeds':>7}{'s/step':>9}"]
+    head = f"{'':<10}{'trial':>11}{'trained':>10}{'final':>10}"
+    head += "".join(f"{task.removeprefix('mini-'):>8}" for task in tasks)
+    lines = [head + f"{'mean':>9}{'95 % interval':>19}{'seeds':>7}{'s/step':>9}{'MiB':>8}"]
     for method in in_order(rows, "method"):
-        line = f"{method:<10}{average(rows, method, 'trained'):>10,.0f}{average(rows, method, 'final'):>10,.0f}"
+        mine = [row for row in rows if row["method"] == method]
+        used = dict.fromkeys(row["trial"] + ("" if row["tuned"] == "yes" else "*") for row in mine)
+        line = f"{method:<10}{' '.join(used):>11}"
+        line += f"{average(rows, method, 'trained'):>10,.0f}{average(rows, method, 'final'):>10,.0f}"
         for task in tasks:
-            cell = [float(row["score"]) for row in rows if (row["method"], row["task"]) == (method, task)]
+            cell = [float(row["score"]) for row in mine if row["task"] == task]
             line += f"{mean(cell):>8.3f}" if cell else f"{'-':>8}"
         means = seed_means(rows, method, tasks)
         line += f"{mean(means):>9.4f}" if means else f"{'-':>9}"
-        line += f"{stdev(means):>8.4f}" if len(means) > 1 else f"{'-':>8}"
-        lines.append(f"{line}{len(means):>7}{average(rows, method, 'seconds_per_step'):>9.4f}")
-    return "\n".join(lines)
+        interval = "[{:.4f}, {:.4f}]".format(*shift.interval(means)) if len(means) > 1 else "-"
+        line += f"{interval:>19}{len(means):>7}{average(rows, method, 'seconds_per_step'):>9.4f}"
+        known = any(row["method"] == method for row in memory)
+        lines.append(line + (f"{average(memory, method, 'MiB'):>8.1f}" if known else f"{'-':>8}"))
+    notes = ["*: the default, not tuned"] if any(row["tuned"] == "no" for row in rows) else []
+    return "\n".join(lines + notes)
 
 
 def draw(rows, path):
-    """Mean score over tasks and seeds against the parameters in the end."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axis, tasks = figure.subplots(), in_order(rows, "task")
+    """The mean over tasks and seeds, with its interval, against the parameters in the end."""
+    tasks, points = in_order(rows, "task"), []
     for method in in_order(rows, "method"):
-        means, final = seed_means(rows, method, tasks), average(rows, method, "final")
-        if not means or not final:  # not yet on all tasks, or nothing but a classifier
-            continue
-        error = stdev(means) if len(means) > 1 else 0
-        axis.errorbar(final, mean(means), error, fmt="o", color="tab:orange" if method == "salora" else "tab:blue")
-        axis.annotate(method, (final, mean(means)), xytext=(5, 5), textcoords="offset points", fontsize=8)
-    axis.set_xscale("log")
-    axis.margins(0.1)  # room for the names
-    axis.set(xlabel="parameters in the end, without the classifier", ylabel=f"mean score of {len(tasks)} tasks")
-    figure.savefig(path, format="png", dpi=110)
+        means = seed_means(rows, method, tasks)
+        if means:  # it has run on all tasks
+            points.append((method, average(rows, method, "final"), *plots.mean_and_bars(means)))
+    lower = kind_of(tasks[0]) == "shift"
+    label = "loss (nats; lower is better)" if lower else "score"
+    over = tasks[0] if len(tasks) == 1 else f"mean of {len(tasks)} tasks"
+    plots.methods(points, f"{label}, {over}", lower, path)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M",
                         help=f"of {', '.join(METHODS)} (default: all)")  # fmt: skip
-    parser.add_argument("--tasks", nargs="+", default=list(MINI_TASKS), metavar="T", help="default: all generated ones")
+    parser.add_argument("--tasks", nargs="+", choices=[*NAMES, *shift.KINDS], metavar="T", help="all generated, all "
+                        "official, or kinds of shift (default: all generated ones; with --tune "
+                        f"{' '.join(TUNING_TASKS)})")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], metavar="S", help="default 0 1")
-    parser.add_argument("--out", default="runs/compare", metavar="DIR", help="default runs/compare")
-    args, flags = parser.parse_known_args(argv)  # the rest goes to the main job
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "compare.csv"
-    for seed in args.seeds:
-        for task in args.tasks:
-            for method in args.methods:
-                rows = read_table(path)
-                if any((row["method"], row["task"], row["seed"]) == (method, task, str(seed)) for row in rows):
-                    continue
-                row = one(method, task, seed, flags, str(out / f"{method}-{task}-s{seed}-{time_ns()}"))
-                append(path, row)
-                print(f"{method}, {task}, seed {seed}: {row['score']:.4f}", flush=True)
-    rows = read_table(path)
-    print(table(rows))
-    write_atomically(out / "compare.png", lambda path: draw(rows, path))
-    print(f"see {path} and {out / 'compare.png'}")
+    parser.add_argument("--tune", action="store_true", help=f"try learning rates, on seed {shift.TUNE_SEED}")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory, on the first of --tasks")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="GLUE's official files, for official tasks")
+    parser.add_argument("--steps", type=positive, metavar="N", help="default: the main job's; 1000 on a shift")
+    parser.add_argument("--texts", type=positive, default=8000, metavar="N", help="of a shift (default 8000)")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="DIR", help="default runs/compare")
+    args, args.flags = parser.parse_known_args(argv)  # the rest goes to the main job
+    args.tasks = args.tasks or (TUNING_TASKS if args.tune else list(MINI_TASKS))
+    if len(set(map(kind_of, args.tasks))) > 1:
+        parser.error(f"--tasks {' '.join(args.tasks)} are not of one kind: their mean would mean nothing")
+    if kind_of(args.tasks[0]) == "official" and args.data is None:
+        parser.error("official tasks need --data DIR, the folder of GLUE's official files")
+    if shift.TUNE_SEED in args.seeds:
+        parser.error(f"--seeds: {shift.TUNE_SEED} is the seed for tuning")
+    args.out.mkdir(parents=True, exist_ok=True)
+    with errors_as_lines(parser):
+        if args.tune:
+            rows = tune(args)
+            for method in in_order(rows, "method"):
+                found = ranking(rows, method, kind_of(args.tasks[0]))
+                print(f"{method:<10} " + ", ".join(f"{score:.4f} ({text_of(trial)})" for score, trial in found))
+            return rows
+        if args.memory:
+            measure_memory(args)
+            return read_table(args.out / "memory.csv")
+        compare(args)
+    rows = read_table(args.out / "compare.csv")
+    print(table(rows, read_table(args.out / "memory.csv")))
+    write_atomically(args.out / "compare.png", lambda path: draw(rows, path))
+    print(f"see {args.out / 'compare.csv'} and {args.out / 'compare.png'}")
     return rows
 
 

@@ -128,21 +128,31 @@ def seconds_of(step, device):
     return time.perf_counter() - started
 
 
-def peak_memory(arm, shape, batch_size, device):
-    """The peak of this process in MiB, after three steps."""
-    step = Stepper(arm, shape, batch_size, device)
-    for _ in range(3):
-        step()
-    if device == "cuda":
+def peak_of_process(device):
+    """The peak of this process in MiB: on CUDA of what torch allocated, else of all of its memory."""
+    if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) / 1024  # kB; unlike getrusage's, not inherited from the parent
 
 
+def peak_memory(arm, shape, batch_size, device):
+    """The peak of this process in MiB, after three steps."""
+    step = Stepper(arm, shape, batch_size, device)
+    for _ in range(3):
+        step()
+    return peak_of_process(device)
+
+
+def in_a_process(function, *arguments):
+    """Call a function in a process of its own."""
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
 def memory_of(*arguments):
     """`peak_memory`, in a process of its own."""
-    with get_context("spawn").Pool(1) as pool:
-        return pool.apply(peak_memory, arguments)
+    return in_a_process(peak_memory, *arguments)
 
 
 def times_of(names, shape, batch_size, rounds, device):

@@ -6,13 +6,14 @@
     fig5      loss against density b, from r = 8, and LoRA of the same size
     fig6      C, lambda, and both terms of the orthogonality penalty over training
     fig7      the rank of every matrix, averaged over seeds
+    table1    scores of all methods on all tasks, from the rows of experiments/compare.py in --from
     table3    ablation: without the Lagrangian, and without orthogonality
     table4    peak memory and time per step: see experiments/cost.py
 
 Instead of GLUE scores, which saturate on generated tasks, all losses are masked-word losses after a shift of the
 language (experiments/shift.py; lower is better), each arm with the learning rate and scale that tuning found there.
 SaLoRA comes as `ours` (the default recipe) and `paper` (the published one). Rows go to ITEM.csv in --out, and those
-that are there are not run again; the picture is ITEM.png. Left out: Figure 2, which is a drawing, and Tables 1 and 2.
+that are there are not run again; the picture is ITEM.png. Left out: Figure 2, which is a drawing, and Table 2.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from cli.files import append, read_table
 from cli.flags import positive
 from cli.pictures import split_name
 from cli.setup import TARGETS
-from experiments import cost, plots, shift
+from experiments import compare, cost, plots, shift
 from experiments.free_gates import FreeGates
 from experiments.transplant import place
 from hard_concrete import GAMMA, TAU, ZETA, prob_above, prob_one, prob_open, sample_gate
@@ -241,6 +242,27 @@ def fig7(args, path):
     plots.ranks(means, path.with_suffix(".png"))
 
 
+def table1(args, path):
+    """Means over seeds of what compare.py has measured, and the mean of a method that has run on all tasks."""
+    path.unlink(missing_ok=True)  # nothing is measured: always done anew
+    rows = read_table(Path(args.source) / "compare.csv")
+    if not rows:
+        raise SystemExit(f"no rows in {args.source}/compare.csv: run experiments/compare.py first")
+    tasks, found = compare.in_order(rows, "task"), {}
+    for method in compare.in_order(rows, "method"):
+        mine = [row for row in rows if row["method"] == method]
+        values = [[float(row["score"]) for row in mine if row["task"] == task] for task in tasks]
+        found[method] = [mean(some) if some else None for some in values]
+        found[method].append(None if None in found[method] else mean(found[method]))
+    for method, values in found.items():
+        cells = ["" if value is None else round(value, 4) for value in values]
+        append(path, {"method": method, **dict(zip([*tasks, "mean"], cells))})
+    print(f"{'':<12}" + "".join(f"{task.removeprefix('mini-'):>9}" for task in [*tasks, "mean"]))
+    for method, values in found.items():
+        print(f"{method:<12}" + "".join(f"{'-':>9}" if value is None else f"{value:>9.4f}" for value in values))
+    plots.scores(found, [*tasks, "mean"], compare.kind_of(tasks[0]) == "shift", path.with_suffix(".png"))
+
+
 def table3(args, path):
     runs = []
     for seed in args.seeds:
@@ -254,7 +276,7 @@ def table4(args, path):
     cost.compare(args, path)
 
 
-ITEMS = {item.__name__: item for item in (fig1, fig3, fig4, fig5, fig6, fig7, table3, table4)}
+ITEMS = {item.__name__: item for item in (fig1, fig3, fig4, fig5, fig6, fig7, table1, table3, table4)}
 
 
 def main(argv=None):
@@ -267,6 +289,8 @@ def main(argv=None):
     parser.add_argument("--steps", type=positive, metavar="N", help="of training (default 300)")
     parser.add_argument("--texts", type=positive, default=8000, metavar="N", help="to train on (default 8000)")
     parser.add_argument("--samples", type=positive, default=200_000, metavar="N", help="of fig3 (default 200,000)")
+    parser.add_argument("--from", dest="source", default="runs/compare", metavar="DIR", help="of table1: --out of "
+                        "compare.py (default runs/compare)")  # fmt: skip
     cost.add_flags(parser)
     args = parser.parse_args(argv)
     several = range(5) if args.full else range(2) if args.item in ("fig7", "table3") else range(1)

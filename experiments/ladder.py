@@ -106,6 +106,10 @@ class Rung(NamedTuple):
     r0: int
     recipe: Recipe
     Allocator: type
+    method: str = "ours"
+
+    def model(self, scale, seed):
+        return shift.adapted(self.r0, scale, seed)
 
     def allocator(self, model, optimizer, steps, seed, density=None):
         return self.Allocator(model, optimizer, steps, density or self.rank / self.r0, self.recipe, seed)

@@ -1,11 +1,30 @@
-"""The pictures of experiments/figures.py: each takes rows of a CSV file, dicts of texts, and a path."""
+"""The pictures of experiments/figures.py and compare.py: most take rows of a CSV file, dicts of texts, and a path."""
 
+from math import cos, pi, sin
 from statistics import mean
 
 from cli.pictures import rank_grid
 from experiments.shift import STYLES, interval
 
 LOSS = "masked-word loss (nats)"
+SALORA, LORA, RANKS, MODULES, VECTORS = STYLES["ours"][1], STYLES["lora"][1], "#E69F00", "#D55E00", "#009E73"
+METHODS = {  # of compare.py: label, color, marker; one of each for methods of one kind
+    "salora": ("SaLoRA", SALORA, "o"),
+    "lora-8": ("LoRA r=8", LORA, "s"),
+    "lora-4": ("LoRA r=4", LORA, "s"),
+    "adalora": ("AdaLoRA", RANKS, "^"),
+    "sora": ("SoRA", RANKS, "^"),
+    "alora": ("ALoRA", RANKS, "^"),
+    "rm-lora": ("RM-LoRA", RANKS, "^"),
+    "adapter-h": ("adapter (H)", MODULES, "D"),
+    "adapter-p": ("adapter (P)", MODULES, "D"),
+    "prefix": ("prefix", MODULES, "D"),
+    "prompt": ("prompt", MODULES, "D"),
+    "bitfit": ("BitFit", VECTORS, "v"),
+    "ia3": ("(IA)$^3$", VECTORS, "v"),
+    "full": ("all weights", "#999999", "X"),
+    "head": ("head only", "#999999", "X"),
+}
 
 
 def panels(rows, columns, width, height):
@@ -126,4 +145,107 @@ def ranks(means, path):
         axis.set_yticks(range(len(matrices)), matrices)
         axis.set_xlabel("block")
         axis.set_title(f"mean rank, {STYLES[arm][0]}", fontsize=13)
+    save(figure, path)
+
+
+def methods(points, label, lower, path):
+    """Scores of methods against their size; beside it, those of the size of LoRA r = 4, which lie too close together.
+
+    points: (method, parameters, score, bar below it, bar above it). lower: whether lower is better.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    same = [size for method, size, *_ in points if method == "lora-4"]
+    alike = [point for point in points if same and abs(point[1] - same[0]) < same[0] / 5]
+    alike = alike if len(alike) > 1 else []
+    figure, axes = panels(1, 2 if alike else 1, 14 if alike else 9, 5.6)
+    figure.set_dpi(110)
+    axis, marks = axes[0], []
+    for method, size, score, below, above in points:
+        name, color, marker = METHODS[method]
+        if size:
+            axis.errorbar(size, score, [[below], [above]], color=color, marker=marker, ms=10, lw=2, capsize=4)
+        else:
+            axis.axhline(score, color=color, ls="--", lw=2, label=name)
+            axis.legend(fontsize=12)
+        if size and (method, size, score, below, above) not in alike:
+            marks.append((name, size, score - below, score, score + above))
+    if alike:
+        ends = [score - below for *_, score, below, _ in alike] + [score + above for *_, score, _, above in alike]
+        marks.append((f"{len(alike)} methods\n(right)", same[0], min(ends), mean(ends), max(ends)))
+        ranked(axes[1], sorted(alike, key=lambda point: point[2], reverse=lower), label)
+    axis.set_xscale("log")
+    axis.margins(0.12, 0.15)  # room for the names
+    axis.grid(alpha=0.3)
+    axis.set(xlabel="parameters in the end, without the head", ylabel=label)
+    FigureCanvasAgg(figure).draw()  # only now it is known where everything lies
+    figure.set_layout_engine("none")
+    place_names(axis, marks)
+    save(figure, path)
+
+
+def ranked(axis, points, label):
+    """Scores of methods, one above the other: the last on top."""
+    for height, (method, _, score, below, above) in enumerate(points):
+        _, color, marker = METHODS[method]
+        axis.errorbar(score, height, xerr=[[below], [above]], color=color, marker=marker, ms=10, lw=2, capsize=4)
+    axis.set_yticks(range(len(points)), [METHODS[method][0] for method, *_ in points])
+    axis.grid(alpha=0.3)
+    axis.set_xlabel(label)
+    axis.set_title("as large as LoRA r=4", fontsize=13)
+
+
+def place_names(axis, marks):
+    """Write every name as near to its mark as it covers no mark, interval or other name. Returns the boxes in pixels.
+
+    marks: (name, x, low end of the bar, y, high end).
+    """
+    from matplotlib.transforms import Bbox
+
+    taken, boxes = [], []
+    for _, x, low, y, high in marks:
+        ends = axis.transData.transform([(x, low), (x, y), (x, high)])
+        taken.append(Bbox.null())
+        taken[-1].update_from_data_xy([*(ends - 10), *(ends + 10)])
+    for name, x, _, y, _ in marks:
+        text = axis.text(x, y, name, fontsize=13, ha="center", va="center")
+        width, height = text.get_window_extent().size
+        px, py = axis.transData.transform((x, y))
+        spots = [(d, pi * i / 8) for d in range(12, 400, 6) for i in range(16)]  # around the mark, ever farther away
+        for distance, angle in spots:
+            cx, cy = px + cos(angle) * (distance + width / 2), py + sin(angle) * (distance + height / 2)
+            box = Bbox.from_bounds(cx - width / 2, cy - height / 2, width, height)
+            inside = axis.bbox.containsx(box.x0) and axis.bbox.containsx(box.x1) and axis.bbox.containsy(box.y1)
+            if inside and axis.bbox.containsy(box.y0) and not any(box.overlaps(other) for other in taken):
+                break
+        text.set_position(axis.transData.inverted().transform((cx, cy)))
+        if distance > 24:  # a line leads to the mark
+            edge = min(max(px, box.x0), box.x1), min(max(py, box.y0), box.y1)
+            end = axis.transData.inverted().transform(edge)
+            axis.plot([x, end[0]], [y, end[1]], color="gray", lw=0.8)
+        taken.append(box)
+        boxes.append(box)
+    return boxes
+
+
+def scores(table, tasks, lower, path):
+    """Table 1: {method: its scores, None where it has none}. The shades of a column go from its worst to its best."""
+    figure, [axis] = panels(1, 1, 2.5 + 1.1 * len(tasks), 1.2 + 0.42 * len(table))
+    grid = [[float("nan")] * len(tasks) for _ in table]
+    for column in range(len(tasks)):
+        known = [values[column] for values in table.values() if values[column] is not None]
+        worst, best = (max(known), min(known)) if lower else (min(known), max(known))
+        for row, values in enumerate(table.values()):
+            if values[column] is None:
+                continue
+            shade = (values[column] - worst) / (best - worst) if best != worst else 1.0
+            grid[row][column] = shade
+            weight, color = "bold" if shade == 1 else "normal", "white" if shade > 0.8 else "black"
+            axis.text(column, row, f"{values[column]:.3f}", ha="center", va="center", color=color, fontweight=weight,
+                      fontsize=13)  # fmt: skip
+    axis.imshow(grid, cmap="YlGnBu", vmin=0, vmax=1.3, aspect="auto")
+    axis.set_xticks(range(len(tasks)), [task.removeprefix("mini-") for task in tasks])
+    axis.set_yticks(range(len(table)), [METHODS[method][0] for method in table])
+    axis.tick_params(length=0)
+    axis.xaxis.tick_top()
     save(figure, path)

@@ -21,15 +21,18 @@ An arm is METHOD-R and has the size of LoRA of rank R:
     ours       SaLoRA, cut from rank 16    svd        cut from rank 16 by singular values, without gates
     paper      the published recipe        narrow     the main job's default: cut from rank 8, window 0.2-0.5
     adalora    AdaLoRA, cut from rank 8    rm-lora    RM-LoRA: regularized and masked, no rank is cut
-    sora       SoRA from rank R: how much smaller it ends follows from its lambda
+    alora      ALoRA, R of 8 ranks open    sora       SoRA from rank R; its size follows from its lambda
 
-and those in METHODS. A seed draws the shift, the texts, the start and the order; arms of one seed share all of it, so
-they are compared in pairs. Tuning uses seed 100 and the reports others. Rows that are there are not run again: other
-values of --steps or --texts, or other tuned values, need another --out. Left out: training the head or the embeddings.
+and those in METHODS. Those without triplets are adapter-h-R, adapter-p-R, prefix-R and prompt-R, whose R counts units
+or vectors, and, without an R, bitfit, ia3, full (all of the encoder, with its embeddings) and head (the head of the
+masked LM, which no other arm trains and no size counts).
+
+A seed draws the shift, the texts, the start and the order; arms of one seed share all of it, so they are compared in
+pairs. Tuning uses seed 100 and the reports others. Rows that are there are not run again: other values of --steps or
+--texts, or other tuned values, need another --out. Left out: training the head or the embeddings beside adapters.
 """
 
 import argparse
-import itertools
 import random
 import sys
 import time
@@ -46,6 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import FixedRanks, RankAllocator, Recipe
 from cli.files import append, read_table
+from cli.flags import METHODS as MAIN_METHODS
 from cli.flags import positive
 from cli.setup import TARGETS
 from glue import mini
@@ -53,6 +57,7 @@ from glue.pretrain import corrupt, mini_encoder
 from glue.tokens import MiniTokenizer, collate
 from hub.checkpoints import write_atomically
 from peers import PEERS, Peer
+from peers.alora import hold_out
 from salora import adapt, salora_layers
 from tiny_transformer import MaskedLM, load_pretrained
 from train_glue_mini import fine_tune
@@ -139,7 +144,13 @@ class Data:
         return total / sum(len(labels) for _, labels in self.held_out)
 
 
-# The arms: the rank at creation (None: R) and the recipe (None: LoRA as it is), or a peer's allocator.
+# The arms: the rank at creation (None: R) and the recipe (None: LoRA as it is), or a peer.
+
+
+def head_only(model):
+    model.encoder.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+
 
 RESTART = Recipe.ours(window=(0.5, 0.5), canonical=False, spread=0.0)  # nothing is cut at density 1
 METHODS = {
@@ -154,16 +165,21 @@ METHODS = {
     "narrow": (8, Recipe.ours(window=(0.2, 0.5))),
     "wider": (32, Recipe.ours(window=(0.4, 0.5))),
     "quadratic": (16, Recipe.ours(window=(0.4, 0.5), controller="quadratic")),
-    "adalora": (8, PEERS["adalora"]),
-    "sora": (None, PEERS["sora"]),
-    "rm-lora": (None, PEERS["rm-lora"]),
+    **{name: (8 if peer.budgeted else None, peer) for name, peer in PEERS.items()},
+    "full": (None, Peer(lambda model: model.encoder.requires_grad_(True), sized=False)),
+    "head": (None, Peer(head_only, sized=False)),
 }
+
+
+# Methods without triplets
+INSTALLED = {name: peer for name, (_, peer) in METHODS.items() if isinstance(peer, Peer) and peer.install}
+UNSIZED = [name for name, peer in INSTALLED.items() if not peer.sized]
 
 
 class Arm(NamedTuple):
     name: str
     method: str
-    rank: float  # R: the size is that of LoRA of this rank
+    rank: float  # R: the size is that of LoRA of this rank, or the units of what is installed
 
     @property
     def r0(self):
@@ -176,27 +192,40 @@ class Arm(NamedTuple):
         method = ("late" if self.rank >= 2 else "early") if self.method == "ours" else self.method
         return METHODS[method][1]
 
-    def allocator(self, model, optimizer, steps, seed):
+    def model(self, scale, seed):
+        """A new masked LM with what this arm trains."""
+        if self.method not in INSTALLED:
+            return adapted(self.r0, scale, seed)
+        model = new_model(seed)
+        model.lm_head.requires_grad_(False)
+        self.recipe.install(model, *([self.r0] if self.recipe.sized else []))
+        return model
+
+    def allocator(self, model, optimizer, steps, seed, **options):
+        """options: of a peer's allocator."""
         recipe = self.recipe
-        if recipe is None:
+        if recipe is None or self.method in INSTALLED:
             return FixedRanks(model, steps, Recipe.ours().warmup)
         if isinstance(recipe, Peer):
-            density = {"density": self.rank / self.r0} if recipe.budgeted else {}
-            return recipe.allocator(model, optimizer, steps, warmup=Recipe.ours().warmup, seed=seed, **density)
+            options |= {"density": self.rank / self.r0} if recipe.budgeted else {}
+            return recipe.allocator(model, optimizer, steps, warmup=Recipe.ours().warmup, seed=seed, **options)
         return RankAllocator(model, optimizer, steps, self.rank / self.r0, recipe, seed)
 
 
 def arm_of(name):
     """ours-4 -> its Arm. Raises ArgumentTypeError for a name that means nothing."""
+    if name in UNSIZED:
+        return Arm(name, name, 0)
     method, _, rank = name.rpartition("-")
     try:
         arm = Arm(name, method, float(rank))
-        fits = method in METHODS and 0 < arm.rank <= arm.r0 and (METHODS[method][0] or arm.rank == int(arm.rank))
+        has_ranks = method in METHODS and method not in UNSIZED
+        fits = has_ranks and 0 < arm.rank <= arm.r0 and (METHODS[method][0] or arm.rank == int(arm.rank))
     except ValueError:
         fits = False
     if not fits:
         raise argparse.ArgumentTypeError(f"{name!r} is not METHOD-R with a method of {', '.join(METHODS)} and a rank R "
-                                         "that it can have")  # fmt: skip
+                                         f"that it can have ({', '.join(UNSIZED)} have none)")  # fmt: skip
     return arm
 
 
@@ -228,6 +257,17 @@ TUNED = {
 }
 
 
+def grid_of(arm):
+    """What --tune tries: GRID; without triplets as many learning rates, and no scale.
+
+    LoRA's best ones are 3 to 12 times as high here as in the main job, so these are 1/2 to 16 times as high as there.
+    """
+    if arm.method not in INSTALLED:
+        return GRID
+    middle, _ = MAIN_METHODS[arm.method]
+    return [(middle * factor, 1) for factor in (0.5, 1, 2, 4, 8, 16)]
+
+
 def trial(text):
     """0.006:2 -> (0.006, 2.0): a learning rate and a scale."""
     lr, _, scale = text.partition(":")
@@ -238,49 +278,101 @@ def trial(text):
 
 
 def tuned(arm, values=TUNED):
-    """(lr, scale) of an arm; one that was not tuned takes those of its method, or of LoRA, at the nearest rank."""
+    """(lr, scale) of an arm; one that was not tuned takes those of its method, or of LoRA, at the nearest rank.
+
+    Without triplets it takes one from the middle of its grid.
+    """
+    if arm.method in INSTALLED:
+        return grid_of(arm)[3]
     for method in (arm.method, "lora" if METHODS[arm.method][0] is None else "ours"):
         names = [name for name in values if name.startswith(method + "-")]
         if names:
             return values[min(names, key=lambda name: abs(float(name.rpartition("-")[2]) - arm.rank))]
 
 
-def adapted(rank, scale, seed):
-    """A new masked LM with adapters of one rank in all matrices; what it was pre-trained to stays frozen."""
+def new_model(seed):
+    """The pre-trained masked LM; what is drawn for it from here on follows from the seed."""
     with redirect_stdout(None):
         model, _ = load_pretrained(mini_encoder(), head=HiddenWords)
     torch.manual_seed(seed)
-    return adapt(model, TARGETS, rank, alpha=scale * rank)
+    return model
 
 
-def fit(model, data, lr, seed, steps, allocator_of, journal=None):
-    """Train the adapters on the shifted language, with the allocator that allocator_of(model, optimizer) makes."""
+def adapted(rank, scale, seed):
+    """A new masked LM with adapters of one rank in all matrices; what it was pre-trained to stays frozen."""
+    return adapt(new_model(seed), TARGETS, rank, alpha=scale * rank)
+
+
+def fit(model, data, lr, seed, steps, allocator_of, journal=None, batches=None):
+    """Train the adapters on the shifted language, with the allocator that allocator_of(model, optimizer) makes.
+
+    batches: those to train on, if not all.
+    """
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
     allocator = allocator_of(model, optimizer)
     data.restart(seed)
     with redirect_stdout(None):
-        fine_tune(model, data.train, optimizer, allocator, lr=lr, batch_size=1, seed=seed, journal=journal,
+        fine_tune(model, batches or data.train, optimizer, allocator, lr=lr, batch_size=1, seed=seed, journal=journal,
                   batch_of=data.batch_of)  # fmt: skip
     return allocator
 
 
-def size_of(model):
-    """Adapter parameters relative to LoRA of rank 8."""
+def parameters_of(model):
+    """How many parameters an arm has in the encoder: those of its triplets, or all that train."""
     layers = salora_layers(model).values()
-    return sum(layer.r * layer.triplet_size for layer in layers) / sum(8 * layer.triplet_size for layer in layers)
+    if layers:
+        return sum(layer.r * layer.triplet_size for layer in layers)
+    return sum(p.numel() for p in model.encoder.parameters() if p.requires_grad)
+
+
+def size_of(model):
+    """These parameters relative to LoRA of rank 8."""
+    config = model.encoder.config
+    d, m = config.hidden_size, config.intermediate_size
+    return parameters_of(model) / (8 * config.num_hidden_layers * (4 * (d + d) + 2 * (d + m)))
 
 
 def ranks_of(model):
     return [layer.r for layer in salora_layers(model).values()]
 
 
+def score_on(batches, data, model):
+    """ALoRA's S(M): a function that returns the negative loss on these batches. Their words are hidden once."""
+    inputs, labels = data.batch_of(batches)
+
+    def score():
+        with torch.no_grad():
+            loss = F.cross_entropy(model.eval()(*inputs), labels).item()
+        model.train()
+        return -loss
+
+    return score
+
+
+def train(model, data, arm, lr, seed, steps, journal=None, **options):
+    """Train an arm's model in place. ALoRA scores ranks on training texts that it does not train on.
+
+    The last batch, which it holds out, has the longest texts, and so the most hidden words.
+    """
+    batches = data.train
+    if arm.method == "alora":
+        batches, held_out = hold_out(data.train, 1)
+        options["score"] = score_on(held_out, data, model)
+
+    def allocator_of(model, optimizer):
+        return arm.allocator(model, optimizer, steps, seed, **options)
+
+    return fit(model, data, lr, seed, steps, allocator_of, journal, batches)
+
+
 def measure(data, arm, lr, scale, seed, steps):
     """One run: its size, loss and ranks, and C at T_end. A run whose loss is not finite has an infinite loss."""
-    model = adapted(arm.r0, scale, seed)
+    model = arm.model(scale, seed)
     try:
-        allocator = fit(model, data, lr, seed, steps, lambda *parts: arm.allocator(*parts, steps, seed))
+        allocator = train(model, data, arm, lr, seed, steps)
     except FloatingPointError:
-        return {"size": arm.rank / 8, "loss": float("inf"), "ranks": [], "C": None}
+        size = size_of(model) if arm.method in INSTALLED else arm.rank / 8
+        return {"size": size, "loss": float("inf"), "ranks": [], "C": None}
     return {"size": size_of(model), "loss": data.loss(model), "ranks": ranks_of(model), "C": allocator.C_end}
 
 
@@ -291,7 +383,7 @@ def tune(args, out):
     done = {tuple(row[key] for key in keys) for row in read_table(path)}
     for kind in args.kinds:
         data = Data(kind, TUNE_SEED, args.texts)
-        for arm, (lr, scale) in itertools.product(args.arms, args.grid):
+        for arm, (lr, scale) in [(arm, point) for arm in args.arms for point in args.grid or grid_of(arm)]:
             key = (kind, arm.name, lr, f"{scale:g}", TUNE_SEED)
             if tuple(map(str, key)) in done:
                 continue
@@ -369,9 +461,14 @@ def share_closed(low, high, ours):
     return ((low - ours).mean() / (low - high).mean()).item(), bounds
 
 
+def rank_of(name):
+    """The R in an arm's name, a text. Arms without triplets stand beside LoRA of rank 4: most are as large."""
+    return "4" if arm_of(name).method in INSTALLED else name.rpartition("-")[2]
+
+
 def losses_of(rows, kind):
     """{arm: {seed: loss}}, largest size first."""
-    rows = sorted((row for row in rows if row["kind"] == kind), key=lambda row: -float(row["arm"].rpartition("-")[2]))
+    rows = sorted((row for row in rows if row["kind"] == kind), key=lambda row: -float(rank_of(row["arm"])))
     losses = defaultdict(dict)
     for row in rows:
         losses[row["arm"]][int(row["seed"])] = float(row["loss"])
@@ -386,7 +483,7 @@ def paired(losses, *arms):
 
 def rivals(arm, losses):
     """The arms to compare it with: LoRA of its size and of twice its size (r=1 at least), and a cut without gates."""
-    method, _, rank = arm.rpartition("-")
+    rank = rank_of(arm)
     same, double = (f"{max(1, factor * float(rank)):g}" for factor in (1, 2))
     names = [f"lora-{same}", f"restart-{same}", f"lora-{double}", f"restart-{double}", f"svd-{rank}"]
     return [name for name in dict.fromkeys(names) if name in losses and name != arm]
@@ -418,7 +515,7 @@ def report(rows):
         for lora in ("lora", "restart"):
             for arm in losses:
                 ends = [f"{lora}-4", f"{lora}-8"]
-                if METHODS[arm.rpartition("-")[0]][0] and arm.endswith("-4") and all(end in losses for end in ends):
+                if METHODS[arm_of(arm).method][0] and arm.endswith("-4") and all(end in losses for end in ends):
                     low, high, ours = paired(losses, *ends, arm)
                     if len(low) > 1:
                         share, (least, most) = share_closed(low, high, ours)
@@ -488,8 +585,8 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=range(5), metavar="S", help="default 0 to 4")
     parser.add_argument("--tune", action="store_true", help="try the grid of learning rates and scales, on seed "
                         f"{TUNE_SEED}, and print the best")  # fmt: skip
-    parser.add_argument("--grid", type=trial, nargs="+", default=GRID, metavar="LR:SCALE", help="what --tune tries "
-                        f"(default {' '.join(f'{lr:g}:{scale:g}' for lr, scale in GRID)})")  # fmt: skip
+    parser.add_argument("--grid", type=trial, nargs="+", metavar="LR:SCALE", help="what --tune tries "
+                        f"(default {' '.join(f'{lr:g}:{scale:g}' for lr, scale in GRID)}; see grid_of)")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="only the tables and the picture of what is there")
     parser.add_argument("--picture", default="assets/shift.png", metavar="FILE", help="default assets/shift.png")
     parser.add_argument("--steps", type=positive, default=1000, metavar="N", help="default 1000")

@@ -4,7 +4,8 @@ The update P Lambda Q (Eq. 3) is B diag(g) A here: P = B, Q = A, and g holds the
 with a pull of P and Q toward orthogonality (Eq. 4). Every triplet has an importance: the smoothed sensitivity of its
 entries times their uncertainty (Eqs. 7 to 11). The b(t) most important triplets of all matrices together keep their
 singular value (Eq. 6), and that of the others becomes 0. Their vectors stay, so that a triplet can come back until
-b(t) has reached its end; it falls along a cubic curve (appendix A, in the form of the authors' code).
+b(t) has reached its end; it falls along a cubic curve, as in the authors' code (in the formula that appendix A prints,
+t_f is subtracted from t as well, so that b(t) would start above b(0)).
 
 The paper's budget counts triplets, whatever they cost: density is the share of triplets that stay, not of parameters.
 Left out: the paper's other measures of importance (magnitude, plain sensitivity).

@@ -12,7 +12,7 @@ Left out: Pfeiffer's second residual around that LayerNorm, AdapterFusion, dropp
 import torch.nn.functional as F
 from torch import nn
 
-STD = 0.01  # Houlsby, section 3.6: near the identity at the start; larger values did worse
+STD = 0.01  # Houlsby, section 3.6: near the identity at the start; larger values did worse. The released code has .001
 
 
 class Adapter(nn.Module):

@@ -55,6 +55,11 @@ class PromptedWords(nn.Module):
         chosen = torch.randint(len(base.weight), (l,))  # it starts from words of the vocabulary, which did best
         self.prompt = nn.Parameter(base.weight[chosen].detach().clone())
 
+    @property
+    def weight(self):
+        """The table, which the head of a masked LM shares."""
+        return self.base.weight
+
     def forward(self, ids):
         """Token ids (batch, l + seq) -> (batch, l + seq, d)."""
         l = len(self.prompt)

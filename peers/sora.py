@@ -5,7 +5,9 @@ then g is shrunk toward 0 by the threshold xi = eta_t lambda, and is exactly 0 w
 gate at 0 still has a gradient, so it can open again. After training, triplets whose gate is 0 are pruned (Eq. 12).
 
 lambda rises in levels, as in the authors' schedule, whose aim is a curve of score against size. SoRA has no budget: how
-much is pruned follows from lambda. The gradient step of g is that of the optimizer, Adam's in the authors' code.
+much is pruned follows from lambda, the learning rate and the number of steps. `reach` puts them together: it is the sum
+of a run's thresholds, so that a gate ends at 0 if it starts within reach of 0 and no gradient moves it. The gradient
+step of g is that of the optimizer, Adam's in the authors' code.
 Left out: Algorithm 1's record of a model at every level of lambda; only the last is kept.
 """
 
@@ -28,15 +30,22 @@ def lambda_at(step, total_steps, highest=LAMBDA, levels=LEVELS):
     return highest * (level / (levels - 1))
 
 
+def lambda_of(reach, rates):
+    """The highest lambda with which all thresholds of a run add up to `reach`. rates: eta_t of every step."""
+    return reach / sum(eta * lambda_at(step, len(rates), 1.0) for step, eta in enumerate(rates))
+
+
 class SoRA(Allocator):
     """The moments of RankAllocator, for SoRA.
 
     highest: lambda at the end. Adam moves a gate by eta_t or so a step, and the threshold by eta_t lambda.
+    reach: what all thresholds add up to, instead of `highest`. The learning rate is the optimizer's own.
     """
 
-    def __init__(self, model, optimizer, total_steps, highest=LAMBDA, **rest):
+    def __init__(self, model, optimizer, total_steps, highest=LAMBDA, reach=None, **rest):
         super().__init__(model, optimizer, total_steps, **rest)
-        self.highest = highest
+        rates = [optimizer.defaults["lr"] * self.lr_factor(step) for step in range(total_steps)]
+        self.highest = highest if reach is None else lambda_of(reach, rates)
         train_gates(self.layers.values(), optimizer, weight_decay=0.0)  # the threshold is decay enough
 
     @property

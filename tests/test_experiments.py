@@ -8,7 +8,8 @@ import pytest
 import torch
 from strategies import make_layer
 
-from experiments import compare, free_gates, planted_ranks, recipe, shift, transplant
+from experiments import compare, figures, free_gates, methods, planted_ranks, plots, recipe, shift, transplant
+from glue.tasks import load_task
 from peers import PEERS
 from tiny_transformer import MaskedLM, TinyTransformer, load_pretrained, save_pretrained
 
@@ -122,16 +123,164 @@ def test_comparison_adds_rows_with_sizes_and_does_none_twice(tmp_path, capsys, t
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("salora, mini-sst2, seed") for line in lines) == 2
     [row] = [line.split() for line in lines[-8:] if line.startswith("lora-4 ")]
-    assert row[1:3] == ["1,792", "1,792"] and row[6] == "2", "both seeds"
+    assert row[1:4] == ["0.002*", "1,792", "1,792"] and row[8] == "2", "the default, and both seeds"
+
+
+def compared(scores, tuned="yes"):
+    """Rows of compare.csv for {(method, task, seed): score}."""
+    same = {"trained": 2000, "final": 1000, "trial": "0.002", "tuned": tuned, "seconds_per_step": 0.5}
+    return [{"method": m, "task": task, "seed": seed, "score": x, **same} for (m, task, seed), x in scores.items()]
 
 
 def test_comparison_table_averages_only_seeds_that_have_run_on_every_task():
-    scores = {("a", "mini-cola", "0"): 0.5, ("a", "mini-rte", "0"): 0.7, ("a", "mini-cola", "1"): 0.9}
-    rows = [
-        {"method": m, "task": task, "seed": seed, "score": x, "trained": 2000, "final": 1000, "seconds_per_step": 0.5}
-        for (m, task, seed), x in scores.items()
-    ]
-    assert compare.table(rows).splitlines()[1].split() == "a 2,000 1,000 0.700 0.700 0.6000 - 1 0.5000".split()
+    rows = compared({("a", "mini-cola", "0"): 0.5, ("a", "mini-rte", "0"): 0.7, ("a", "mini-cola", "1"): 0.9})
+    head, line = (line.split() for line in compare.table(rows).splitlines())
+    assert line == "a 0.002 2,000 1,000 0.700 0.700 0.6000 - 1 0.5000 -".split()
+    assert head[:5] == ["trial", "trained", "final", "cola", "rte"] and head[-1] == "MiB"
+
+
+def test_comparison_table_has_intervals_over_seeds_memory_and_a_mark_for_what_was_not_tuned():
+    means = [0.5, 0.6, 0.9, 0.7, 0.8]  # of three seeds, the interval is the range
+    rows = compared({("a", "mini-cola", str(seed)): score for seed, score in enumerate(means)}, tuned="no")
+    memory = [{"method": "a", "task": "mini-cola", "device": "cpu", "MiB": "321.5"}]
+    _, line, note = compare.table(rows, memory).splitlines()
+    low, high = shift.interval(means)
+    assert f"0.7000   [{low:.4f}, {high:.4f}]" in line and line.split()[-1] == "321.5"
+    assert "0.002*" in line and note == "*: the default, not tuned"
+
+
+@pytest.fixture
+def fake_runs(monkeypatch):
+    """No training: a run's score is its learning rate. Returns the calls, (method, task, seed, trial, data)."""
+    asked = []
+
+    def run(method, task, seed, trial, args):
+        asked.append((method, task, seed, trial, args.data))
+        if method == "full" and trial[0] == max(lr for lr, _ in methods.trials(method, task)):
+            raise FloatingPointError("the loss is nan at step 1, not finite")
+        return trial[0], 20, 10, 0.5, "cpu"
+
+    monkeypatch.setattr(compare, "run", run)
+    return asked
+
+
+ONE_OF_EACH = ["mini-cola", "words", "cola"]
+
+
+@pytest.mark.parametrize("task", ONE_OF_EACH)
+def test_every_method_of_the_comparison_gets_as_many_trials(task):
+    found = {method: methods.trials(method, task) for method in methods.METHODS}
+    assert {len(set(trials)) for trials in found.values()} == {6 if task == "words" else 3}
+    assert all(task == "words" or methods.default_trial(method, task) in trials for method, trials in found.items())
+
+
+def test_tuning_has_a_seed_of_its_own_and_reports_take_its_best_trial(tmp_path, fake_runs, capsys):
+    flags = ["--methods", "lora-4", "full", "--tasks", "mini-cola", "mini-rte", "--out", str(tmp_path)]
+    rows = compare.main(["--tune", *flags])
+    assert len(rows) == len(fake_runs) == 2 * 2 * 3 and {seed for _, _, seed, *_ in fake_runs} == {shift.TUNE_SEED}
+    assert compare.main(["--tune", *flags]) == rows and len(fake_runs) == 12, "what is there is not done again"
+    rows = compare.main(["--seeds", "0", *flags])
+    trials = {(method, trial) for method, _, seed, trial, _ in fake_runs if seed == 0}
+    assert trials == {("lora-4", (4e-3, "")), ("full", (5e-4, ""))}, "the highest score; a diverged trial is the worst"
+    assert {(row["trial"], row["tuned"]) for row in rows} == {("0.004", "yes"), ("0.0005", "yes")}
+    with pytest.raises(SystemExit):
+        compare.main(["--seeds", "0", str(shift.TUNE_SEED), *flags])
+    assert "is the seed for tuning" in capsys.readouterr().err
+
+
+def test_the_best_trial_of_a_shift_has_the_lowest_loss_over_all_kinds(tmp_path, fake_runs):
+    flags = ["--methods", "lora-4", "full", "bitfit", "--tasks", "words", "reverse", "--out", str(tmp_path)]
+    compare.main(["--tune", *flags])
+    compare.main(["--seeds", "0", *flags])
+    trials = {method: trial for method, _, seed, trial, _ in fake_runs if seed == 0}
+    lowest = {method: min(lr for lr, _ in methods.trials(method, "words")) for method in trials}
+    assert {method: lr for method, (lr, _) in trials.items()} == lowest
+    compare.append(tmp_path / "tune.csv", {"method": "lora-4", "task": "words", "lr": 1e-9, "scale": 1.0, "seed": 100,
+                                           "score": 0.0, "final": 1})  # fmt: skip
+    best = compare.ranking(compare.read_table(tmp_path / "tune.csv"), "lora-4", "shift")[0]
+    assert best[1][0] == lowest["lora-4"], "a trial that lacks a task does not count"
+
+
+def test_a_diverged_run_has_no_row_in_a_report(tmp_path, fake_runs, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "default_trial", lambda method, task: methods.trials(method, task)[-1])
+    flags = ["--methods", "full", "lora-4", "--tasks", "mini-cola", "--seeds", "0", "--out", str(tmp_path)]
+    assert [row["method"] for row in compare.main(flags)] == ["lora-4"]
+    assert "full, mini-cola, seed 0: the loss is nan" in capsys.readouterr().out
+
+
+GLUE_ROWS = {
+    "CoLA": ("", "src\t{label}\t*\tsentence {i}"),
+    "MRPC": ("Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n", "{label}\t1\t2\tsentence {i}\tother {i}"),
+}
+
+
+@pytest.fixture
+def glue(tmp_path):
+    """A folder in GLUE's layout: 25 training rows and 5 dev rows, all of them different."""
+    for folder, (header, row) in GLUE_ROWS.items():
+        (tmp_path / "glue" / folder).mkdir(parents=True)
+        for name, numbers in (("train.tsv", range(25)), ("dev.tsv", range(100, 105))):
+            text = header + "".join(row.format(i=i, label=i % 2) + "\n" for i in numbers)
+            (tmp_path / "glue" / folder / name).write_text(text)
+    return tmp_path / "glue"
+
+
+def test_official_tasks_are_tuned_on_held_out_training_rows_and_never_on_dev_rows(tmp_path, glue, fake_runs):
+    flags = ["--methods", "lora-4", "--tasks", "cola", "mrpc", "--data", str(glue), "--out", str(tmp_path / "out")]
+    compare.main(["--tune", *flags])
+    [folder] = {data for *_, data in fake_runs}
+    for task in ("cola", "mrpc"):
+        train, dev = load_task(task, glue)
+        tuning_train, tuning_dev = load_task(task, folder)
+        assert sorted(tuning_train + tuning_dev) == sorted(train) and len(tuning_dev) == 3
+        assert not set(tuning_dev) & set(tuning_train) and not set(dev) & set(tuning_train + tuning_dev)
+    compare.main(["--seeds", "0", *flags])
+    assert {data for _, _, seed, _, data in fake_runs if seed == 0} == {glue}, "reports read the official files"
+
+
+def test_tasks_of_different_kinds_and_official_ones_without_data_are_refused(capsys, tmp_path):
+    for tasks, said in ((["mini-cola", "words"], "not of one kind"), (["cola"], "official tasks need --data DIR")):
+        with pytest.raises(SystemExit):
+            compare.main(["--tasks", *tasks, "--out", str(tmp_path)])
+        assert said in capsys.readouterr().err
+
+
+def test_memory_is_measured_once_for_every_method(tmp_path, fake_runs, monkeypatch):
+    monkeypatch.setattr(compare.cost, "in_a_process", lambda function, *arguments: function(*arguments))
+    flags = ["--memory", "--methods", "lora-4", "ia3", "--tasks", "mini-rte", "mini-cola", "--out", str(tmp_path)]
+    rows = compare.main(flags)
+    assert [(row["method"], row["task"]) for row in rows] == [("lora-4", "mini-rte"), ("ia3", "mini-rte")]
+    assert all(float(row["MiB"]) > 50 for row in rows)
+    assert compare.main(flags) == rows and len(fake_runs) == 2, "what is there is not done again"
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_names_in_the_picture_cover_neither_marks_nor_each_other(tmp_path, monkeypatch, lower):
+    found, place = [], plots.place_names
+    monkeypatch.setattr(plots, "place_names", lambda *arguments: found.extend(place(*arguments)))
+    sizes = [900 + 60 * i for i in range(13)] + [20_000]
+    points = [(method, size, 0.9 + i % 3 / 1000, 0.001, 0.001)
+              for i, (method, size) in enumerate(zip(plots.METHODS, sizes)) if method != "lora-4"]  # fmt: skip
+    plots.methods([*points, ("head", 0, 0.8, 0, 0)], "score", lower, tmp_path / "all.png")
+    assert len(found) == len(points), "one panel, every name in it"
+    assert not any(a.overlaps(b) for i, a in enumerate(found) for b in found[:i])
+    found.clear()
+    plots.methods([*points, ("lora-4", 1500, 0.9, 0, 0)], "score", lower, tmp_path / "alike.png")
+    assert 1 < len(found) < len(points), "those of the size of LoRA r = 4 have a panel to themselves"
+
+
+def test_table_1_is_what_the_comparison_found(tmp_path, capsys):
+    scores = {("salora", "mini-cola", 0): 0.5, ("salora", "mini-cola", 1): 0.7, ("salora", "mini-rte", 0): 0.8,
+              ("ia3", "mini-cola", 0): 0.4}  # fmt: skip
+    for row in compared(scores):
+        compare.append(tmp_path / "compare.csv", row)
+    for _ in range(2):
+        rows = figures.main(["table1", "--from", str(tmp_path), "--out", str(tmp_path)])
+    salora = {"method": "salora", "mini-cola": "0.6", "mini-rte": "0.8", "mean": "0.7"}
+    assert rows == [salora, {"method": "ia3", "mini-cola": "0.4", "mini-rte": "", "mean": ""}]
+    assert (tmp_path / "table1.png").stat().st_size > 5000
+    with pytest.raises(SystemExit, match="run experiments/compare.py first"):
+        figures.main(["table1", "--from", str(tmp_path / "nowhere"), "--out", str(tmp_path)])
 
 
 def test_methods_of_the_comparison_are_the_peers_and_their_rivals():
@@ -175,6 +324,63 @@ def test_peers_run_in_the_shift_study(tiny_lm):
         shift.main(["--arms", "adalora-9", *tiny_lm])
 
 
+D, M, LAYERS, WORDS, PLACES = 16, 32, 2, 130, 48  # of the small masked LM
+LORA_1 = LAYERS * (4 * 2 * D + 2 * (D + M))
+BLOCK = 4 * (D * D + D) + 2 * D * M + M + D + 2 * 2 * D
+CLOSED_FORMS = {
+    "lora-4": 4 * LORA_1,
+    "adapter-h-5": LAYERS * (2 * (2 * D * 5 + D + 5) + 4 * D),
+    "adapter-p-5": LAYERS * (2 * D * 5 + D + 5),
+    "prefix-3": LAYERS * 2 * 3 * D,
+    "prompt-3": 3 * D,
+    "bitfit": LAYERS * (7 * D + M) + D,
+    "ia3": LAYERS * (2 * D + M),
+    "full": LAYERS * BLOCK + (WORDS + PLACES + 2) * D + 2 * D,
+    "head": 0,
+}
+
+
+def test_every_arm_of_the_shift_study_has_the_size_of_its_closed_form(tiny_lm):
+    rows = shift.main(["--kinds", "words", "--arms", *CLOSED_FORMS, "--seeds", "0", *tiny_lm])
+    assert {row["arm"]: float(row["size"]) for row in rows} == {
+        name: round(count / (8 * LORA_1), 4) for name, count in CLOSED_FORMS.items()
+    }
+    assert len({row["loss"] for row in rows}) == len(rows)
+    assert "adapter-h-5 - lora-4" in shift.report([{**row, "seed": seed} for row in rows for seed in "01"])
+
+
+@pytest.mark.parametrize("name", CLOSED_FORMS)
+def test_only_one_arm_trains_the_head_of_the_masked_lm(name, tiny_lm):
+    model = shift.arm_of(name).model(1, 0)
+    assert {p.requires_grad for p in model.lm_head.parameters()} == {name == "head"}
+    assert sum(p.numel() for p in model.encoder.parameters() if p.requires_grad) == CLOSED_FORMS[name]
+
+
+def test_alora_scores_ranks_on_training_texts_that_it_does_not_train_on(tiny_lm, monkeypatch):
+    data, arm, seen, scored = shift.Data("words", 0, 96), shift.arm_of("alora-4"), [], []
+    batch_of, score_on = data.batch_of, shift.score_on
+
+    def look(batches, data, model):
+        scored.extend(batches)
+        score = score_on(batches, data, model)
+        assert score() == score() < 0 and model.training, "the same words are hidden every time"
+        return score
+
+    monkeypatch.setattr(shift, "score_on", look)
+    monkeypatch.setattr(data, "batch_of", lambda batches, *rest: seen.extend(batches) or batch_of(batches, *rest))
+    model = arm.model(2, 0)
+    shift.train(model, data, arm, 0.01, 0, 8)
+    assert len(scored) == 1 and scored[0] in data.train and scored[0] not in seen[1:]
+    assert {tuple(map(str, batch)) for batch in seen[1:]} == {tuple(map(str, b)) for b in data.train[:-1]}
+    assert sum(shift.ranks_of(model)) == 4 * 6 * LAYERS
+
+
+def test_grids_have_as_many_trials_for_every_arm():
+    arms = [shift.arm_of(name) for name in ("lora-4", *CLOSED_FORMS)]
+    assert {len(set(shift.grid_of(arm))) for arm in arms} == {len(shift.GRID)}
+    assert all(shift.tuned(arm) in shift.grid_of(arm) for arm in arms)
+
+
 def test_shift_study_tunes_on_a_grid_with_a_seed_of_its_own(monkeypatch, tiny_lm):
     monkeypatch.setattr(shift, "GRID", shift.GRID[:2])
     rows = shift.main(["--tune", "--kinds", "words", "--arms", "lora-4", "ours-4", *tiny_lm])
@@ -205,7 +411,7 @@ def test_share_closed_and_intervals_are_those_of_paired_seeds():
 
 
 def test_an_arm_that_means_nothing_is_one_line(capsys, tiny_lm):
-    for name in ("ours", "lora-.5", "ours-17", "best-4"):
+    for name in ("ours", "lora-.5", "ours-17", "best-4", "bitfit-4", "adapter-h"):
         with pytest.raises(SystemExit):
             shift.main(["--arms", name, *tiny_lm])
         assert f"{name!r} is not METHOD-R" in capsys.readouterr().err

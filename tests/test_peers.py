@@ -314,6 +314,37 @@ def test_sora_lambda_rises_in_seven_equal_levels_from_zero():
 
 
 @pytest.mark.equation("sora")
+@pytest.mark.parametrize("reach", [0.3, 1.0])
+def test_sora_closes_exactly_the_gates_within_reach_of_0_that_no_gradient_moves(reach):
+    """The gradients are zeroed before every step. Gates start as N(0, 1)."""
+    first = []
+
+    def look(moment, loop):
+        if moment == "before_step":
+            first.extend(layer.gate.log_theta.detach().clone() for layer in loop.layers)
+            for group in loop.optimizer.param_groups:
+                group["lr"] = 0.02 * loop.allocator.lr_factor(loop.allocator.step)
+        if moment == "after_backward":
+            for layer in loop.layers:
+                layer.gate.log_theta.grad.zero_()
+
+    loop = Loop(lambda *parts: SoRA(*parts, reach=reach, warmup=0.1), look=look)
+    first = first[: len(loop.layers)]
+    for g, layer in zip(first, loop.layers, strict=True):
+        assert_close(layer.gate.log_theta, soft_threshold(g, reach), 64)
+    assert sum(int((g.abs() < reach).sum()) for g in first) not in (0, 8), "some close, and some do not"
+
+
+@pytest.mark.equation("sora")
+def test_the_reach_of_sora_is_a_flag_of_the_main_job(tiny_weights, tmp_path):
+    flags = ["--method", "sora", "--weights", str(tiny_weights), "--rows", "32", "--batch-size", "8", "--steps", "20"]
+    kept = []
+    for name, more in (("default", []), ("far", ["--reach", "1"])):
+        kept.append(train_glue_mini.main([*flags, *more, "--out", str(tmp_path / name)])["adapter_params_kept"])
+    assert kept[1] < kept[0]
+
+
+@pytest.mark.equation("sora")
 def test_sora_shrinks_gates_by_eta_times_lambda_after_every_step():
     before = []
 

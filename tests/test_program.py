@@ -506,7 +506,7 @@ def test_every_flag_changes_the_run(flag, baseline, tiny_weights, tmp_path_facto
 def test_every_flag_has_help_and_is_either_tried_above_or_must_not_change_the_numbers():
     files = {"--data", "--weights", "--out", "--resume", "--evaluate", "--export", "--predict"}
     hardware = {"--device", "--accumulate", "--recompute", "--compile", "--deterministic"}
-    elsewhere = {*files, *hardware, "--canonical", "--restart", "--help"}
+    elsewhere = {*files, *hardware, "--canonical", "--restart", "--help", "--reach"}  # that of sora: test_peers.py
     actions = build_parser()._actions
     assert all(action.help for action in actions)
     flags = {option for action in actions for option in action.option_strings if option.startswith("--")}
@@ -571,6 +571,7 @@ def refused(capsys, call, *flags):
         (["--method", "prefix", "--alpha", 4], "--alpha is about low-rank adapters, and --method prefix has none"),
         (["--method", "bitfit", "--rank", 4], "--rank is about adapters, and --method bitfit has none"),
         (["--method", "sora", "--density", 0.5], "--density is about a budget, and --method sora has none"),
+        (["--method", "adalora", "--reach", 1], "--reach is about a threshold, and --method adalora has none"),
         (["--method", "adalora", "--density", 2], "density must be in (0, 1], got 2.0"),
         (["--method", "alora", "--no-canonical"], "--canonical is about trained gates, and --method alora has none"),
         (["--method", "prefix", "--rank", 65], "--rank 65 is above 64, four times the encoder's width"),
