@@ -8,7 +8,7 @@
 
 experiments/methods.py says which methods, at what size, and how SoRA gets there. All get as many trials, with seed 100,
 which no report uses: on GLUE the default learning rate of the main job, its half and its double; on a shift the six of
-shift.grid_of. An official task is tuned on a tenth of its training rows, on which that run does not train, so dev rows
+grid_of. An official task is tuned on a tenth of its training rows, on which that run does not train, so dev rows
 are for reports alone; a generated task has the same dev rows for both. A report takes the trial with the best mean over
 the tasks of tune.csv, and without one the default, which the table marks.
 
@@ -31,6 +31,8 @@ from cli.files import append, read_table
 from cli.flags import positive
 from cli.runs import errors_as_lines
 from experiments import cost, plots, shift
+from experiments.arms import TUNE_SEED
+from experiments.intervals import interval
 from experiments.methods import METHODS, default_trial, hold_out, kind_of, run, trials
 from glue.mini import TASKS as MINI_TASKS
 from glue.tasks import NAMES
@@ -67,11 +69,11 @@ def tune(args):
         for method in args.methods:
             for trial in trials(method, task):
                 lr, scale = trial
-                key = {"method": method, "task": task, "lr": lr, "scale": scale, "seed": shift.TUNE_SEED}
+                key = {"method": method, "task": task, "lr": lr, "scale": scale, "seed": TUNE_SEED}
                 if is_there(path, key):
                     continue
                 try:
-                    score, _, final, *_ = run(method, task, shift.TUNE_SEED, trial, args)
+                    score, _, final, *_ = run(method, task, TUNE_SEED, trial, args)
                 except FloatingPointError:
                     score, final = (inf if kind_of(task) == "shift" else -inf), 0
                 append(path, {**key, "score": score, "final": final})
@@ -163,8 +165,8 @@ def table(rows, memory=()):
             line += f"{mean(cell):>8.3f}" if cell else f"{'-':>8}"
         means = seed_means(rows, method, tasks)
         line += f"{mean(means):>9.4f}" if means else f"{'-':>9}"
-        interval = "[{:.4f}, {:.4f}]".format(*shift.interval(means)) if len(means) > 1 else "-"
-        line += f"{interval:>19}{len(means):>7}{average(rows, method, 'seconds_per_step'):>9.4f}"
+        bounds = "[{:.4f}, {:.4f}]".format(*interval(means)) if len(means) > 1 else "-"
+        line += f"{bounds:>19}{len(means):>7}{average(rows, method, 'seconds_per_step'):>9.4f}"
         known = any(row["method"] == method for row in memory)
         lines.append(line + (f"{average(memory, method, 'MiB'):>8.1f}" if known else f"{'-':>8}"))
     notes = ["*: the default, not tuned"] if any(row["tuned"] == "no" for row in rows) else []
@@ -192,7 +194,7 @@ def main(argv=None):
                         "official, or kinds of shift (default: all generated ones; with --tune "
                         f"{' '.join(TUNING_TASKS)})")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], metavar="S", help="default 0 1")
-    parser.add_argument("--tune", action="store_true", help=f"try learning rates, on seed {shift.TUNE_SEED}")
+    parser.add_argument("--tune", action="store_true", help=f"try learning rates, on seed {TUNE_SEED}")
     parser.add_argument("--memory", action="store_true", help="measure peak memory, on the first of --tasks")
     parser.add_argument("--data", type=Path, metavar="DIR", help="GLUE's official files, for official tasks")
     parser.add_argument("--steps", type=positive, metavar="N", help="default: the main job's; 1000 on a shift")
@@ -204,8 +206,8 @@ def main(argv=None):
         parser.error(f"--tasks {' '.join(args.tasks)} are not of one kind: their mean would mean nothing")
     if kind_of(args.tasks[0]) == "official" and args.data is None:
         parser.error("official tasks need --data DIR, the folder of GLUE's official files")
-    if shift.TUNE_SEED in args.seeds:
-        parser.error(f"--seeds: {shift.TUNE_SEED} is the seed for tuning")
+    if TUNE_SEED in args.seeds:
+        parser.error(f"--seeds: {TUNE_SEED} is the seed for tuning")
     args.out.mkdir(parents=True, exist_ok=True)
     with errors_as_lines(parser):
         if args.tune:

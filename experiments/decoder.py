@@ -39,8 +39,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cli.files import append, read_table
 from cli.flags import Parser, above_zero, device_of, positive
 from cli.runs import errors_as_lines
-from experiments import shift
-from experiments.shift import TUNE_SEED, arm_of
+from experiments import plots, shift
+from experiments.arms import METHODS, TUNE_SEED, arm_of, tuned
+from experiments.intervals import interval, paired, resamples, share_closed
 from hub.checkpoints import write_atomically
 from hub.tokenizers import errors_of
 from salora import adapt
@@ -252,10 +253,10 @@ def best_of(rows):
     return "\n".join(lines)
 
 
-def tuned(arm, rows):
+def rate_of(arm, rows):
     """The learning rate of an arm, from the rows of tune.csv."""
     best = {name: min(trials, key=trials.get) for name, trials in trials_of(rows).items()}
-    return shift.tuned(arm, best) or LR
+    return tuned(arm, best) or LR
 
 
 def compare(args, out):
@@ -268,7 +269,7 @@ def compare(args, out):
         for arm in args.arms:
             if (arm.name, str(seed)) in done:
                 continue
-            row, nats, words = measure(args, data, arm, tuned(arm, trials), seed)
+            row, nats, words = measure(args, data, arm, rate_of(arm, trials), seed)
             each = {"nats": json.dumps([round(x, 4) for x in nats]), "words": json.dumps(words)}
             append(out / "sentences.csv", {"arm": arm.name, "seed": seed, **each})
             append(path, row)
@@ -296,8 +297,8 @@ def read_sentences(out):
 
 def gap_by_sentence(nats, words, arm, rival):
     """(difference in nats a word, its 95 % bootstrap interval over sentences), averaged over the seeds of both arms."""
-    ours, theirs = (torch.stack(some).mean(0) for some in shift.paired(nats, arm, rival))  # (sentences,) each
-    index = shift.resamples(len(words))
+    ours, theirs = (torch.stack(some).mean(0) for some in paired(nats, arm, rival))  # (sentences,) each
+    index = resamples(len(words))
     means = (ours - theirs)[index].sum(1) / words[index].sum(1)
     bounds = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return ((ours - theirs).sum() / words.sum()).item(), bounds
@@ -305,7 +306,7 @@ def gap_by_sentence(nats, words, arm, rival):
 
 def gaps_by_seed(nats, words, arm, rival):
     """The difference in nats a word of every seed that both arms have."""
-    ours, theirs = shift.paired(nats, arm, rival)
+    ours, theirs = paired(nats, arm, rival)
     return [((a - b).sum() / words.sum()).item() for a, b in zip(ours, theirs)]
 
 
@@ -330,12 +331,12 @@ def report(rows, nats, words):
             gaps = gaps_by_seed(nats, words, arm, rival)
             line = f"  {f'{arm} - {rival}':<24}{gap:>+8.4f}  {between(bounds)}"
             if len(gaps) > 2:
-                line += f"  {between(shift.interval(gaps))}  below 0 in {sum(gap < 0 for gap in gaps)} of {len(gaps)}"
+                line += f"  {between(interval(gaps))}  below 0 in {sum(gap < 0 for gap in gaps)} of {len(gaps)}"
             lines.append(line)
     for lora in ("lora", "restart"):
         for arm in nats:
             ends = [f"{lora}-4", f"{lora}-8"]
-            is_cut = shift.METHODS[arm_of(arm).method][0] is not None
+            is_cut = METHODS[arm_of(arm).method][0] is not None
             if is_cut and arm.endswith("-4") and set(ends) <= set(nats) and shared(nats, *ends, arm):
                 lines.append(f"  of the gap from {lora}-4 to {lora}-8, {arm} closes {share(nats, *ends, arm)}")
     return "\n".join(lines)
@@ -354,11 +355,11 @@ def rivals(arm, nats):
 
 def share(nats, *arms):
     """The share of a gap that an arm closes, as text, with intervals; arms: the gap's upper end, its lower, the arm."""
-    some = shift.paired(nats, *arms)
-    total, (low, high) = shift.share_closed(*(torch.stack(each).mean(0).tolist() for each in some))
+    some = paired(nats, *arms)
+    total, (low, high) = share_closed(*(torch.stack(each).mean(0).tolist() for each in some))
     text = f"{total:.2f}, over sentences [{low:.2f}, {high:.2f}]"
     if len(some[0]) > 2:
-        _, (low, high) = shift.share_closed(*([nats.sum().item() for nats in each] for each in some))
+        _, (low, high) = share_closed(*([nats.sum().item() for nats in each] for each in some))
         text += f", over seeds [{low:.2f}, {high:.2f}]"
     return text
 
@@ -375,7 +376,7 @@ def draw(rows, nats, words, path):
         points[arm] = (size, base, gap, *bounds)
     figure = Figure(figsize=(5.6, 4.8), layout="constrained")
     axis = figure.subplots()
-    shift.draw_panel(axis, points, "a real decoder")
+    plots.draw_panel(axis, points, "a real decoder")
     axis.set_ylabel("next-word loss (nats)", fontsize=13)
     axis.legend(fontsize=12)
     figure.savefig(path, format="png", dpi=110)

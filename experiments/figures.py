@@ -35,6 +35,7 @@ from cli.flags import positive
 from cli.pictures import split_name
 from cli.setup import TARGETS
 from experiments import compare, cost, plots, shift
+from experiments.arms import Arm, tuned
 from experiments.free_gates import FreeGates
 from experiments.transplant import place
 from hard_concrete import GAMMA, TAU, ZETA, prob_above, prob_one, prob_open, sample_gate
@@ -76,7 +77,7 @@ def measure(run, steps, texts, journal=None):
     """Train one run. Returns its row."""
     data = data_of(run.kind, run.seed, texts)
     Allocator, recipe, tuned_as = ARMS[run.arm]
-    lr, scale = shift.tuned(shift.Arm(run.arm, tuned_as, run.r * run.density))
+    lr, scale = tuned(Arm(run.arm, tuned_as, run.r * run.density))
     model = shift.adapted(run.r, scale, run.seed)
     if run.where != "all":
         place(model, [run.r if is_adapted(name, run.where) else 0 for name in salora_layers(model)])

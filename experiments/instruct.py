@@ -44,8 +44,10 @@ from cli.files import append, read_table
 from cli.flags import Parser, above_zero, positive
 from cli.setup import TARGETS
 from experiments import rewrite
+from experiments.arms import RESTART
 from experiments.decoder import one_line_errors
-from experiments.shift import RESTART, interval, size_of
+from experiments.intervals import interval
+from experiments.shift import size_of
 from glue.instructions import FAULTS, InstructionTokenizer, answer_to, faults_of, new_sentence, texts_to_read
 from glue.pretrain import LR, WARMUP, mini_config, train, trained_once
 from salora import adapt

@@ -36,10 +36,10 @@ from budget import C_START, RankAllocator, Recipe, lr_factor, project
 from cli.files import append, read_table
 from cli.flags import positive
 from experiments import planted_ranks, shift
+from experiments.arms import TUNE_SEED
 
 TASKS = ["mini-cola", "mini-mrpc", "mini-rte"]
-TUNE_SEED = shift.TUNE_SEED
-GRID = [(6e-3, 1), (6e-3, 2), (1.2e-2, 1), (1.2e-2, 2)]  # learning rate, scale: where shift.GRID has its best points
+GRID = [(6e-3, 1), (6e-3, 2), (1.2e-2, 1), (1.2e-2, 2)]  # learning rate, scale: where arms.GRID has its best points
 
 
 class ByEnergy(RankAllocator):

@@ -22,6 +22,7 @@ import train_glue_mini
 from cli.flags import METHODS as MAIN_METHODS
 from cli.journal import Journal
 from experiments import shift
+from experiments.arms import arm_of, grid_of, tuned
 from glue.mini import TASKS as MINI_TASKS
 from glue.tasks import TASKS
 from hub.checkpoints import write_atomically
@@ -55,7 +56,7 @@ def trials(method, task):
     """[(learning rate, scale)] that tuning tries; a scale of "" is the main job's own."""
     flags, arm = METHODS[method]
     if kind_of(task) == "shift":
-        return [(lr, float(scale)) for lr, scale in shift.grid_of(shift.arm_of(arm))]
+        return [(lr, float(scale)) for lr, scale in grid_of(arm_of(arm))]
     middle = MAIN_METHODS[flags.split()[1]][task in TASKS]
     return [(float(f"{factor * middle:g}"), "") for factor in (0.5, 1, 2)]
 
@@ -63,7 +64,7 @@ def trials(method, task):
 def default_trial(method, task):
     """That of an untuned method."""
     if kind_of(task) == "shift":
-        return shift.tuned(shift.arm_of(METHODS[method][1]))
+        return tuned(arm_of(METHODS[method][1]))
     return trials(method, task)[1]
 
 
@@ -107,8 +108,8 @@ def data_of(kind, seed, texts):
 
 
 def run_on_shift(method, kind, seed, trial, args):
-    arm, (lr, scale), steps = shift.arm_of(METHODS[method][1]), trial, args.steps or 1000
-    data, model = data_of(kind, seed, args.texts), arm.model(scale, seed)
+    arm, (lr, scale), steps = arm_of(METHODS[method][1]), trial, args.steps or 1000
+    data, model = data_of(kind, seed, args.texts), shift.model_of(arm, scale, seed)
     options = {"reach": SHIFT_REACH} if method == "sora" else {}
     trained, journal = shift.parameters_of(model), Journal(steps)
     shift.train(model, data, arm, lr, seed, steps, journal, **options)

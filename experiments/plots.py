@@ -1,15 +1,24 @@
-"""The pictures of experiments/figures.py and compare.py: most take rows of a CSV file, dicts of texts, and a path."""
+"""Pictures of several experiments: most take rows of a CSV file, dicts of texts, and a path."""
 
 from math import cos, pi, sin
 from statistics import mean
 
 from cli.pictures import rank_grid
-from experiments.shift import STYLES, interval
+from experiments.intervals import interval
 
+STYLES = {  # Okabe and Ito's colors, told apart by the color-blind too
+    "lora": ("LoRA", "#000000", "s", "-"),
+    "restart": ("LoRA, restarted", "#999999", "D", "--"),
+    "ours": ("SaLoRA from r=16", "#0072B2", "o", "-"),
+    "wider": ("SaLoRA from r=32", "#56B4E9", "P", "-"),
+    "svd": ("SVD cut, no gates", "#E69F00", "^", "--"),
+    "paper": ("SaLoRA (paper)", "#D55E00", "v", ":"),
+}
 LOSS = "masked-word loss (nats)"
 SALORA, LORA, RANKS, MODULES, VECTORS = STYLES["ours"][1], STYLES["lora"][1], "#E69F00", "#D55E00", "#009E73"
 METHODS = {  # of compare.py: label, color, marker; one of each for methods of one kind
     "salora": ("SaLoRA", SALORA, "o"),
+    "salora-16": ("SaLoRA from r=16", SALORA, "o"),
     "lora-8": ("LoRA r=8", LORA, "s"),
     "lora-4": ("LoRA r=4", LORA, "s"),
     "adalora": ("AdaLoRA", RANKS, "^"),
@@ -249,3 +258,26 @@ def scores(table, tasks, lower, path):
     axis.tick_params(length=0)
     axis.xaxis.tick_top()
     save(figure, path)
+
+
+def draw_panel(axis, points, title):
+    """Loss against size, a line a method. points: {arm: (size, loss of LoRA r=8, difference from it, its interval)}."""
+    from matplotlib.ticker import NullLocator
+
+    for method, (label, color, marker, line) in STYLES.items():
+        some = [points[arm] for arm in points if arm.rpartition("-")[0] == method]
+        if some:
+            x = [size for size, *_ in some]
+            y = [base + gap for _, base, gap, *_ in some]
+            bars = [gap - low for *_, gap, low, _ in some], [high - gap for *_, gap, _, high in some]
+            axis.errorbar(x, y, bars, label=label, color=color, marker=marker, linestyle=line, linewidth=2,
+                          markersize=8, capsize=4)  # fmt: skip
+    sizes = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
+    sizes = [size for size in sizes if any(point[0] < 1.4 * size for point in points.values())]
+    axis.set_xscale("log")
+    axis.set_xticks(sizes, [f"1/{1 / size:.0f}" if size < 1 else "1" for size in sizes], fontsize=13)
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.tick_params("y", labelsize=13)
+    axis.set_title(title, fontsize=15)
+    axis.set_xlabel("adapter parameters, of LoRA r=8's", fontsize=13)
+    axis.grid(alpha=0.3)

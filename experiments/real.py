@@ -37,6 +37,8 @@ from cli.flags import above_zero, positive
 from cli.runs import errors_as_lines
 from cli.setup import TARGETS
 from experiments import shift, transplant
+from experiments.arms import arm_of
+from experiments.intervals import interval, paired
 from glue.metrics import METRICS
 from glue.tasks import load_task, task_of
 from glue.tokens import batch_of, tokenizer_for
@@ -111,7 +113,7 @@ def score(model, data, autocast):
 
 def measure(data, name, lr, seed, args, ranks=None):
     """A row of one run. ranks: of every matrix, for an arm that is a LoRA with given ranks."""
-    arm = None if ranks else shift.arm_of(name)
+    arm = None if ranks else arm_of(name)
     with redirect_stdout(None):
         encoder, _ = load_pretrained(args.weights)
     torch.manual_seed(seed)
@@ -207,10 +209,10 @@ def report(rows):
             for arm, rival in ((arm, rival) for arm in RIVALS for rival in RIVALS[arm]):
                 if arm not in losses or rival not in losses:
                     continue
-                gaps = [a - b for a, b in zip(*shift.paired(losses, arm, rival))]
+                gaps = [a - b for a, b in zip(*paired(losses, arm, rival))]
                 if len(gaps) > 1:
-                    low, high = shift.interval(gaps)
-                    least, most = shift.interval(gaps, 0.9)
+                    low, high = interval(gaps)
+                    least, most = interval(gaps, 0.9)
                     verdict = "same" if -SAME < least and most < SAME else ""
                     lines.append(f"  {f'{arm} - {rival}':<24}{mean(gaps):>+8.4f}  [{low:+.4f}, {high:+.4f}]  {verdict}")
     return "\n".join(lines)

@@ -40,30 +40,28 @@ from collections import defaultdict
 from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from budget import FixedRanks, RankAllocator, Recipe
 from cli.files import append, read_table
-from cli.flags import METHODS as MAIN_METHODS
 from cli.flags import positive
 from cli.setup import TARGETS
+from experiments import plots
+from experiments.arms import GRID, INSTALLED, METHODS, TUNE_SEED, TUNED, arm_of, grid_of, trial, tuned
+from experiments.intervals import interval, paired, share_closed
 from glue import mini
 from glue.pretrain import corrupt, mini_encoder
 from glue.tokens import MiniTokenizer, collate
 from hub.checkpoints import write_atomically
-from peers import PEERS, Peer
 from peers.alora import hold_out
 from salora import adapt, salora_layers
 from tiny_transformer import MaskedLM, load_pretrained
 from train_glue_mini import fine_tune
 
 BATCH, HELD_OUT = 32, 3000
-TUNE_SEED = 100
 COLUMNS = ["kind", "arm", "size", "seed", "loss"]
 
 
@@ -144,152 +142,6 @@ class Data:
         return total / sum(len(labels) for _, labels in self.held_out)
 
 
-# The arms: the rank at creation (None: R) and the recipe (None: LoRA as it is), or a peer.
-
-
-def head_only(model):
-    model.encoder.requires_grad_(False)
-    model.lm_head.requires_grad_(True)
-
-
-RESTART = Recipe.ours(window=(0.5, 0.5), canonical=False, spread=0.0)  # nothing is cut at density 1
-METHODS = {
-    "lora": (None, None),
-    "restart": (None, RESTART),
-    "ours": (16, None),  # early or late: see Arm.recipe
-    "early": (16, Recipe.ours(window=(0.2, 0.5))),
-    "late": (16, Recipe.ours(window=(0.4, 0.5))),
-    "short": (16, Recipe.ours(window=(0.48, 0.5))),
-    "svd": (16, Recipe.ours(window=(0.5, 0.5))),
-    "paper": (8, Recipe.paper()),
-    "narrow": (8, Recipe.ours(window=(0.2, 0.5))),
-    "wider": (32, Recipe.ours(window=(0.4, 0.5))),
-    "quadratic": (16, Recipe.ours(window=(0.4, 0.5), controller="quadratic")),
-    **{name: (8 if peer.budgeted else None, peer) for name, peer in PEERS.items()},
-    "full": (None, Peer(lambda model: model.encoder.requires_grad_(True), sized=False)),
-    "head": (None, Peer(head_only, sized=False)),
-}
-
-
-# Methods without triplets
-INSTALLED = {name: peer for name, (_, peer) in METHODS.items() if isinstance(peer, Peer) and peer.install}
-UNSIZED = [name for name, peer in INSTALLED.items() if not peer.sized]
-
-
-class Arm(NamedTuple):
-    name: str
-    method: str
-    rank: float  # R: the size is that of LoRA of this rank, or the units of what is installed
-
-    @property
-    def r0(self):
-        """The rank at creation."""
-        return METHODS[self.method][0] or int(self.rank)
-
-    @property
-    def recipe(self):
-        """That of the method, or its peer; ours cuts late, but below rank 2 early: there is more to recover from."""
-        method = ("late" if self.rank >= 2 else "early") if self.method == "ours" else self.method
-        return METHODS[method][1]
-
-    def model(self, scale, seed):
-        """A new masked LM with what this arm trains."""
-        if self.method not in INSTALLED:
-            return adapted(self.r0, scale, seed)
-        model = new_model(seed)
-        model.lm_head.requires_grad_(False)
-        self.recipe.install(model, *([self.r0] if self.recipe.sized else []))
-        return model
-
-    def allocator(self, model, optimizer, steps, seed, **options):
-        """options: of a peer's allocator."""
-        recipe = self.recipe
-        if recipe is None or self.method in INSTALLED:
-            return FixedRanks(model, steps, Recipe.ours().warmup)
-        if isinstance(recipe, Peer):
-            options |= {"density": self.rank / self.r0} if recipe.budgeted else {}
-            return recipe.allocator(model, optimizer, steps, warmup=Recipe.ours().warmup, seed=seed, **options)
-        return RankAllocator(model, optimizer, steps, self.rank / self.r0, recipe, seed)
-
-
-def arm_of(name):
-    """ours-4 -> its Arm. Raises ArgumentTypeError for a name that means nothing."""
-    if name in UNSIZED:
-        return Arm(name, name, 0)
-    method, _, rank = name.rpartition("-")
-    try:
-        arm = Arm(name, method, float(rank))
-        has_ranks = method in METHODS and method not in UNSIZED
-        fits = has_ranks and 0 < arm.rank <= arm.r0 and (METHODS[method][0] or arm.rank == int(arm.rank))
-    except ValueError:
-        fits = False
-    if not fits:
-        raise argparse.ArgumentTypeError(f"{name!r} is not METHOD-R with a method of {', '.join(METHODS)} and a rank R "
-                                         f"that it can have ({', '.join(UNSIZED)} have none)")  # fmt: skip
-    return arm
-
-
-# Learning rate and scale (alpha / rank at creation) of the arms: the smallest mean over words and reverse in tune.csv,
-# since the best on words alone is often at the edge of divergence, and beyond it on reverse. All of these arms saw all
-# of GRID on both kinds.
-
-GRID = [(6e-3, 1), (6e-3, 2), (6e-3, 4), (1.2e-2, 1), (1.2e-2, 2), (2.4e-2, 1)]
-TUNED = {
-    "lora-8": (6e-3, 4),
-    "lora-4": (1.2e-2, 2),
-    "lora-2": (1.2e-2, 2),
-    "lora-1": (2.4e-2, 1),
-    "restart-8": (6e-3, 2),
-    "restart-4": (1.2e-2, 1),
-    "restart-2": (1.2e-2, 2),
-    "restart-1": (1.2e-2, 2),
-    "ours-4": (6e-3, 2),
-    "ours-2": (6e-3, 2),
-    "ours-1": (1.2e-2, 1),
-    "ours-0.5": (6e-3, 2),
-    "svd-4": (6e-3, 2),
-    "svd-2": (6e-3, 2),
-    "svd-1": (6e-3, 2),
-    "svd-0.5": (6e-3, 2),
-    "narrow-4": (6e-3, 2),
-    "wider-4": (6e-3, 1),
-    "paper-4": (1.2e-2, 2),
-}
-
-
-def grid_of(arm):
-    """What --tune tries: GRID; without triplets as many learning rates, and no scale.
-
-    LoRA's best ones are 3 to 12 times as high here as in the main job, so these are 1/2 to 16 times as high as there.
-    """
-    if arm.method not in INSTALLED:
-        return GRID
-    middle, _ = MAIN_METHODS[arm.method]
-    return [(middle * factor, 1) for factor in (0.5, 1, 2, 4, 8, 16)]
-
-
-def trial(text):
-    """0.006:2 -> (0.006, 2.0): a learning rate and a scale."""
-    lr, _, scale = text.partition(":")
-    try:
-        return float(lr), float(scale)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not LR:SCALE, such as 0.006:2") from None
-
-
-def tuned(arm, values=TUNED):
-    """(lr, scale) of an arm; one that was not tuned takes those of its method, or of LoRA, at the nearest rank.
-
-    Without triplets it takes one from the middle of its grid.
-    """
-    if arm.method in INSTALLED:
-        return grid_of(arm)[3]
-    for method in (arm.method, "lora" if METHODS[arm.method][0] is None else "ours"):
-        names = [name for name in values if name.startswith(method + "-")]
-        if names:
-            return values[min(names, key=lambda name: abs(float(name.rpartition("-")[2]) - arm.rank))]
-
-
 def new_model(seed):
     """The pre-trained masked LM; what is drawn for it from here on follows from the seed."""
     with redirect_stdout(None):
@@ -301,6 +153,16 @@ def new_model(seed):
 def adapted(rank, scale, seed):
     """A new masked LM with adapters of one rank in all matrices; what it was pre-trained to stays frozen."""
     return adapt(new_model(seed), TARGETS, rank, alpha=scale * rank)
+
+
+def model_of(arm, scale, seed):
+    """A new masked LM with what an arm trains."""
+    if arm.method not in INSTALLED:
+        return adapted(arm.r0, scale, seed)
+    model = new_model(seed)
+    model.lm_head.requires_grad_(False)
+    arm.recipe.install(model, *([arm.r0] if arm.recipe.sized else []))
+    return model
 
 
 def fit(model, data, lr, seed, steps, allocator_of, journal=None, batches=None):
@@ -327,6 +189,9 @@ def parameters_of(model):
 
 def size_of(model):
     """These parameters relative to LoRA of rank 8."""
+    layers = salora_layers(model).values()
+    if layers:
+        return parameters_of(model) / sum(8 * layer.triplet_size for layer in layers)
     config = model.encoder.config
     d, m = config.hidden_size, config.intermediate_size
     return parameters_of(model) / (8 * config.num_hidden_layers * (4 * (d + d) + 2 * (d + m)))
@@ -367,7 +232,7 @@ def train(model, data, arm, lr, seed, steps, journal=None, **options):
 
 def measure(data, arm, lr, scale, seed, steps):
     """One run: its size, loss and ranks, and C at T_end. A run whose loss is not finite has an infinite loss."""
-    model = arm.model(scale, seed)
+    model = model_of(arm, scale, seed)
     try:
         allocator = train(model, data, arm, lr, seed, steps)
     except FloatingPointError:
@@ -441,26 +306,6 @@ def compare(args, out):
 # Reports: means, and differences between arms of one seed with intervals over seeds.
 
 
-def resamples(n, times=10_000):
-    """Indices (times, n), drawn with replacement: the bootstrap over seeds. The same in every call."""
-    return torch.randint(n, (times, n), generator=torch.Generator().manual_seed(0))
-
-
-def interval(values, level=0.95):
-    """The bootstrap interval of a mean."""
-    means = torch.tensor(values, dtype=torch.float64)[resamples(len(values))].mean(1)
-    return means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
-
-
-def share_closed(low, high, ours):
-    """(share, its 95 % bootstrap interval) of the gap between the losses `low` and `high` that `ours` closes."""
-    low, high, ours = (torch.tensor(some, dtype=torch.float64) for some in (low, high, ours))
-    index = resamples(len(low))
-    shares = (low - ours)[index].mean(1) / (low - high)[index].mean(1)
-    bounds = shares.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return ((low - ours).mean() / (low - high).mean()).item(), bounds
-
-
 def rank_of(name):
     """The R in an arm's name, a text. Arms without triplets stand beside LoRA of rank 4: most are as large."""
     return "4" if arm_of(name).method in INSTALLED else name.rpartition("-")[2]
@@ -473,12 +318,6 @@ def losses_of(rows, kind):
     for row in rows:
         losses[row["arm"]][int(row["seed"])] = float(row["loss"])
     return losses
-
-
-def paired(losses, *arms):
-    """The losses of these arms, a list each, over the seeds that all of them have."""
-    seeds = sorted(set.intersection(*(set(losses[arm]) for arm in arms)))
-    return [[losses[arm][seed] for seed in seeds] for arm in arms]
 
 
 def rivals(arm, losses):
@@ -524,15 +363,6 @@ def report(rows):
     return "\n".join(lines)
 
 
-STYLES = {  # Okabe and Ito's colors, told apart by the color-blind too
-    "lora": ("LoRA", "#000000", "s", "-"),
-    "restart": ("LoRA, restarted", "#999999", "D", "--"),
-    "ours": ("SaLoRA (ours)", "#0072B2", "o", "-"),
-    "svd": ("SVD cut, no gates", "#E69F00", "^", "--"),
-    "paper": ("SaLoRA (paper)", "#D55E00", "v", ":"),
-}
-
-
 def draw(rows, path):
     """Loss against size, a panel a kind. Bars are intervals of the difference from LoRA r=8 of the same seed."""
     from matplotlib.figure import Figure
@@ -547,33 +377,10 @@ def draw(rows, path):
             gaps = [a - b for a, b in zip(*paired(losses, arm, "lora-8"))]
             size = mean(float(r["size"]) for r in rows if (r["kind"], r["arm"]) == (kind, arm))
             points[arm] = (size, base, mean(gaps), *interval(gaps))
-        draw_panel(axis, points, kind)
+        plots.draw_panel(axis, points, kind)
     figure.axes[0].set_ylabel("masked-word loss (nats)", fontsize=13)
     figure.axes[0].legend(fontsize=12)
     figure.savefig(path, format="png", dpi=110)
-
-
-def draw_panel(axis, points, title):
-    """Loss against size, a line a method. points: {arm: (size, loss of LoRA r=8, difference from it, its interval)}."""
-    from matplotlib.ticker import NullLocator
-
-    for method, (label, color, marker, line) in STYLES.items():
-        some = [points[arm] for arm in points if arm.rpartition("-")[0] == method]
-        if some:
-            x = [size for size, *_ in some]
-            y = [base + gap for _, base, gap, *_ in some]
-            bars = [gap - low for *_, gap, low, _ in some], [high - gap for *_, gap, _, high in some]
-            axis.errorbar(x, y, bars, label=label, color=color, marker=marker, linestyle=line, linewidth=2,
-                          markersize=8, capsize=4)  # fmt: skip
-    sizes = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
-    sizes = [size for size in sizes if any(point[0] < 1.4 * size for point in points.values())]
-    axis.set_xscale("log")
-    axis.set_xticks(sizes, [f"1/{1 / size:.0f}" if size < 1 else "1" for size in sizes], fontsize=13)
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.tick_params("y", labelsize=13)
-    axis.set_title(title, fontsize=15)
-    axis.set_xlabel("adapter parameters, of LoRA r=8's", fontsize=13)
-    axis.grid(alpha=0.3)
 
 
 def main(argv=None):

@@ -31,6 +31,8 @@ from budget import FixedRanks, Recipe
 from cli.files import append, read_table
 from cli.flags import positive
 from experiments import shift
+from experiments.arms import arm_of, tuned
+from experiments.intervals import interval, paired
 from salora import salora_layers
 
 PLACEMENTS = ["found", "shuffled", "uniform"]
@@ -41,7 +43,7 @@ def found_ranks(out, data, arm, seed, steps):
     for row in read_table(out / "ranks.csv"):
         if (row["kind"], row["arm"], row["seed"]) == (data.kind, arm.name, str(seed)):
             return json.loads(row["ranks"])
-    return shift.measure(data, arm, *shift.tuned(arm), seed, steps)["ranks"]
+    return shift.measure(data, arm, *tuned(arm), seed, steps)["ranks"]
 
 
 def shuffled(ranks, shapes, rng):
@@ -62,7 +64,7 @@ def place(model, ranks):
 
 def one(data, placement, ranks, seed, steps):
     """A row: LoRA with these ranks, or with the placement that is made of them."""
-    lr, scale = shift.tuned(shift.arm_of("lora-4"))
+    lr, scale = tuned(arm_of("lora-4"))
     model = shift.adapted(16, scale, seed)
     shapes = [tuple(layer.base.weight.shape) for layer in salora_layers(model).values()]
     ranks = {
@@ -88,9 +90,9 @@ def table(rows):
         means = ", ".join(f"{name} {mean(found.values()):.4f}" for name, found in losses.items() if found)
         lines.append(f"{kind}: {means}")
         for rival in PLACEMENTS[1:]:
-            gaps = [a - b for a, b in zip(*shift.paired(losses, "found", rival))]
+            gaps = [a - b for a, b in zip(*paired(losses, "found", rival))]
             if len(gaps) > 1:
-                low, high = shift.interval(gaps)
+                low, high = interval(gaps)
                 wins = sum(gap < 0 for gap in gaps)
                 lines.append(f"  found - {rival:<9}{mean(gaps):>+8.4f}  [{low:+.4f}, {high:+.4f}]"
                              f"  below 0 in {wins} of {len(gaps)}")  # fmt: skip
@@ -102,7 +104,7 @@ def main(argv=None):
     parser.add_argument("--kinds", nargs="+", choices=shift.KINDS, default=["words", "reverse"], metavar="KIND",
                         help="default words reverse")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="default 0 1 2")
-    parser.add_argument("--arm", type=shift.arm_of, default=shift.arm_of("ours-4"), metavar="METHOD-4",
+    parser.add_argument("--arm", type=arm_of, default=arm_of("ours-4"), metavar="METHOD-4",
                         help="whose ranks (default ours-4)")  # fmt: skip
     parser.add_argument("--steps", type=positive, default=1000, metavar="N", help="default 1000")
     parser.add_argument("--texts", type=positive, default=8000, metavar="N", help="to train on (default 8000)")

@@ -506,7 +506,7 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
     ("hub/checkpoints.py", "    if not isinstance(found, dict):\n", "    if found is None:\n",
      "tests/test_tiny_transformer.py::test_loading_refuses_damaged_json_by_file"),
     # The experiments
-    ("experiments/shift.py", "if isinstance(recipe, Peer):", "if False:",
+    ("experiments/arms.py", "if isinstance(recipe, Peer):", "if False:",
      "tests/test_experiments.py::test_peers_run_in_the_shift_study"),
     ("experiments/planted_ranks.py", "torch.arange(RANK) < ranks[name]", "torch.arange(RANK) <= ranks[name]",
      "tests/test_experiments.py::test_planted_updates_have_the_ranks_that_are_said"),
@@ -851,7 +851,7 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_experiments.py::test_names_in_the_picture_cover_neither_marks_nor_each_other"),
     ("experiments/shift.py", "batches, held_out = hold_out(data.train, 1)", "held_out = hold_out(data.train, 1)[1]",
      "tests/test_experiments.py::test_alora_scores_ranks_on_training_texts_that_it_does_not_train_on"),
-    ("experiments/shift.py", "        model.lm_head.requires_grad_(False)\n", "",
+    ("experiments/shift.py", "    model.lm_head.requires_grad_(False)\n", "",
      "tests/test_experiments.py::test_only_one_arm_trains_the_head_of_the_masked_lm"),
     ("experiments/shift.py", "(4 * (d + d) + 2 * (d + m))", "(3 * (d + d) + 2 * (d + m))",
      "tests/test_experiments.py::test_every_arm_of_the_shift_study_has_the_size_of_its_closed_form"),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import DECODER_WORDS
 
 from experiments import decoder
-from experiments.shift import arm_of
+from experiments.arms import arm_of
 
 pytest.importorskip("transformers")
 NAMES = ["sentiment.dev.0", "sentiment.dev.1", "sentiment.test.0", "sentiment.test.1"]
@@ -181,9 +181,9 @@ def test_each_arm_takes_the_best_learning_rate_of_its_own_trials(tmp_path, flags
     assert losses[0] > losses[1] and f"ours-2     {losses[3]:.4f} (0.01), {losses[2]:.4f}" in capsys.readouterr().out
     rows = [{"arm": "lora-4", "lr": lr, "loss": loss} for lr, loss in (("0.001", "2.0"), ("0.002", "1.5"))]
     rows += [{"arm": "ours-4", "lr": lr, "loss": loss} for lr, loss in (("0.001", "1.5"), ("0.002", "inf"))]
-    rates = {name: decoder.tuned(arm_of(name), rows) for name in ("lora-4", "restart-8", "ours-4", "svd-2")}
+    rates = {name: decoder.rate_of(arm_of(name), rows) for name in ("lora-4", "restart-8", "ours-4", "svd-2")}
     assert rates == {"lora-4": 0.002, "restart-8": 0.002, "ours-4": 0.001, "svd-2": 0.001}
-    assert decoder.tuned(arm_of("lora-4"), []) == decoder.LR
+    assert decoder.rate_of(arm_of("lora-4"), []) == decoder.LR
 
 
 def test_bf16_is_used_where_it_is_asked_for_and_never_mixed_with_fp32(flags, capsys):

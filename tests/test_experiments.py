@@ -8,7 +8,19 @@ import pytest
 import torch
 from strategies import make_layer
 
-from experiments import compare, figures, free_gates, methods, planted_ranks, plots, recipe, shift, transplant
+from experiments import (
+    arms,
+    compare,
+    figures,
+    free_gates,
+    intervals,
+    methods,
+    planted_ranks,
+    plots,
+    recipe,
+    shift,
+    transplant,
+)
 from glue.tasks import load_task
 from peers import PEERS
 from tiny_transformer import MaskedLM, TinyTransformer, load_pretrained, save_pretrained
@@ -144,7 +156,7 @@ def test_comparison_table_has_intervals_over_seeds_memory_and_a_mark_for_what_wa
     rows = compared({("a", "mini-cola", str(seed)): score for seed, score in enumerate(means)}, tuned="no")
     memory = [{"method": "a", "task": "mini-cola", "device": "cpu", "MiB": "321.5"}]
     _, line, note = compare.table(rows, memory).splitlines()
-    low, high = shift.interval(means)
+    low, high = intervals.interval(means)
     assert f"0.7000   [{low:.4f}, {high:.4f}]" in line and line.split()[-1] == "321.5"
     assert "0.002*" in line and note == "*: the default, not tuned"
 
@@ -177,14 +189,14 @@ def test_every_method_of_the_comparison_gets_as_many_trials(task):
 def test_tuning_has_a_seed_of_its_own_and_reports_take_its_best_trial(tmp_path, fake_runs, capsys):
     flags = ["--methods", "lora-4", "full", "--tasks", "mini-cola", "mini-rte", "--out", str(tmp_path)]
     rows = compare.main(["--tune", *flags])
-    assert len(rows) == len(fake_runs) == 2 * 2 * 3 and {seed for _, _, seed, *_ in fake_runs} == {shift.TUNE_SEED}
+    assert len(rows) == len(fake_runs) == 2 * 2 * 3 and {seed for _, _, seed, *_ in fake_runs} == {arms.TUNE_SEED}
     assert compare.main(["--tune", *flags]) == rows and len(fake_runs) == 12, "what is there is not done again"
     rows = compare.main(["--seeds", "0", *flags])
     trials = {(method, trial) for method, _, seed, trial, _ in fake_runs if seed == 0}
     assert trials == {("lora-4", (4e-3, "")), ("full", (5e-4, ""))}, "the highest score; a diverged trial is the worst"
     assert {(row["trial"], row["tuned"]) for row in rows} == {("0.004", "yes"), ("0.0005", "yes")}
     with pytest.raises(SystemExit):
-        compare.main(["--seeds", "0", str(shift.TUNE_SEED), *flags])
+        compare.main(["--seeds", "0", str(arms.TUNE_SEED), *flags])
     assert "is the seed for tuning" in capsys.readouterr().err
 
 
@@ -284,7 +296,7 @@ def test_table_1_is_what_the_comparison_found(tmp_path, capsys):
 
 
 def test_methods_of_the_comparison_are_the_peers_and_their_rivals():
-    rivals = {"salora", "lora-8", "lora-4", "full", "head"}
+    rivals = {"salora", "salora-16", "lora-8", "lora-4", "full", "head"}
     assert set(compare.METHODS) == rivals | set(PEERS)
 
 
@@ -351,13 +363,13 @@ def test_every_arm_of_the_shift_study_has_the_size_of_its_closed_form(tiny_lm):
 
 @pytest.mark.parametrize("name", CLOSED_FORMS)
 def test_only_one_arm_trains_the_head_of_the_masked_lm(name, tiny_lm):
-    model = shift.arm_of(name).model(1, 0)
+    model = shift.model_of(arms.arm_of(name), 1, 0)
     assert {p.requires_grad for p in model.lm_head.parameters()} == {name == "head"}
     assert sum(p.numel() for p in model.encoder.parameters() if p.requires_grad) == CLOSED_FORMS[name]
 
 
 def test_alora_scores_ranks_on_training_texts_that_it_does_not_train_on(tiny_lm, monkeypatch):
-    data, arm, seen, scored = shift.Data("words", 0, 96), shift.arm_of("alora-4"), [], []
+    data, arm, seen, scored = shift.Data("words", 0, 96), arms.arm_of("alora-4"), [], []
     batch_of, score_on = data.batch_of, shift.score_on
 
     def look(batches, data, model):
@@ -368,7 +380,7 @@ def test_alora_scores_ranks_on_training_texts_that_it_does_not_train_on(tiny_lm,
 
     monkeypatch.setattr(shift, "score_on", look)
     monkeypatch.setattr(data, "batch_of", lambda batches, *rest: seen.extend(batches) or batch_of(batches, *rest))
-    model = arm.model(2, 0)
+    model = shift.model_of(arm, 2, 0)
     shift.train(model, data, arm, 0.01, 0, 8)
     assert len(scored) == 1 and scored[0] in data.train and scored[0] not in seen[1:]
     assert {tuple(map(str, batch)) for batch in seen[1:]} == {tuple(map(str, b)) for b in data.train[:-1]}
@@ -376,13 +388,13 @@ def test_alora_scores_ranks_on_training_texts_that_it_does_not_train_on(tiny_lm,
 
 
 def test_grids_have_as_many_trials_for_every_arm():
-    arms = [shift.arm_of(name) for name in ("lora-4", *CLOSED_FORMS)]
-    assert {len(set(shift.grid_of(arm))) for arm in arms} == {len(shift.GRID)}
-    assert all(shift.tuned(arm) in shift.grid_of(arm) for arm in arms)
+    some = [arms.arm_of(name) for name in ("lora-4", *CLOSED_FORMS)]
+    assert {len(set(arms.grid_of(arm))) for arm in some} == {len(arms.GRID)}
+    assert all(arms.tuned(arm) in arms.grid_of(arm) for arm in some)
 
 
 def test_shift_study_tunes_on_a_grid_with_a_seed_of_its_own(monkeypatch, tiny_lm):
-    monkeypatch.setattr(shift, "GRID", shift.GRID[:2])
+    monkeypatch.setattr(arms, "GRID", arms.GRID[:2])
     rows = shift.main(["--tune", "--kinds", "words", "--arms", "lora-4", "ours-4", *tiny_lm])
     assert len(rows) == 2 * 2 and {row["seed"] for row in rows} == {"100"}
     assert {"lr", "scale", "loss"} <= set(rows[0])
@@ -404,9 +416,9 @@ def words_of(old, new):
 
 
 def test_share_closed_and_intervals_are_those_of_paired_seeds():
-    share, (low, high) = shift.share_closed([2.0, 3.0], [1.0, 2.0], [1.25, 2.25])
+    share, (low, high) = intervals.share_closed([2.0, 3.0], [1.0, 2.0], [1.25, 2.25])
     assert share == pytest.approx(0.75) and low == pytest.approx(0.75) and high == pytest.approx(0.75)
-    low, high = shift.interval([0.0, 1.0])
+    low, high = intervals.interval([0.0, 1.0])
     assert (low, high) == (0, 1)
 
 

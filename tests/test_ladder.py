@@ -9,7 +9,7 @@ from torch import nn
 
 from budget import FixedRanks, RankAllocator, Recipe, kept_density
 from cli.flags import build_parser, recipe_of, settle
-from experiments import ladder, planted_ranks, shift
+from experiments import arms, ladder, planted_ranks
 from salora import adapt, salora_layers
 
 
@@ -21,8 +21,8 @@ def changes(one, other):
 def test_the_ladder_leads_from_the_papers_recipe_to_ours():
     rungs = ladder.ladder()
     assert rungs["paper"].recipe == Recipe.paper() and rungs["restart"].recipe == Recipe.ours()
-    assert rungs["wide"].recipe == shift.arm_of("ours-4").recipe and rungs["wide"].r0 == 16
-    assert rungs["no gates"].recipe == shift.arm_of("svd-4").recipe
+    assert rungs["wide"].recipe == arms.arm_of("ours-4").recipe and rungs["wide"].r0 == 16
+    assert rungs["no gates"].recipe == arms.arm_of("svd-4").recipe
 
 
 def test_a_rung_changes_one_thing():

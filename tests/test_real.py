@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from experiments import real, shift
+from experiments import intervals, real
 from glue.tokens import MiniTokenizer
 from salora import salora_layers
 from tiny_transformer import SequenceClassifier, load_pretrained
@@ -147,5 +147,5 @@ def test_the_mean_over_tasks_pairs_seeds_that_all_tasks_have():
 
 def test_an_interval_of_another_level_is_narrower():
     values = [0.1, 0.5, 0.2, 0.9, 0.3]
-    (low, high), (least, most) = shift.interval(values), shift.interval(values, 0.9)
+    (low, high), (least, most) = intervals.interval(values), intervals.interval(values, 0.9)
     assert low < least < most < high
