@@ -23,7 +23,7 @@ An arm is METHOD-R and has the size of LoRA of rank R:
     adalora    AdaLoRA, cut from rank 8    rm-lora    RM-LoRA: regularized and masked, no rank is cut
     alora      ALoRA, R of 8 ranks open    sora       SoRA from rank R; its size follows from its lambda
 
-and those in METHODS. Those without triplets are adapter-h-R, adapter-p-R, prefix-R and prompt-R, whose R counts units
+and those in experiments/arms.py. Those without triplets are adapter-h-R, adapter-p-R, prefix-R and prompt-R, whose R counts units
 or vectors, and, without an R, bitfit, ia3, full (all of the encoder, with its embeddings) and head (the head of the
 masked LM, which no other arm trains and no size counts).
 
@@ -411,8 +411,9 @@ def main(argv=None):
         compare(args, out)
     rows = read_table(out / "shift.csv")
     if args.report:
+        rows = [row for row in rows if row["kind"] in args.kinds]
         if not rows:
-            parser.error(f"no rows in {out / 'shift.csv'}: run without --report first")
+            parser.error(f"no rows of these kinds in {out / 'shift.csv'}: run without --report first")
         print(report(rows))
         write_atomically(Path(args.picture), lambda path: draw(rows, path))
         print(f"see {args.picture}")
