@@ -185,17 +185,15 @@ class GateSchedule:
 class Lagrangian(nn.Module):
     """The last term of Eq. (12) with its multiplier: call it on C, backpropagate, then `ascend`.
 
-    target: b in (0, 1], which may be set anew before a call. lr: eta_c, the length of an ascent step.
+    target: b in (0, 1]. lr: eta_c, the length of an ascent step.
     lam (1,) starts at 0 and is never negative. Raises ValueError for another target.
     """
-
-    multipliers = 1
 
     def __init__(self, target, lr=0.01, Optimizer=torch.optim.Adam, device="cpu"):
         super().__init__()
         check_density(target)
         self.target = target
-        self.lam = nn.Parameter(torch.zeros(self.multipliers, device=device))
+        self.lam = nn.Parameter(torch.zeros(1, device=device))
         self.optimizer = Optimizer([self.lam], lr=lr, maximize=True)
 
     def forward(self, C):
@@ -210,17 +208,7 @@ class Lagrangian(nn.Module):
             self.lam.clamp_(min=0)
 
 
-class LinearLagrangian(Lagrangian):
-    """lam[0] (C - b) + lam[1] (C - b)^2 (not in the paper): its pull does not fade as C nears b."""
-
-    multipliers = 2
-
-    def forward(self, C):
-        gap = C - self.target
-        return self.lam[0] * gap + self.lam[1] * gap**2
-
-
-CONTROLLERS = ("quadratic", "sgd", "linear", "projection")
+CONTROLLERS = ("quadratic", "sgd", "projection")
 
 
 @dataclass(frozen=True)
@@ -231,7 +219,7 @@ class Recipe:
     window: tuple = (0.2, 0.5)
     # What drives C to b. "projection": after each step one shift of all log_theta puts C on a target that falls to b.
     # "quadratic": Eq. (12), lambda and log_theta by Adam; "sgd": by plain gradient steps, as in Algorithm 1, which
-    # hardly move; "linear": lam[0] (C - b_t) + lam[1] (C - b_t)^2 with the same falling target, by Adam.
+    # hardly move.
     controller: str = "projection"
     # eta_c, the step length of log_theta and lambda; None: max(0.01, 14 / steps of the window). Adam moves log_theta by
     # about eta_c a step, and 14 takes a gate from P(g > 0) = 11/12 to 1e-5, however short the window is.
@@ -334,10 +322,9 @@ class RankAllocator:
         controller = self.recipe.controller
         self.gate_lr = self.recipe.gate_lr or max(0.01, TRAVEL / max(1, self.schedule.window))  # eta_c
         Optimizer = torch.optim.SGD if controller == "sgd" else torch.optim.Adam
-        Multiplier = LinearLagrangian if controller == "linear" else Lagrangian
         gates = [layer.gate for layer in self.layers.values()]
         self.gate_optimizer = Optimizer([gate.log_theta for gate in gates], lr=self.gate_lr)
-        self.lagrangian = Multiplier(density, self.gate_lr, Optimizer, gates[0].log_theta.device)
+        self.lagrangian = Lagrangian(density, self.gate_lr, Optimizer, gates[0].log_theta.device)
         self.noise = torch.Generator().manual_seed(seed)
         for layer in self.layers.values():
             layer.allocating = True
@@ -359,8 +346,6 @@ class RankAllocator:
         self._enter_phase()
         if self.phase == "window":
             resample(self.layers, self.noise)  # one draw an optimizer step
-            if self.recipe.controller == "linear":
-                self.lagrangian.target = self.schedule.target_at(step, self.density)
 
     def penalty(self):
         """beta R_orth + lambda (C - b)^2: Eq. (12) without the loss of the task, a scalar with gradient."""
@@ -431,7 +416,7 @@ class RankAllocator:
 
     def status(self):
         """What a log shows of the step that is done; reading it waits for the device."""
-        return status_of(self.layers, self.schedule.phase(self.step - 1), self.lagrangian.lam.sum().item())
+        return status_of(self.layers, self.schedule.phase(self.step - 1), self.lagrangian.lam.item())
 
     def state_dict(self):
         """All but the model and the optimizer, as plain values and tensors.

@@ -136,8 +136,7 @@ def build_parser():
     g.add_argument(
         "--controller", choices=CONTROLLERS,
         help="what drives the expected density to the budget: the quadratic penalty by Adam, the same by SGD, "
-        "a linear and quadratic penalty whose target falls, or after every step one shift of all log "
-        "theta (default projection; paper: quadratic)",
+        "or after every step one shift of all log theta (default projection; paper: quadratic)",
     )
     g.add_argument(
         "--gate-lr", type=auto_or_above_zero, metavar="ETA",

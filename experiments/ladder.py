@@ -139,7 +139,6 @@ def ladder(rank=4):
     rung("wide", r0=16)
     alternative("early", window=(0.2, 0.5))
     alternative("quadratic", controller="quadratic")
-    alternative("linear", controller="linear")
     alternative("energy", ByEnergy)
     alternative("no gates", window=(0.5, 0.5))
     alternative("no gates, energy", ByEnergy, window=(0.5, 0.5))

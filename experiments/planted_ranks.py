@@ -50,7 +50,6 @@ METHODS = {
     "warmup 0": Recipe.ours(warmup=0.0),
     "rule median": Recipe.ours(rule="median"),
     "quadratic": Recipe.ours(controller="quadratic"),
-    "linear": Recipe.ours(controller="linear"),
     "no restart": Recipe.ours(restart=False),
     "window 0.5-0.8": Recipe.ours(window=(0.5, 0.8)),
 }  # the first four, unless others are asked for

@@ -41,7 +41,7 @@ VARIANTS = {
     "not canonical": ["--no-canonical", "--spread", "0"], "spread 0": ["--spread", "0"], "beta 0.1": ["--beta", "0.1"],
     "warmup 0": ["--warmup", "0"], "no restart": ["--no-restart"], "window 0.5-0.8": ["--window", "0.5", "0.8"],
     "survivors median": ["--survivors", "median"], "rule median": ["--rule", "median"],
-    "quadratic": ["--controller", "quadratic"], "linear": ["--controller", "linear"],
+    "quadratic": ["--controller", "quadratic"],
 }  # fmt: skip
 GROUPS = {
     "methods": ["ours", "lora-8", "full", "head"],

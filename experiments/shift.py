@@ -23,9 +23,9 @@ An arm is METHOD-R and has the size of LoRA of rank R:
     adalora    AdaLoRA, cut from rank 8    rm-lora    RM-LoRA: regularized and masked, no rank is cut
     alora      ALoRA, R of 8 ranks open    sora       SoRA from rank R; its size follows from its lambda
 
-and those in experiments/arms.py. Those without triplets are adapter-h-R, adapter-p-R, prefix-R and prompt-R, whose R counts units
-or vectors, and, without an R, bitfit, ia3, full (all of the encoder, with its embeddings) and head (the head of the
-masked LM, which no other arm trains and no size counts).
+and those in experiments/arms.py. Those without triplets are adapter-h-R, adapter-p-R, prefix-R and prompt-R, whose R
+counts units or vectors, and, without an R, bitfit, ia3, full (all of the encoder, with its embeddings) and head (the
+head of the masked LM, which no other arm trains and no size counts).
 
 A seed draws the shift, the texts, the start and the order; arms of one seed share all of it, so they are compared in
 pairs. Tuning uses seed 100 and the reports others. Rows that are there are not run again: other values of --steps or

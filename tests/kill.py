@@ -24,7 +24,7 @@ import train_glue_mini
 from tiny_transformer import TinyTransformer, TransformerConfig, save_pretrained
 
 VARIANTS = [
-    "", "--recipe paper", "--method lora", "--method full", "--method head", "--controller linear", "--precision bf16",
+    "", "--recipe paper", "--method lora", "--method full", "--method head", "--controller sgd", "--precision bf16",
     "--controller sgd --beta 0.1", "--accumulate 3 --dropout 0.1", "--density 0.2 --rank 4",
 ]  # fmt: skip
 STEPS = 120  # 20 epochs, so that there are 20 checkpoints to be killed in

@@ -231,15 +231,15 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
     ("budget.py", "start=0.2, end=0.5):", "start=0.2, end=0.8):",
      "tests/test_budget.py::test_schedule_is_the_papers_by_default_and_can_be_empty_or_everything"),
     ("budget.py",
-     "self.lam = nn.Parameter(torch.zeros(self.multipliers, device=device))\n"
+     "self.lam = nn.Parameter(torch.zeros(1, device=device))\n"
      "        self.optimizer = Optimizer([self.lam], lr=lr, maximize=True)",
-     "self.lam = nn.Parameter(torch.zeros(self.multipliers, device=device))\n"
+     "self.lam = nn.Parameter(torch.zeros(1, device=device))\n"
      "        self.optimizer = Optimizer([self.lam], lr=lr)",
      "tests/test_budget.py::test_literal_sgd_ascent_is_one_gradient_step"),
     ("budget.py", "self.lam.clamp_(min=0)", "pass",
-     "tests/test_budget.py::test_multipliers_climb_the_penalty_and_are_never_negative"),
+     "tests/test_budget.py::test_lambda_climbs_the_penalty_and_is_never_negative"),
     ("budget.py", "        self.optimizer.zero_grad()\n", "",
-     "tests/test_budget.py::test_multipliers_climb_the_penalty_and_are_never_negative"),
+     "tests/test_budget.py::test_lambda_climbs_the_penalty_and_is_never_negative"),
     ("budget.py", "return self.lam[0] * (C - self.target) ** 2", "return self.lam[0] * (C - self.target)",
      "tests/test_budget.py::test_quadratic_penalty_is_eq_12"),
     ("budget.py", "return self.lam[0] * (C - self.target) ** 2", "return self.lam[0].detach() * (C - self.target) ** 2",

@@ -27,7 +27,7 @@ def test_a_loop_by_hand_with_a_scheduler_gives_any_net_its_budget(build, density
     assert_finished(run.allocator, run.model, lambda model: model(run.batches[0][0]), density)
 
 
-@pytest.mark.parametrize("recipe", [Recipe.ours(), Recipe.paper(controller="linear")], ids=["ours", "linear"])
+@pytest.mark.parametrize("recipe", [Recipe.ours(), Recipe.paper()], ids=["ours", "paper"])
 @pytest.mark.parametrize("build", [mlp, conv_net])
 def test_a_loop_resumed_in_any_phase_goes_on_equal_to_the_bit(build, recipe):
     whole = Run(build, recipe=recipe).train()

@@ -40,7 +40,7 @@ def test_a_rung_changes_one_thing():
     assert ladder.above(rungs)["late"] == "restart" and ladder.above(rungs)["four cuts"] == "wide"
 
 
-@pytest.mark.parametrize("name", ["paper", "canonical", "restart", "wide", "linear", "no gates"])
+@pytest.mark.parametrize("name", ["paper", "canonical", "restart", "wide", "quadratic", "no gates"])
 def test_flags_say_what_a_rung_is(name):
     rung = ladder.ladder()[name]
     settings = settle(build_parser().parse_args(ladder.flags_of(rung)))

@@ -271,7 +271,7 @@ def test_moments_start_anew_with_canonical_triplets_only(go, monkeypatch, flag, 
 @pytest.mark.parametrize("stop", [8, 16, 31], ids=["open", "window", "frozen"])
 @pytest.mark.parametrize(
     "flags",
-    [[], ["--recipe", "paper", "--controller", "linear"], *(["--method", name] for name in ("full", *PEERS))],
+    [[], ["--recipe", "paper"], *(["--method", name] for name in ("full", *PEERS))],
     ids=lambda flags: flags[-1] if flags else "salora",
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(go, tmp_path, monkeypatch, stop, flags):
