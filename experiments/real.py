@@ -10,9 +10,10 @@ So the official *training* rows are split once and for all into rows to train on
 32, the start and the order; arms of one seed share all of it and are compared in pairs. Dev rows are not used.
 
 Arms are those of experiments/shift.py, METHOD-R, of the size of LoRA of rank R: LoRA; `ours`, from rank 16; `narrow`,
-the main job's default, from rank 8; `svd`, cut without gates. Two more are fresh LoRAs with the ranks that ours-4 found
-on the same seed, as they are (found-4) or shuffled among matrices of one shape (shuffled-4); experiments/transplant.py
-has more about them. All have scale 2 and their own learning rate. Rows that are in DIR/real.csv are not run again.
+the main job's default, from rank 8; `late`, the same with the window .4-.5; `svd`, cut without gates. Two more are
+fresh LoRAs with the ranks that ours-4 found on the same seed, as they are (found-4) or shuffled among matrices of one
+shape (shuffled-4); experiments/transplant.py has more about them. All have scale 2 and their own learning rate. Rows
+that are in DIR/real.csv are not run again.
 """
 
 import argparse
@@ -47,10 +48,11 @@ from tiny_transformer import SequenceClassifier, load_pretrained
 from train_glue_mini import fine_tune
 
 SPLIT = {"sst2": (2000, 10_000), "cola": (1000, 3000), "mrpc": (500, 1000)}  # rows to tune on, rows to score
-ARMS = ["lora-8", "lora-4", "narrow-4", "ours-4", "svd-4", "found-4", "shuffled-4"]
+ARMS = ["lora-8", "lora-4", "narrow-4", "late-4", "ours-4", "svd-4", "found-4", "shuffled-4"]
 RIVALS = {
     "lora-4": ["lora-8"],
     "narrow-4": ["lora-8", "lora-4"],
+    "late-4": ["lora-8", "lora-4", "narrow-4"],
     "ours-4": ["lora-8", "lora-4", "svd-4", "narrow-4"],
     "svd-4": ["lora-8", "lora-4"],
     "found-4": ["shuffled-4", "lora-4"],
