@@ -78,7 +78,7 @@ def test_arms_are_tuned_apart_run_once_and_keep_to_their_size(small, tmp_path, c
         rows = real.main([*small, *arms, "--seeds", *seeds])
     assert [(row["arm"], row["seed"]) for row in rows] == [(arm, seed) for seed in "01" for arm in arms[1:7]]
     assert all(float(row["size"]) <= (1 if row["arm"] == "lora-8" else 0.5) for row in rows)
-    best = {arm: min((r for r in tuned if r["arm"] == arm), key=lambda r: float(r["loss"]))["lr"] for arm in arms[1:5]}
+    best = {arm: max((r for r in tuned if r["arm"] == arm), key=lambda r: float(r["score"]))["lr"] for arm in arms[1:5]}
     assert all(row["lr"] == best[row["arm"] if row["arm"] in best else "lora-4"] for row in rows)
     for seed in "01":
         ranks = {row["arm"]: json.loads(row["ranks"]) for row in rows if row["seed"] == seed}
