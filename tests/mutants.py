@@ -831,7 +831,7 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "                try:\n                    score, _, final",
      "                try:\n                    score, _, final",
      "tests/test_experiments.py::test_tuning_has_a_seed_of_its_own_and_reports_take_its_best_trial"),
-    ("experiments/compare.py", "run(method, task, shift.TUNE_SEED, trial, args)", "run(method, task, 0, trial, args)",
+    ("experiments/compare.py", "run(method, task, TUNE_SEED, trial, args)", "run(method, task, 0, trial, args)",
      "tests/test_experiments.py::test_tuning_has_a_seed_of_its_own_and_reports_take_its_best_trial"),
     ("experiments/compare.py", 'reverse=kind != "shift"', "reverse=True",
      "tests/test_experiments.py::test_the_best_trial_of_a_shift_has_the_lowest_loss_over_all_kinds"),
@@ -840,7 +840,7 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_experiments.py::test_the_best_trial_of_a_shift_has_the_lowest_loss_over_all_kinds"),
     ("experiments/compare.py", '(inf if kind_of(task) == "shift" else -inf)', "inf",
      "tests/test_experiments.py::test_tuning_has_a_seed_of_its_own_and_reports_take_its_best_trial"),
-    ("experiments/compare.py", "*shift.interval(means)", "min(means), max(means)",
+    ("experiments/compare.py", "*interval(means)", "min(means), max(means)",
      "tests/test_experiments.py::"
      "test_comparison_table_has_intervals_over_seeds_memory_and_a_mark_for_what_was_not_tuned"),
     ("experiments/methods.py", "for i, line in enumerate(lines) if i % 10]", "for i, line in enumerate(lines)]",
