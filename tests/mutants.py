@@ -237,7 +237,7 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "        self.optimizer = Optimizer([self.lam], lr=lr)",
      "tests/test_budget.py::test_literal_sgd_ascent_is_one_gradient_step"),
     ("budget.py", "self.lam.clamp_(min=0)", "pass",
-     "tests/test_budget.py::test_lambda_climbs_the_penalty_and_is_never_negative"),
+     "tests/test_budget.py::test_ascent_is_projected_onto_lambda_of_at_least_0"),
     ("budget.py", "        self.optimizer.zero_grad()\n", "",
      "tests/test_budget.py::test_lambda_climbs_the_penalty_and_is_never_negative"),
     ("budget.py", "return self.lam[0] * (C - self.target) ** 2", "return self.lam[0] * (C - self.target)",

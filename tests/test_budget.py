@@ -334,6 +334,15 @@ def test_lambda_climbs_the_penalty_and_is_never_negative(densities_seen, Optimiz
 
 
 @pytest.mark.equation("12")
+def test_ascent_is_projected_onto_lambda_of_at_least_0():
+    """(C - b)^2 never pushes it below; a penalty of another form could."""
+    lagrangian = Lagrangian(0.5)
+    lagrangian.lam.grad = torch.tensor([-1.0])
+    lagrangian.ascend()
+    assert lagrangian.lam.tolist() == [0]
+
+
+@pytest.mark.equation("12")
 def test_lambda_starts_at_zero_and_ascends_by_the_papers_step():
     lagrangian = Lagrangian(0.5)
     assert lagrangian.lam.tolist() == [0] and lagrangian.optimizer.param_groups[0]["lr"] == 0.01
