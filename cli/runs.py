@@ -17,11 +17,14 @@ from hub.checkpoints import read_json, read_torch, write_atomically
 PROGRAM_FLAGS = ("out", "resume", "evaluate", "export", "predict", "command")  # of this call, not of the run
 
 
+STUDY = "the same command goes on with this run"  # the hint of a study, which keeps a row of every run that is done
+
+
 @contextmanager
-def errors_as_lines(parser, folder=None):
+def errors_as_lines(parser, folder=None, hint=None):
     """What the user can mend ends the program with one line and exit status 2.
 
-    An interruption ends it with exit status 130, and says how to go on with the run in `folder`.
+    An interruption ends it with exit status 130, and says how to go on: by `hint`, or with the run in `folder`.
     """
     try:
         yield
@@ -32,7 +35,7 @@ def errors_as_lines(parser, folder=None):
         parser.error(str(error))
     except KeyboardInterrupt:
         begun = folder is not None and (folder / "checkpoint.pt").is_file()
-        hint = f"go on from the last whole epoch with --resume {folder}" if begun else "no epoch was finished"
+        hint = hint or (f"go on from the last whole epoch with --resume {folder}" if begun else "no epoch was finished")
         parser.exit(130, f"\ninterrupted; {hint}\n")
 
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.files import append, read_table
 from cli.flags import positive
-from cli.runs import errors_as_lines
+from cli.runs import STUDY, errors_as_lines
 from experiments import cost, plots, shift
 from experiments.arms import TUNE_SEED
 from experiments.intervals import interval
@@ -209,7 +209,7 @@ def main(argv=None):
     if TUNE_SEED in args.seeds:
         parser.error(f"--seeds: {TUNE_SEED} is the seed for tuning")
     args.out.mkdir(parents=True, exist_ok=True)
-    with errors_as_lines(parser):
+    with errors_as_lines(parser, hint=STUDY):
         if args.tune:
             rows = tune(args)
             for method in in_order(rows, "method"):

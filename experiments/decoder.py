@@ -26,7 +26,7 @@ import random
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.files import append, read_table
 from cli.flags import Parser, above_zero, device_of, positive
-from cli.runs import errors_as_lines
+from cli.runs import STUDY, errors_as_lines
 from experiments import plots, shift
 from experiments.arms import METHODS, TUNE_SEED, arm_of, tuned
 from experiments.intervals import interval, paired, resamples, share_closed
@@ -395,16 +395,6 @@ def show(out, picture):
     return rows
 
 
-@contextmanager
-def one_line_errors(parser):
-    """As `errors_as_lines`; an interruption costs a study no more than the run at work."""
-    with errors_as_lines(parser):
-        try:
-            yield
-        except KeyboardInterrupt:
-            parser.exit(130, "\ninterrupted; the same command goes on with this run\n")
-
-
 def add_decoder_flags(parser):
     """What every experiment on a real decoder can be told."""
     parser.add_argument("--model", metavar="MODEL", help="folder of a decoder of the LLaMA family and its tokenizer, "
@@ -435,7 +425,7 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/decoder", metavar="DIR", help="default runs/decoder")
     args = parser.parse_args(argv)
     out = Path(args.out)
-    with one_line_errors(parser):
+    with errors_as_lines(parser, hint=STUDY):
         if args.report:
             return show(out, out / "decoder.png")
         if args.model is None or args.data is None:

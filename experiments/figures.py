@@ -20,7 +20,6 @@ import argparse
 import json
 import sys
 import time
-from functools import lru_cache
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -62,11 +61,6 @@ class Run(NamedTuple):
     seed: int = 0
 
 
-@lru_cache(maxsize=1)
-def data_of(kind, seed, texts):
-    return shift.Data(kind, seed, texts)
-
-
 def is_adapted(name, where):
     """Whether a matrix belongs to the place that `where` names."""
     block, matrix = split_name(name)
@@ -75,7 +69,7 @@ def is_adapted(name, where):
 
 def measure(run, steps, texts, journal=None):
     """Train one run. Returns its row."""
-    data = data_of(run.kind, run.seed, texts)
+    data = shift.data_of(run.kind, run.seed, texts)
     Allocator, recipe, tuned_as = ARMS[run.arm]
     lr, scale = tuned(Arm(run.arm, tuned_as, run.r * run.density))
     model = shift.adapted(run.r, scale, run.seed)

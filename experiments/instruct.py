@@ -42,10 +42,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from budget import FixedRanks, RankAllocator, Recipe
 from cli.files import append, read_table
 from cli.flags import Parser, above_zero, positive
+from cli.runs import STUDY, errors_as_lines
 from cli.setup import TARGETS
 from experiments import rewrite
 from experiments.arms import RESTART
-from experiments.decoder import one_line_errors
 from experiments.intervals import interval
 from experiments.shift import size_of
 from glue.instructions import FAULTS, InstructionTokenizer, answer_to, faults_of, new_sentence, texts_to_read
@@ -276,7 +276,7 @@ def main(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.model:
-        with one_line_errors(parser):
+        with errors_as_lines(parser, hint=STUDY):
             return rewrite.run(args, ARMS)
     if args.data or args.yelp or args.classifier_weights:
         parser.error("--data, --yelp and --classifier-weights are for a real decoder: they need --model")

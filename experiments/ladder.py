@@ -169,7 +169,7 @@ def tuned(rows, rung):
 
 
 def on_shift(rung, kind, seed, steps, lr, scale):
-    found = shift.measure(shift.Data(kind, seed, 8000), rung, lr, scale, seed, steps or 1000)
+    found = shift.measure(shift.data_of(kind, seed, 8000), rung, lr, scale, seed, steps or 1000)
     return found["loss"], found["size"] * 8 / rung.r0, found["C"]
 
 

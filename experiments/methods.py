@@ -12,7 +12,6 @@ All counts are without heads and without gates.
 """
 
 from contextlib import redirect_stderr, redirect_stdout
-from functools import lru_cache
 from io import StringIO
 from time import time_ns
 
@@ -102,14 +101,9 @@ def sizes(adapter):
     return trained + others, final + others
 
 
-@lru_cache(maxsize=1)
-def data_of(kind, seed, texts):
-    return shift.Data(kind, seed, texts)
-
-
 def run_on_shift(method, kind, seed, trial, args):
     arm, (lr, scale), steps = arm_of(METHODS[method][1]), trial, args.steps or 1000
-    data, model = data_of(kind, seed, args.texts), shift.model_of(arm, scale, seed)
+    data, model = shift.data_of(kind, seed, args.texts), shift.model_of(arm, scale, seed)
     options = {"reach": SHIFT_REACH} if method == "sora" else {}
     trained, journal = shift.parameters_of(model), Journal(steps)
     shift.train(model, data, arm, lr, seed, steps, journal, **options)

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from budget import FixedRanks, Recipe
 from cli.files import append, read_table
 from cli.flags import above_zero, positive
-from cli.runs import errors_as_lines
+from cli.runs import STUDY, errors_as_lines
 from cli.setup import TARGETS
 from experiments import shift, transplant
 from experiments.arms import arm_of
@@ -44,7 +44,7 @@ from glue.metrics import METRICS
 from glue.tasks import load_task, task_of
 from glue.tokens import batch_of, tokenizer_for
 from salora import adapt, salora_layers
-from tiny_transformer import SequenceClassifier, load_pretrained
+from tiny_transformer import SequenceClassifier, load_pretrained, read_config
 from train_glue_mini import fine_tune
 
 SPLIT = {"sst2": (2000, 10_000), "cola": (1000, 3000), "mrpc": (500, 1000)}  # rows to tune on, rows to score
@@ -80,7 +80,7 @@ def data_of(task, folder, weights, seed, rows):
     n_tune, n_score = SPLIT[task]
     tune, score, rest = everything[:n_tune], everything[n_tune : n_tune + n_score], everything[n_tune + n_score :]
     train = random.Random(f"rows {task} {seed}").sample(rest, min(rows, len(rest)))
-    _, config = load_pretrained(weights)
+    config = read_config(Path(weights))
     tokenizer = tokenizer_for(weights, config, mini=False)
     encoded = [tokenizer.encode(some, LONGEST) for some in (train, tune if seed == TUNE_SEED else score)]
     return Data(task, *encoded, config.pad_token_id)
@@ -114,7 +114,7 @@ def score(model, data, autocast):
 
 
 def measure(data, name, lr, seed, args, ranks=None):
-    """A row of one run. ranks: of every matrix, for an arm that is a LoRA with given ranks."""
+    """A row of one run. ranks: of every matrix, for an arm that is a LoRA with given ranks, or with these shuffled."""
     arm = None if ranks else arm_of(name)
     with redirect_stdout(None):
         encoder, _ = load_pretrained(args.weights)
@@ -123,6 +123,9 @@ def measure(data, name, lr, seed, args, ranks=None):
     r0 = 16 if ranks else arm.r0
     adapt(model, TARGETS, r0, alpha=SCALE * r0).classifier.requires_grad_(True)
     if ranks:
+        if name == "shuffled-4":
+            shapes = [tuple(layer.base.weight.shape) for layer in salora_layers(model).values()]
+            ranks = transplant.shuffled(ranks, shapes, random.Random(f"shuffle {seed}"))
         transplant.place(model, ranks)
     batches = batches_of(data.train, args.epochs, seed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
@@ -144,20 +147,14 @@ def measure(data, name, lr, seed, args, ranks=None):
     return {**row, "score": round(metric, 5), "loss": round(loss, 5), "ranks": found, "seconds": seconds}
 
 
-def ranks_for(name, rows, data, seed, args):
-    """The ranks that ours-4 found on this task and seed, shuffled for shuffled-4; None for an arm that has its own."""
+def ranks_for(name, rows, data, seed):
+    """The ranks that ours-4 found on this task and seed; None for an arm that has its own."""
     if name not in ("found-4", "shuffled-4"):
         return None
     found = [row["ranks"] for row in rows if (row["task"], row["arm"], row["seed"]) == (data.task, "ours-4", str(seed))]
     if not found:
         raise ValueError(f"{name} needs ours-4's ranks on {data.task}, seed {seed}: run that arm first")
-    ranks = json.loads(found[0])
-    if name == "found-4":
-        return ranks
-    with redirect_stdout(None):
-        encoder, _ = load_pretrained(args.weights)
-    shapes = [tuple(layer.base.weight.shape) for layer in salora_layers(adapt(encoder, TARGETS, 1)).values()]
-    return transplant.shuffled(ranks, shapes, random.Random(f"shuffle {seed}"))
+    return json.loads(found[0])
 
 
 def rate_of(name, task, out):
@@ -184,7 +181,7 @@ def study(args, out):
                     if (task, name, str(seed), *([str(lr)] if args.tune else [])) in keys:
                         continue
                     data = data or data_of(task, args.data, args.weights, seed, args.rows)
-                    row = measure(data, name, lr, seed, args, ranks_for(name, rows, data, seed, args))
+                    row = measure(data, name, lr, seed, args, ranks_for(name, rows, data, seed))
                     append(path, row)
                     print(", ".join(f"{key} {row[key]}" for key in row if key != "ranks"), flush=True)
 
@@ -243,7 +240,7 @@ def main(argv=None):
         if not args.data or not args.weights:
             parser.error("--data and --weights are needed, the folders of GLUE's files and of the encoder")
         out.mkdir(parents=True, exist_ok=True)
-        with errors_as_lines(parser):
+        with errors_as_lines(parser, hint=STUDY):
             study(args, out)
     rows = read_table(out / ("tune.csv" if args.tune else "real.csv"))
     print(report(rows) if rows else f"no rows in {out}")

@@ -39,6 +39,7 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import redirect_stdout
+from functools import lru_cache
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -141,6 +142,12 @@ class Data:
         model.eval()
         total = sum(F.cross_entropy(model(*inputs), labels, reduction="sum").item() for inputs, labels in self.held_out)
         return total / sum(len(labels) for _, labels in self.held_out)
+
+
+@lru_cache(maxsize=2)
+def data_of(kind, seed, texts):
+    """The Data of a kind and seed, made once for all runs on it that follow each other."""
+    return Data(kind, seed, texts)
 
 
 def new_model(seed):

@@ -44,8 +44,10 @@ class SoRA(Allocator):
 
     def __init__(self, model, optimizer, total_steps, highest=LAMBDA, reach=None, **rest):
         super().__init__(model, optimizer, total_steps, **rest)
-        rates = [optimizer.defaults["lr"] * self.lr_factor(step) for step in range(total_steps)]
-        self.highest = highest if reach is None else lambda_of(reach, rates)
+        self.highest = highest
+        if reach is not None:
+            rates = [optimizer.defaults["lr"] * self.lr_factor(step) for step in range(total_steps)]
+            self.highest = lambda_of(reach, rates)
         train_gates(self.layers.values(), optimizer, weight_decay=0.0)  # the threshold is decay enough
 
     @property

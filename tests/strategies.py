@@ -84,3 +84,15 @@ def naive_forward(layer, x, gates):
             h.append(sum(w * v for w, v in zip(W[i], row)) + b[i] + layer.alpha / layer.r0 * update)
         rows.append(h)
     return torch.tensor(rows, dtype=x.dtype)
+
+
+def installed_parameters(method, size, layers, d, m):
+    """How many of an encoder's parameters train once a peer is installed: its closed form."""
+    return {
+        "adapter-h": layers * (2 * (2 * d * size + d + size) + 4 * d),
+        "adapter-p": layers * (2 * d * size + d + size),
+        "prefix": layers * 2 * size * d,
+        "prompt": size * d,
+        "bitfit": layers * (7 * d + m) + d,
+        "ia3": layers * (2 * d + m),
+    }[method]

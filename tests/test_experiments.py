@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from strategies import make_layer
+from strategies import installed_parameters, make_layer
 
 from experiments import (
     arms,
@@ -341,12 +341,12 @@ LORA_1 = LAYERS * (4 * 2 * D + 2 * (D + M))
 BLOCK = 4 * (D * D + D) + 2 * D * M + M + D + 2 * 2 * D
 CLOSED_FORMS = {
     "lora-4": 4 * LORA_1,
-    "adapter-h-5": LAYERS * (2 * (2 * D * 5 + D + 5) + 4 * D),
-    "adapter-p-5": LAYERS * (2 * D * 5 + D + 5),
-    "prefix-3": LAYERS * 2 * 3 * D,
-    "prompt-3": 3 * D,
-    "bitfit": LAYERS * (7 * D + M) + D,
-    "ia3": LAYERS * (2 * D + M),
+    "adapter-h-5": installed_parameters("adapter-h", 5, LAYERS, D, M),
+    "adapter-p-5": installed_parameters("adapter-p", 5, LAYERS, D, M),
+    "prefix-3": installed_parameters("prefix", 3, LAYERS, D, M),
+    "prompt-3": installed_parameters("prompt", 3, LAYERS, D, M),
+    "bitfit": installed_parameters("bitfit", 0, LAYERS, D, M),
+    "ia3": installed_parameters("ia3", 0, LAYERS, D, M),
     "full": LAYERS * BLOCK + (WORDS + PLACES + 2) * D + 2 * D,
     "head": 0,
 }

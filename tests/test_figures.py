@@ -12,9 +12,9 @@ from experiments import cost, figures
 @pytest.fixture
 def flags(tiny_lm):
     """Those of runs of five steps."""
-    figures.data_of.cache_clear()
+    figures.shift.data_of.cache_clear()
     yield [*tiny_lm, "--seeds", "0", "--steps", "5", "--samples", "1000"]
-    figures.data_of.cache_clear()
+    figures.shift.data_of.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import assert_close, generator, seeds
+from strategies import assert_close, generator, installed_parameters, seeds
 from torch import nn
 
 import train_glue_mini
@@ -622,14 +622,8 @@ def encoder(dropout=0.0):
     return model
 
 
-COUNTS = {  # of the encoder's trained parameters, at size 5
-    "adapter-h": LAYERS * (2 * (2 * D * 5 + D + 5) + 4 * D),
-    "adapter-p": LAYERS * (2 * D * 5 + D + 5),
-    "prefix": LAYERS * 2 * 5 * D,
-    "prompt": 5 * D,
-    "bitfit": LAYERS * (7 * D + M) + D,
-    "ia3": LAYERS * (2 * D + M),
-}
+METHODS = ["adapter-h", "adapter-p", "prefix", "prompt", "bitfit", "ia3"]
+COUNTS = {name: installed_parameters(name, 5, LAYERS, D, M) for name in METHODS}  # at size 5
 
 
 def installed(name, size=5):
