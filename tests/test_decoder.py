@@ -294,6 +294,7 @@ def test_a_model_that_is_damaged_or_of_another_family_is_one_line(tmp_path, flag
         (half, "lacks weights of the model in config.json: model.layers.2."),
         (bare, "bare cannot be loaded"),
     ):
+        capsys.readouterr()  # what transformers says while it writes a model
         with pytest.raises(SystemExit) as stopped:
             decoder.main([*flags, "--model", str(folder)])
         said = capsys.readouterr().err
