@@ -978,7 +978,7 @@ def in_processes(function, items):
     with context.Pool(2, maxtasksperchild=1) as pool:
         results = pool.imap(function, items)
         for _ in items:
-            yield results.next(timeout=300)
+            yield results.next(timeout=900)
 
 
 def line_of(mutant, killed):
