@@ -35,6 +35,12 @@ def read_table(path):
         return list(csv.DictReader(file))
 
 
+def has_row(path, **values):
+    """Whether a CSV file has a row with these values: such a run has been done."""
+    wanted = {name: str(value) for name, value in values.items()}
+    return any(wanted.items() <= row.items() for row in read_table(path))
+
+
 def check_free(folder):
     """Raises FileExistsError for a folder with anything in it but what a run leaves that never got to a checkpoint."""
     if not folder.exists():

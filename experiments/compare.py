@@ -27,7 +27,7 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.files import append, read_table
+from cli.files import append, has_row, read_table
 from cli.flags import positive
 from cli.runs import STUDY, errors_as_lines
 from experiments import cost, plots, shift
@@ -50,11 +50,6 @@ def text_of(trial):
     return ":".join(f"{number:g}" for number in trial if number != "")
 
 
-def is_there(path, key):
-    """Whether a CSV file has a row with these values."""
-    return any(all(row[name] == str(value) for name, value in key.items()) for row in read_table(path))
-
-
 # Tuning
 
 
@@ -70,7 +65,7 @@ def tune(args):
             for trial in trials(method, task):
                 lr, scale = trial
                 key = {"method": method, "task": task, "lr": lr, "scale": scale, "seed": TUNE_SEED}
-                if is_there(path, key):
+                if has_row(path, **key):
                     continue
                 try:
                     score, _, final, *_ = run(method, task, TUNE_SEED, trial, args)
@@ -103,7 +98,7 @@ def compare(args):
         for task in args.tasks:
             for method in args.methods:
                 key = {"method": method, "task": task, "seed": seed}
-                if is_there(path, key):
+                if has_row(path, **key):
                     continue
                 found = ranking(tuned, method, kind_of(task))
                 trial = found[0][1] if found else default_trial(method, task)
@@ -130,7 +125,7 @@ def measure_memory(args):
     """A row of memory.csv for every method, on the first task."""
     path, task = args.out / "memory.csv", args.tasks[0]
     for method in args.methods:
-        if not is_there(path, {"method": method, "task": task}):
+        if not has_row(path, method=method, task=task):
             MiB, device = cost.in_a_process(peak_memory, method, task, args)
             append(path, {"method": method, "task": task, "device": device, "MiB": round(MiB, 1)})
             print(f"{method}, {task}: {MiB:.1f} MiB", flush=True)

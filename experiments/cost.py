@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from budget import FixedRanks, RankAllocator, Recipe
-from cli.files import append, read_table
+from cli.files import append, has_row, read_table
 from cli.flags import positive
 from cli.setup import TARGETS
 from salora import adapt
@@ -186,10 +186,9 @@ def largest(values, shares):
 def compare(args, path):
     """Adds the rows that are missing, and prints all."""
     shapes = args.shapes or (list(SHAPES) if args.full else ["tiny", "minilm"])
-    done = {(row["shape"], row["batch_size"], row["device"]) for row in read_table(path)}
     for shape in shapes:
         for batch_size in args.batches:
-            if (shape, str(batch_size), args.device) in done:
+            if has_row(path, shape=shape, batch_size=batch_size, device=args.device):
                 continue
             times = with_whole_runs(times_of(arms(), shape, batch_size, args.rounds, args.device), weighted)
             memory = {name: memory_of(name, shape, batch_size, args.device) for name in arms()}

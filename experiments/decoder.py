@@ -36,7 +36,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.files import append, read_table
+from cli.files import append, has_row, read_table
 from cli.flags import Parser, above_zero, device_of, positive
 from cli.runs import STUDY, errors_as_lines
 from experiments import plots, shift
@@ -213,24 +213,22 @@ def measure(args, data, arm, lr, seed):
     return {**row, "seconds": round(time.time() - started, 1)}, nats, words
 
 
-def rows_there(path, args):
-    """The rows of a table. Raises ValueError if they were made with other --steps or another --precision."""
-    rows = read_table(path)
-    for row in rows:
+def check_rows(path, args):
+    """Raises ValueError for a table of runs with other --steps or another --precision."""
+    for row in read_table(path):
         if (row["steps"], row["precision"]) != (str(args.steps), args.precision):
             raise ValueError(f"{path} holds runs of --steps {row['steps']} --precision {row['precision']}: give the "
                              "same, or another --out")  # fmt: skip
-    return rows
 
 
 def tune(args, out):
     """Every arm at every learning rate of the grid, on the seed that no report uses."""
     path = out / "tune.csv"
-    done = {(row["arm"], row["lr"]) for row in rows_there(path, args)}
+    check_rows(path, args)
     data = Data(args)
     for arm in args.arms:
         for lr in args.grid:
-            if (arm.name, str(lr)) not in done:
+            if not has_row(path, arm=arm.name, lr=lr):
                 row, _, _ = measure(args, data, arm, lr, TUNE_SEED)
                 append(path, row)
                 print(f"{arm.name}, lr {lr:g}: {row['loss']:.4f}, {row['seconds']:.0f} s", flush=True)
@@ -262,12 +260,12 @@ def rate_of(arm, rows):
 def compare(args, out):
     """Every arm at its tuned learning rate, on every seed."""
     path = out / "decoder.csv"
-    done = {(row["arm"], row["seed"]) for row in rows_there(path, args)}
+    check_rows(path, args)
     trials = read_table(out / "tune.csv")
     data = Data(args)
     for seed in args.seeds:
         for arm in args.arms:
-            if (arm.name, str(seed)) in done:
+            if has_row(path, arm=arm.name, seed=seed):
                 continue
             row, nats, words = measure(args, data, arm, rate_of(arm, trials), seed)
             each = {"nats": json.dumps([round(x, 4) for x in nats]), "words": json.dumps(words)}

@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import FixedRanks, RankAllocator, Recipe
-from cli.files import append, read_table
+from cli.files import append, has_row, read_table
 from cli.flags import positive
 from cli.pictures import split_name
 from cli.setup import TARGETS
@@ -88,24 +88,19 @@ def measure(run, steps, texts, journal=None):
     return {**run._asdict(), "steps": steps, **result}
 
 
-def key_of(row):
-    """What tells one row from another, as text."""
-    return tuple(str(row[name]) for name in (*Run._fields, "steps"))
-
-
 def rows_of(runs, path, args):
     """The rows of these runs: from the CSV file, or measured now and added to it; runs of one data set in sequence."""
-    keys = {run: key_of({**run._asdict(), "steps": args.steps}) for run in runs}
-    done = set(map(key_of, read_table(path)))
     for run in sorted(runs, key=lambda run: (run.seed, run.kind)):
-        if keys[run] in done:
+        if has_row(path, **run._asdict(), steps=args.steps):
             continue
         started = time.time()
         row = measure(run, args.steps, args.texts)
         append(path, row)
         name = f"{run.arm} r={run.r} b={run.density:g} {run.where}, {run.kind}, seed {run.seed}"
         print(f"{name}: loss {row['loss']:.3f}, {time.time() - started:.0f} s", flush=True)
-    return [row for row in read_table(path) if key_of(row) in keys.values()]
+    wanted = [{name: str(value) for name, value in run._asdict().items()} for run in runs]
+    rows = [row for row in read_table(path) if row["steps"] == str(args.steps)]
+    return [row for row in rows if any(run.items() <= row.items() for run in wanted)]
 
 
 def table(rows, *names):
@@ -203,10 +198,9 @@ class Trace:
 
 
 def fig6(args, path):
-    done = {(row["arm"], row["seed"], row["steps"]) for row in read_table(path)}
     for seed in args.seeds:
         for arm in ("paper", "ours"):
-            if (arm, str(seed), str(args.steps)) in done:
+            if has_row(path, arm=arm, seed=seed, steps=args.steps):
                 continue
             trace = Trace(args.steps)
             measure(Run(arm, 8, 0.5, seed=seed), args.steps, args.texts, trace)

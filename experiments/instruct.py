@@ -40,7 +40,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import FixedRanks, RankAllocator, Recipe
-from cli.files import append, read_table
+from cli.files import append, has_row, read_table
 from cli.flags import Parser, above_zero, positive
 from cli.runs import STUDY, errors_as_lines
 from cli.setup import TARGETS
@@ -210,12 +210,11 @@ def compare(args, out):
     """Run every arm on every seed. What is in out/instruct.csv is not run again; out/written.csv has the first texts
     that each model writes."""
     path = out / "instruct.csv"
-    done = {(row["arm"], row["seed"], row["lr"]) for row in read_table(path)}
     runs = [(name, lr) for name in args.arms for lr in rates_of(name, args.lr)]
     for seed in args.seeds:
         data = None
         for name, lr in runs:
-            if (name, str(seed), str(lr)) in done:
+            if has_row(path, arm=name, seed=seed, lr=lr):
                 continue
             started = time.time()
             data = data or Data(seed, args.rows)

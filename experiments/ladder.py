@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_glue_mini
 from budget import C_START, RankAllocator, Recipe, lr_factor, project
-from cli.files import append, read_table
+from cli.files import append, has_row, read_table
 from cli.flags import positive
 from experiments import planted_ranks, shift
 from experiments.arms import TUNE_SEED
@@ -219,16 +219,10 @@ def runs_of(args, rungs, rows):
                         yield rung, task, seed, "", "", (on_task, rung, task, seed, args.steps, Path(args.out))
 
 
-def key_of(row):
-    return tuple(str(row[name]) for name in ("rung", "rank", "measure", "seed", "lr", "scale"))
-
-
 def climb(args, rungs, path):
-    rows = read_table(path)
-    done = {key_of(row) for row in rows}
-    for rung, measure, seed, lr, scale, (function, *inputs) in runs_of(args, rungs, rows):
+    for rung, measure, seed, lr, scale, (function, *inputs) in runs_of(args, rungs, read_table(path)):
         row = {"rung": rung.name, "rank": f"{rung.rank:g}", "measure": measure, "seed": seed, "lr": lr, "scale": scale}
-        if key_of(row) in done:
+        if has_row(path, **row):
             continue
         started = time.time()
         with redirect_stdout(None):

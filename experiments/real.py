@@ -33,7 +33,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import FixedRanks, Recipe
-from cli.files import append, read_table
+from cli.files import append, has_row, read_table
 from cli.flags import above_zero, positive
 from cli.runs import STUDY, errors_as_lines
 from cli.setup import TARGETS
@@ -176,12 +176,10 @@ def study(args, out):
                 if args.tune and name in ("found-4", "shuffled-4"):
                     continue
                 for lr in args.lr or RATES if args.tune else [rate_of(name, task, out)]:
-                    rows = read_table(path)
-                    keys = {(row["task"], row["arm"], row["seed"], *([row["lr"]] if args.tune else [])) for row in rows}
-                    if (task, name, str(seed), *([str(lr)] if args.tune else [])) in keys:
+                    if has_row(path, task=task, arm=name, seed=seed, **({"lr": lr} if args.tune else {})):
                         continue
                     data = data or data_of(task, args.data, args.weights, seed, args.rows)
-                    row = measure(data, name, lr, seed, args, ranks_for(name, rows, data, seed))
+                    row = measure(data, name, lr, seed, args, ranks_for(name, read_table(path), data, seed))
                     append(path, row)
                     print(", ".join(f"{key} {row[key]}" for key in row if key != "ranks"), flush=True)
 

@@ -27,11 +27,12 @@ import torch
 import train_glue_mini
 from budget import FixedRanks, RankAllocator, Recipe
 from cli.afterwards import predict, reopen
-from cli.files import append, read_table
+from cli.files import append, has_row, read_table
 from cli.flags import device_of, positive
 from cli.runs import read_settings
 from experiments.decoder import (
     add_decoder_flags,
+    check_rows,
     encode,
     first_token,
     fit,
@@ -39,7 +40,6 @@ from experiments.decoder import (
     lines_of,
     load,
     losses_of,
-    rows_there,
 )
 from experiments.shift import size_of
 from hub.checkpoints import read_json, write_atomically
@@ -251,8 +251,8 @@ def compare(args, arms, out):
     What is there is not run again. out/written.csv has what each model writes.
     """
     path = out / "instruct.csv"
-    done = {(row["arm"], row["seed"], row["lr"]) for row in rows_there(path, args)}
-    runs = [run for run in runs_of(args) if tuple(map(str, run)) not in done]
+    check_rows(path, args)
+    runs = [run for run in runs_of(args) if not has_row(path, **dict(zip(("arm", "seed", "lr"), run)))]
     if not runs:
         return read_table(path)
     judge = Judge(args, out)

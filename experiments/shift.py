@@ -48,7 +48,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.files import append, read_table
+from cli.files import append, has_row, read_table
 from cli.flags import positive
 from cli.setup import TARGETS
 from experiments import plots
@@ -230,6 +230,7 @@ def train(model, data, arm, lr, seed, steps, journal=None, **options):
     batches = data.train
     if arm.method == "alora":
         batches, held_out = hold_out(data.train, 1)
+        data.restart(seed)
         options["score"] = score_on(held_out, data, model)
 
     def allocator_of(model, optimizer):
@@ -252,17 +253,15 @@ def measure(data, arm, lr, scale, seed, steps):
 def tune(args, out):
     """Every arm on the whole grid, with the seed that no report uses."""
     path = out / "tune.csv"
-    keys = ["kind", "arm", "lr", "scale", "seed"]
-    done = {tuple(row[key] for key in keys) for row in read_table(path)}
     for kind in args.kinds:
         data = Data(kind, TUNE_SEED, args.texts)
         for arm, (lr, scale) in [(arm, point) for arm in args.arms for point in args.grid or grid_of(arm)]:
-            key = (kind, arm.name, lr, f"{scale:g}", TUNE_SEED)
-            if tuple(map(str, key)) in done:
+            key = {"kind": kind, "arm": arm.name, "lr": lr, "scale": f"{scale:g}", "seed": TUNE_SEED}
+            if has_row(path, **key):
                 continue
             started = time.time()
             found = measure(data, arm, lr, scale, TUNE_SEED, args.steps)
-            append(path, {**dict(zip(keys, key)), **{name: round(found[name], 4) for name in ("size", "loss")}})
+            append(path, {**key, **{name: round(found[name], 4) for name in ("size", "loss")}})
             seconds = time.time() - started
             print(f"{kind}, {arm.name}, lr {lr:g}, scale {scale}: {found['loss']:.3f}, {seconds:.0f} s", flush=True)
 
@@ -291,12 +290,11 @@ def ranking(losses):
 def compare(args, out):
     """Every arm with its tuned learning rate and scale, on every kind and seed."""
     path = out / "shift.csv"
-    done = {(row["kind"], row["arm"], row["seed"]) for row in read_table(path)}
     for seed in args.seeds:
         for kind in args.kinds:
             data = None
             for arm in args.arms:
-                if (kind, arm.name, str(seed)) in done:
+                if has_row(path, kind=kind, arm=arm.name, seed=seed):
                     continue
                 started = time.time()
                 data = data or Data(kind, seed, args.texts)

@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import FixedRanks, Recipe
-from cli.files import append, read_table
+from cli.files import append, has_row, read_table
 from cli.flags import positive
 from experiments import shift
 from experiments.arms import arm_of, tuned
@@ -115,18 +115,17 @@ def main(argv=None):
     path = out / "transplant.csv"
     for seed in args.seeds:
         for kind in args.kinds:
-            done = {row["placement"] for row in read_table(path) if (row["kind"], row["seed"]) == (kind, str(seed))}
-            if done == set(PLACEMENTS):
+            missing = [name for name in PLACEMENTS if not has_row(path, kind=kind, seed=seed, placement=name)]
+            if not missing:
                 continue
             data = shift.Data(kind, seed, args.texts)
             ranks = found_ranks(out, data, args.arm, seed, args.steps)
-            for placement in PLACEMENTS:
-                if placement not in done:
-                    started = time.time()
-                    row = one(data, placement, ranks, seed, args.steps)
-                    append(path, row)
-                    seconds = time.time() - started
-                    print(f"{kind}, {placement}, seed {seed}: {row['loss']:.4f}, {seconds:.0f} s", flush=True)
+            for placement in missing:
+                started = time.time()
+                row = one(data, placement, ranks, seed, args.steps)
+                append(path, row)
+                seconds = time.time() - started
+                print(f"{kind}, {placement}, seed {seed}: {row['loss']:.4f}, {seconds:.0f} s", flush=True)
     rows = read_table(path)
     print(table(rows))
     return rows

@@ -387,6 +387,24 @@ def test_alora_scores_ranks_on_training_texts_that_it_does_not_train_on(tiny_lm,
     assert sum(shift.ranks_of(model)) == 4 * 6 * LAYERS
 
 
+def test_a_run_of_alora_does_not_depend_on_what_ran_before_it(tiny_lm, monkeypatch):
+    data, hidden = shift.Data("words", 0, 96), []
+    score_on = shift.score_on
+
+    def look(batches, data, model):
+        state = data.generator.get_state()
+        hidden.append(data.batch_of(batches)[1])
+        data.generator.set_state(state)
+        return score_on(batches, data, model)
+
+    monkeypatch.setattr(shift, "score_on", look)
+    for before in (0, 3):
+        for _ in range(before):
+            data.batch_of(data.train[:1])
+        shift.train(shift.model_of(arms.arm_of("alora-4"), 2, 0), data, arms.arm_of("alora-4"), 0.01, 0, 2)
+    assert torch.equal(*hidden), "the same words are hidden for its scores"
+
+
 def test_grids_have_as_many_trials_for_every_arm():
     some = [arms.arm_of(name) for name in ("lora-4", *CLOSED_FORMS)]
     assert {len(set(arms.grid_of(arm))) for arm in some} == {len(arms.GRID)}
