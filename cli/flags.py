@@ -131,7 +131,7 @@ def build_parser():
     )
     g.add_argument(
         "--window", type=float, nargs=2, metavar=("START", "END"),
-        help="the gates train between these fractions of all steps (default 0.2 0.5)",
+        help="the gates train between these fractions of all steps (default 0.4 0.5; paper: 0.2 0.5)",
     )
     g.add_argument(
         "--controller", choices=CONTROLLERS,

@@ -42,7 +42,7 @@ from salora import salora_layers
 
 ARMS = {  # name -> (allocator, recipe, whose tuned learning rate and scale it takes)
     "lora": (None, None, "lora"),
-    "ours": (RankAllocator, Recipe.ours(), "narrow"),
+    "ours": (RankAllocator, Recipe.ours(), "late"),
     "paper": (RankAllocator, Recipe.paper(), "paper"),
     "no Lagrangian": (FreeGates, Recipe.paper(), "paper"),
     "no orthogonality": (RankAllocator, Recipe.paper(beta=0.0), "paper"),

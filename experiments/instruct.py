@@ -66,7 +66,7 @@ ARMS = {
     "lora-4": (4, 1.0, None, 0.024),
     "restart-8": (8, 1.0, RESTART, 0.024),
     "salora": (8, 0.5, Recipe.ours(), 0.024),
-    "salora-16": (16, 0.25, Recipe.ours(window=(0.4, 0.5)), 0.012),
+    "salora-16": (16, 0.25, Recipe.ours(), 0.012),
 }
 COLUMNS = ["arm", "seed", "lr", "size", "loss", "accuracy", "meaning"]
 

@@ -134,8 +134,8 @@ def ladder(rank=4):
     rung("informed start", spread=8.0)
     rung("projection", controller="projection")
     rung("warm-up", warmup=0.05)
-    rung("restart", restart=True, dropout=0.0)  # the main job's default; the tiny encoder has no dropout to leave out
-    rung("late", window=(0.4, 0.5))
+    rung("restart", restart=True, dropout=0.0)  # the tiny encoder has no dropout to leave out
+    rung("late", window=(0.4, 0.5))  # the main job's default
     rung("wide", r0=16)
     alternative("early", window=(0.2, 0.5))
     alternative("quadratic", controller="quadratic")

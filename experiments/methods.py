@@ -28,8 +28,8 @@ from hub.checkpoints import write_atomically
 
 GLUE_REACH, SHIFT_REACH = 0.8, 2.0
 METHODS = {  # name -> (flags of the main job, arm of the shift study)
-    "salora": ("--method salora", "narrow-4"),
-    "salora-16": ("--method salora --rank 16 --alpha 32 --density 0.25 --window 0.4 0.5", "ours-4"),
+    "salora": ("--method salora", "late-4"),
+    "salora-16": ("--method salora --rank 16 --alpha 32 --density 0.25", "ours-4"),
     "lora-8": ("--method lora --rank 8", "lora-8"),
     "lora-4": ("--method lora --rank 4", "lora-4"),
     "adalora": ("--method adalora", "adalora-4"),

@@ -19,8 +19,8 @@ An arm is METHOD-R and has the size of LoRA of rank R:
 
     lora       LoRA                        restart    LoRA whose learning rate restarts half-way, as in ours
     ours       SaLoRA, cut from rank 16    svd        cut from rank 16 by singular values, without gates
-    paper      the published recipe        narrow     the main job's default: cut from rank 8, window 0.2-0.5
-    wider      SaLoRA, cut from rank 32    late       the same with window 0.4-0.5
+    paper      the published recipe        late       the main job's default: cut from rank 8
+    wider      SaLoRA, cut from rank 32    narrow     the same with window 0.2-0.5
     adalora    AdaLoRA, cut from rank 8    rm-lora    RM-LoRA: regularized and masked, no rank is cut
     alora      ALoRA, R of 8 ranks open    sora       SoRA from rank R; its size follows from its lambda
 

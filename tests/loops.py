@@ -10,10 +10,11 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_leaves
 
-from budget import RankAllocator, kept_density
+from budget import RankAllocator, Recipe, kept_density
 from salora import adapt, merge, salora_layers
 
-STEPS, T_START, T_END = 20, 4, 10  # with the default window, .2 to .5
+STEPS, T_START, T_END = 20, 4, 10
+OURS = Recipe.ours(window=(0.2, 0.5))  # long enough, of so few steps, to stop and look inside
 
 
 def mlp():
@@ -31,7 +32,7 @@ def conv_net():
 class Run:
     """A model, an optimizer, an allocator, a scheduler and batches, the same numbers every time."""
 
-    def __init__(self, build=mlp, density=0.5, make=torch.optim.AdamW, recipe=None, **flags):
+    def __init__(self, build=mlp, density=0.5, make=torch.optim.AdamW, recipe=OURS, **flags):
         torch.manual_seed(0)
         self.model, shape = build()
         self.optimizer = make([p for p in self.model.parameters() if p.requires_grad], lr=0.01, **flags)
@@ -120,7 +121,7 @@ def llama_under_trainer(folder, density=0.5, **arguments):
     args = transformers.TrainingArguments(folder, **{**defaults, **arguments})
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    allocator = RankAllocator(model, optimizer, args.max_steps, density)
+    allocator = RankAllocator(model, optimizer, args.max_steps, density, OURS)
     scheduler = LambdaLR(optimizer, allocator.lr_factor)
     trainer = transformers.Trainer(model, args, train_dataset=rows, eval_dataset=rows[:4],
                                    optimizers=(optimizer, scheduler), callbacks=[RankCallback(allocator)])  # fmt: skip

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from dataclasses import replace
 
 import loops
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import example, given
 from hypothesis import strategies as st
-from loops import STEPS, T_END, T_START, Run, assert_finished, assert_refused, assert_same, conv_net, mlp, sgd
+from loops import OURS, STEPS, T_END, T_START, Run, assert_finished, assert_refused, assert_same, conv_net, mlp, sgd
 from strategies import seeds, sizes
 from torch import nn
 
@@ -27,7 +28,7 @@ def test_a_loop_by_hand_with_a_scheduler_gives_any_net_its_budget(build, density
     assert_finished(run.allocator, run.model, lambda model: model(run.batches[0][0]), density)
 
 
-@pytest.mark.parametrize("recipe", [Recipe.ours(), Recipe.paper()], ids=["ours", "paper"])
+@pytest.mark.parametrize("recipe", [OURS, Recipe.paper()], ids=["ours", "paper"])
 @pytest.mark.parametrize("build", [mlp, conv_net])
 def test_a_loop_resumed_in_any_phase_goes_on_equal_to_the_bit(build, recipe):
     whole = Run(build, recipe=recipe).train()
@@ -90,7 +91,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("make,flags", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_pruning_slices_gradients_and_every_moment_to_the_triplets_that_stay(make, flags):
     """Which stay is read off log_theta, all of whose values differ; the rest is Python's own indexing."""
-    run = Run(make=make, recipe=Recipe(canonical=False), **flags).train(stop=T_END)
+    run = Run(make=make, recipe=replace(OURS, canonical=False), **flags).train(stop=T_END)
     state, sides = run.optimizer.state, []
     for layer in run.layers:
         layer.A.grad, layer.B.grad = torch.randn_like(layer.A), torch.randn_like(layer.B)

@@ -20,7 +20,7 @@ def changes(one, other):
 
 def test_the_ladder_leads_from_the_papers_recipe_to_ours():
     rungs = ladder.ladder()
-    assert rungs["paper"].recipe == Recipe.paper() and rungs["restart"].recipe == Recipe.ours()
+    assert rungs["paper"].recipe == Recipe.paper() and rungs["late"].recipe == Recipe.ours()
     assert rungs["wide"].recipe == arms.arm_of("ours-4").recipe and rungs["wide"].r0 == 16
     assert rungs["no gates"].recipe == arms.arm_of("svd-4").recipe
 

@@ -78,7 +78,7 @@ def test_every_task_runs_within_its_budget_and_writes_its_files(go, tmp_path, ta
     sizes = {"up": 48, "down": 48}
     assert kept == sum(rank * sizes.get(name.split(".")[-1], 32) for name, rank in summary["ranks"].items())
     phases = [row["phase"] for row in log_of(tmp_path / "run")]
-    assert phases == ["open"] * 4 + ["window"] * 6 + ["frozen"] * 10
+    assert phases == ["open"] * 8 + ["window"] * 2 + ["frozen"] * 10
 
 
 def test_the_status_line_shows_lambda_where_there_is_one(go, capsys):
@@ -171,7 +171,7 @@ def test_the_status_line_and_the_start_say_what_is_going_on(go, capsys):
     out = capsys.readouterr().out
     assert "mini-cola, salora, seed 0 on cpu: 48 training rows, 1000 dev" in out
     assert "11,346 parameters, 3,890 trained, 3,584 budgeted" in out  # 2 blocks of (4 x 32 + 2 x 48) x 8
-    assert "gates train from step 4 to 10 of 20, gate lr 2.33" in out
+    assert "gates train from step 8 to 10 of 20, gate lr 7" in out
     assert "step 10/20 | loss 0." in out and " | C 0.500 -> 0.5 | kept " in out and "/96 | " in out
     assert "of 3,584 adapter parameters: 0.49" in out or "kept 1,792 of 3,584 adapter parameters: 0.5000" in out
 
@@ -485,9 +485,9 @@ CHANGES = {
 
 
 def run_of(tmp_path_factory, weights, **flags):
-    """The adapter that 3 epochs of 6 steps with these flags leave behind."""
+    """The adapter that 6 epochs of 6 steps with these flags leave behind."""
     folder = tmp_path_factory.mktemp("flags") / "run"
-    length = {} if "--steps" in flags else {"--epochs": [3]}
+    length = {} if "--steps" in flags else {"--epochs": [6]}
     flags = {"--weights": weights, "--rows": [48], "--batch-size": [8], **length, "--out": [folder], **flags}
     main([str(x) for flag, values in flags.items() for x in (flag, *values)])
     return adapter_of(folder)

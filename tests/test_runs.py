@@ -275,7 +275,8 @@ def test_settings_hold_the_values_that_were_used_and_none_is_null(go, tmp_path, 
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert None not in settings.values() and settings["dropout"] in ([0.0, 0.0], [0.1, 0.1])
     assert ("gate_lr" in settings) == ("recipe" in settings) == (flags in ([], ["--recipe", "paper"]))
-    assert settings.get("gate_lr", 14 / 6) == pytest.approx(14 / 6), "and not auto"
+    if "recipe" in settings:
+        assert settings["gate_lr"] == pytest.approx(14 / (2 if settings["recipe"] == "ours" else 6)), "and not auto"
 
 
 def test_deterministic_algorithms_are_used_where_they_are_asked_for(go):  # noqa: F811
