@@ -184,6 +184,18 @@ def study(args, out):
                     print(", ".join(f"{key} {row[key]}" for key in row if key != "ranks"), flush=True)
 
 
+def best_of(rows):
+    """A line a task and arm: the scores that tuning saw, with their learning rates, best first."""
+    trials = defaultdict(list)
+    for row in rows:
+        trials[row["task"], row["arm"]].append((float(row["score"]), float(row["lr"])))
+    lines = ["score (learning rate), best first"]
+    for (task, arm), some in trials.items():
+        best = sorted(some, key=lambda trial: -trial[0])
+        lines.append(f"{task}, {arm:<11}" + ", ".join(f"{score:.4f} ({lr:g})" for score, lr in best))
+    return "\n".join(lines)
+
+
 def report(rows):
     """For every task and over all: means, and paired differences with their 95 % bootstrap intervals over seeds.
 
@@ -241,7 +253,7 @@ def main(argv=None):
         with errors_as_lines(parser, hint=STUDY):
             study(args, out)
     rows = read_table(out / ("tune.csv" if args.tune else "real.csv"))
-    print(report(rows) if rows else f"no rows in {out}")
+    print(f"no rows in {out}" if not rows else best_of(rows) if args.tune else report(rows))
     return rows
 
 

@@ -74,6 +74,9 @@ def test_arms_are_tuned_apart_run_once_and_keep_to_their_size(small, tmp_path, c
         (arm, lr) for arm in ("lora-8", "lora-4", "narrow-4", "ours-4") for lr in ("0.001", "0.01")
     ]
     assert {row["seed"] for row in tuned} == {str(real.TUNE_SEED)}
+    first, second = sorted((row for row in tuned if row["arm"] == "lora-4"), key=lambda row: -float(row["score"]))
+    line = "cola, lora-4     " + ", ".join(f"{float(row['score']):.4f} ({row['lr']})" for row in (first, second))
+    assert line in capsys.readouterr().out.splitlines()
     for seeds in (["0"], ["0", "1"]):
         rows = real.main([*small, *arms, "--seeds", *seeds])
     assert [(row["arm"], row["seed"]) for row in rows] == [(arm, seed) for seed in "01" for arm in arms[1:7]]
