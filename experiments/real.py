@@ -9,10 +9,11 @@ So the official *training* rows are split once and for all into rows to train on
 10,000 of SST-2, 3,000 of CoLA and 1,000 of MRPC. A seed draws 2,000 of the first (--rows), for 8 epochs of batches of
 32, the start and the order; arms of one seed share all of it and are compared in pairs. Dev rows are not used.
 
-Arms are those of experiments/shift.py, METHOD-R, of the size of LoRA of rank R: LoRA; `restart`, the same
-with a learning rate that restarts at half-time, as SaLoRA's does; `late`, the main job's default, from rank 8;
-`narrow`, the same with the window .2-.5; `ours`, from rank 16; `svd`, cut without gates. Two more are fresh LoRAs with the ranks that ours-4 found on the same seed, as they are (found-4) or shuffled among matrices of one
-shape (shuffled-4); experiments/transplant.py has more about them. All have scale 2 and their own learning rate. Rows
+Arms are those of experiments/shift.py, METHOD-R, of the size of LoRA of rank R: LoRA; `restart`, the same with a
+learning rate that restarts at half-time, as SaLoRA's does; `late`, the main job's default, from rank 8; `narrow`, the
+same with the window .2-.5; `ours`, from rank 16; `svd`, cut without gates. Two more are fresh LoRAs with the ranks that
+ours-4 found on the same seed, as they are (found-4) or shuffled among matrices of one shape (shuffled-4);
+experiments/transplant.py has more about them. All have scale 2 and their own learning rate. Rows
 that are in DIR/real.csv are not run again.
 """
 
