@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_glue_mini
 from budget import RankAllocator
-from cli.files import append, read_table
+from cli.files import append, has_row, read_table
 from glue.mini import TASKS
 
 
@@ -70,8 +70,7 @@ def main(argv=None):
     for seed in args.seeds:
         for task in args.tasks:
             for gate_lr in args.gate_lr:
-                key = (task, str(seed), str(gate_lr))
-                if any((row["task"], row["seed"], row["gate_lr"]) == key for row in read_table(path)):
+                if has_row(path, task=task, seed=seed, gate_lr=gate_lr):
                     continue
                 row = one(task, seed, gate_lr, flags)
                 append(path, row)

@@ -27,7 +27,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import FixedRanks, RankAllocator, Recipe, freeze_gates, total_parameters
-from cli.files import append, read_table
+from cli.files import append, has_row, read_table
 from cli.flags import positive
 from cli.setup import TARGETS
 from glue.metrics import spearman
@@ -207,12 +207,10 @@ def main(argv=None):
     path = out / f"{args.network}.csv"
     noises = args.noise or ([0.0] if args.network == "transformer" else [0.1, 1.0])
     steps = args.steps or NETWORKS[args.network][1]
-    rows = read_table(path)
-    done = {(int(row["steps"]), row["method"], float(row["noise"]), int(row["seed"])) for row in rows}
     for seed in args.seeds[:1] if args.quick else args.seeds:
         for noise in noises[:1] if args.quick else noises:
             for method in args.methods:
-                if (steps, method, noise, seed) in done:
+                if has_row(path, steps=steps, method=method, noise=noise, seed=seed):
                     continue
                 started = time.time()
                 with redirect_stdout(None):

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_glue_mini
-from cli.files import append, read_table
+from cli.files import append, has_row, read_table
 from glue.mini import TASKS as MINI_TASKS
 from hub.checkpoints import write_atomically
 
@@ -140,8 +140,7 @@ def main(argv=None):
     for seed in args.seeds:
         for task in args.tasks:
             for variant in variants:
-                rows = read_table(path)
-                if any((row["variant"], row["task"], row["seed"]) == (variant, task, str(seed)) for row in rows):
+                if has_row(path, variant=variant, task=task, seed=seed):
                     continue
                 name = f"{variant}-{task}-s{seed}-{time.time_ns()}".replace(" ", "")
                 row = one(variant, task, seed, flags, str(out / name))
