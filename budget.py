@@ -215,7 +215,7 @@ CONTROLLERS = ("quadratic", "sgd", "projection")
 class Recipe:
     """Every decision that Algorithm 1 leaves open, or that measured better otherwise; the defaults are `ours`."""
 
-    # The gates train between these fractions of all steps. App. B has (0.2, 0.5); later, there is more to choose from.
+    # The gates train between these fractions of all steps. App. B has (0.2, 0.5).
     window: tuple = (0.4, 0.5)
     # What drives C to b. "projection": after each step one shift of all log_theta puts C on a target that falls to b.
     # "quadratic": Eq. (12), lambda and log_theta by Adam; "sgd": by plain gradient steps, as in Algorithm 1, which
