@@ -35,10 +35,15 @@ def read_table(path):
         return list(csv.DictReader(file))
 
 
+def rows_with(path, **values):
+    """The rows of a CSV file that have these values."""
+    wanted = {name: str(value) for name, value in values.items()}
+    return [row for row in read_table(path) if wanted.items() <= row.items()]
+
+
 def has_row(path, **values):
     """Whether a CSV file has a row with these values: such a run has been done."""
-    wanted = {name: str(value) for name, value in values.items()}
-    return any(wanted.items() <= row.items() for row in read_table(path))
+    return bool(rows_with(path, **values))
 
 
 def check_free(folder):

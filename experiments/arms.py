@@ -131,6 +131,12 @@ def grid_of(arm):
     return [(middle * factor, 1) for factor in (0.5, 1, 2, 4, 8, 16)]
 
 
+def ranking(values, highest=False):
+    """{learning rate: loss or score} -> text, the best first: the lowest, or the highest."""
+    best = sorted(values, key=values.get, reverse=highest)
+    return ", ".join(f"{values[lr]:.4f} ({lr:g})" for lr in best)
+
+
 def trial(text):
     """0.006:2 -> (0.006, 2.0): a learning rate and a scale."""
     lr, _, scale = text.partition(":")

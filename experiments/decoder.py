@@ -40,7 +40,7 @@ from cli.files import append, has_row, read_table
 from cli.flags import Parser, above_zero, device_of, positive
 from cli.runs import STUDY, errors_as_lines
 from experiments import plots, shift
-from experiments.arms import METHODS, TUNE_SEED, arm_of, tuned
+from experiments.arms import METHODS, TUNE_SEED, arm_of, ranking, tuned
 from experiments.intervals import interval, paired, resamples, share_closed
 from hub.checkpoints import write_atomically
 from hub.tokenizers import errors_of
@@ -245,9 +245,7 @@ def trials_of(rows):
 def best_of(rows):
     """A line an arm: its losses, best first."""
     lines = ["loss (learning rate), best first"]
-    for arm, trials in trials_of(rows).items():
-        best = sorted(trials, key=trials.get)
-        lines.append(f"{arm:<11}" + ", ".join(f"{trials[lr]:.4f} ({lr:g})" for lr in best))
+    lines += [f"{arm:<11}{ranking(trials)}" for arm, trials in trials_of(rows).items()]
     return "\n".join(lines)
 
 

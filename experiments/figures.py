@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import FixedRanks, RankAllocator, Recipe
-from cli.files import append, has_row, read_table
+from cli.files import append, has_row, read_table, rows_with
 from cli.flags import positive
 from cli.pictures import split_name
 from cli.setup import TARGETS
@@ -98,9 +98,8 @@ def rows_of(runs, path, args):
         append(path, row)
         name = f"{run.arm} r={run.r} b={run.density:g} {run.where}, {run.kind}, seed {run.seed}"
         print(f"{name}: loss {row['loss']:.3f}, {time.time() - started:.0f} s", flush=True)
-    wanted = [{name: str(value) for name, value in run._asdict().items()} for run in runs]
-    rows = [row for row in read_table(path) if row["steps"] == str(args.steps)]
-    return [row for row in rows if any(run.items() <= row.items() for run in wanted)]
+    wanted = [row for run in runs for row in rows_with(path, **run._asdict(), steps=args.steps)]
+    return [row for row in read_table(path) if row in wanted]
 
 
 def table(rows, *names):

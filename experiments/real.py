@@ -13,8 +13,8 @@ Arms are those of experiments/shift.py, METHOD-R, of the size of LoRA of rank R:
 learning rate that restarts at half-time, as SaLoRA's does; `late`, the main job's default, from rank 8; `narrow`, the
 same with the window .2-.5; `ours`, from rank 16; `svd`, cut without gates. Two more are fresh LoRAs with the ranks that
 ours-4 found on the same seed, as they are (found-4) or shuffled among matrices of one shape (shuffled-4);
-experiments/transplant.py has more about them. All have scale 2 and their own learning rate. Rows
-that are in DIR/real.csv are not run again.
+experiments/transplant.py has more about them. All have scale 2 and their own learning rate. Rows that are in
+DIR/real.csv are not run again.
 """
 
 import argparse
@@ -34,12 +34,12 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import FixedRanks, Recipe
-from cli.files import append, has_row, read_table
+from cli.files import append, has_row, read_table, rows_with
 from cli.flags import above_zero, positive
 from cli.runs import STUDY, errors_as_lines
 from cli.setup import TARGETS
 from experiments import shift, transplant
-from experiments.arms import arm_of
+from experiments.arms import TUNE_SEED, arm_of, ranking
 from experiments.intervals import interval, paired
 from glue.metrics import METRICS
 from glue.tasks import load_task, task_of
@@ -60,7 +60,6 @@ RIVALS = {
     "found-4": ["shuffled-4", "lora-4"],
 }
 RATES = [5e-4, 1e-3, 2e-3]
-TUNE_SEED = 100
 BATCH, EPOCHS, SCALE, LONGEST = 32, 8, 2, 128
 POOL = 8 * BATCH  # rows of similar length within a pool share a batch, which halves the padding
 SAME = 0.005  # two scores that differ by less are called the same
@@ -149,20 +148,20 @@ def measure(data, name, lr, seed, args, ranks=None):
     return {**row, "score": round(metric, 5), "loss": round(loss, 5), "ranks": found, "seconds": seconds}
 
 
-def ranks_for(name, rows, data, seed):
+def ranks_for(name, path, task, seed):
     """The ranks that ours-4 found on this task and seed; None for an arm that has its own."""
     if name not in ("found-4", "shuffled-4"):
         return None
-    found = [row["ranks"] for row in rows if (row["task"], row["arm"], row["seed"]) == (data.task, "ours-4", str(seed))]
+    found = rows_with(path, task=task, arm="ours-4", seed=seed)
     if not found:
-        raise ValueError(f"{name} needs ours-4's ranks on {data.task}, seed {seed}: run that arm first")
-    return json.loads(found[0])
+        raise ValueError(f"{name} needs ours-4's ranks on {task}, seed {seed}: run that arm first")
+    return json.loads(found[0]["ranks"])
 
 
 def rate_of(name, task, out):
     """The learning rate of the best score on the tuning seed; found and shuffled take lora-4's."""
     name = "lora-4" if name in ("found-4", "shuffled-4") else name
-    rows = [row for row in read_table(out / "tune.csv") if (row["task"], row["arm"]) == (task, name)]
+    rows = rows_with(out / "tune.csv", task=task, arm=name)
     if not rows:
         raise ValueError(f"{name} has not been tuned on {task}: run with --tune first")
     return float(max(rows, key=lambda row: float(row["score"]))["lr"])
@@ -178,23 +177,22 @@ def study(args, out):
                 if args.tune and name in ("found-4", "shuffled-4"):
                     continue
                 for lr in args.lr or RATES if args.tune else [rate_of(name, task, out)]:
-                    if has_row(path, task=task, arm=name, seed=seed, **({"lr": lr} if args.tune else {})):
+                    key = {"task": task, "arm": name, "seed": seed} | ({"lr": lr} if args.tune else {})
+                    if has_row(path, **key):
                         continue
                     data = data or data_of(task, args.data, args.weights, seed, args.rows)
-                    row = measure(data, name, lr, seed, args, ranks_for(name, read_table(path), data, seed))
+                    row = measure(data, name, lr, seed, args, ranks_for(name, path, task, seed))
                     append(path, row)
                     print(", ".join(f"{key} {row[key]}" for key in row if key != "ranks"), flush=True)
 
 
 def best_of(rows):
     """A line a task and arm: the scores that tuning saw, with their learning rates, best first."""
-    trials = defaultdict(list)
+    trials = defaultdict(dict)
     for row in rows:
-        trials[row["task"], row["arm"]].append((float(row["score"]), float(row["lr"])))
+        trials[row["task"], row["arm"]][float(row["lr"])] = float(row["score"])
     lines = ["score (learning rate), best first"]
-    for (task, arm), some in trials.items():
-        best = sorted(some, key=lambda trial: -trial[0])
-        lines.append(f"{task}, {arm:<11}" + ", ".join(f"{score:.4f} ({lr:g})" for score, lr in best))
+    lines += [f"{task}, {arm:<11}{ranking(scores, highest=True)}" for (task, arm), scores in trials.items()]
     return "\n".join(lines)
 
 

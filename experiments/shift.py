@@ -254,13 +254,12 @@ def tune(args, out):
     """Every arm on the whole grid, with the seed that no report uses."""
     path = out / "tune.csv"
     for kind in args.kinds:
-        data = Data(kind, TUNE_SEED, args.texts)
         for arm, (lr, scale) in [(arm, point) for arm in args.arms for point in args.grid or grid_of(arm)]:
             key = {"kind": kind, "arm": arm.name, "lr": lr, "scale": f"{scale:g}", "seed": TUNE_SEED}
             if has_row(path, **key):
                 continue
             started = time.time()
-            found = measure(data, arm, lr, scale, TUNE_SEED, args.steps)
+            found = measure(data_of(kind, TUNE_SEED, args.texts), arm, lr, scale, TUNE_SEED, args.steps)
             append(path, {**key, **{name: round(found[name], 4) for name in ("size", "loss")}})
             seconds = time.time() - started
             print(f"{kind}, {arm.name}, lr {lr:g}, scale {scale}: {found['loss']:.3f}, {seconds:.0f} s", flush=True)
@@ -292,14 +291,12 @@ def compare(args, out):
     path = out / "shift.csv"
     for seed in args.seeds:
         for kind in args.kinds:
-            data = None
             for arm in args.arms:
                 if has_row(path, kind=kind, arm=arm.name, seed=seed):
                     continue
                 started = time.time()
-                data = data or Data(kind, seed, args.texts)
                 lr, scale = tuned(arm)
-                found = measure(data, arm, lr, scale, seed, args.steps)
+                found = measure(data_of(kind, seed, args.texts), arm, lr, scale, seed, args.steps)
                 size, loss = round(found["size"], 4), round(found["loss"], 4)
                 row = dict(zip(COLUMNS, [kind, arm.name, size, seed, loss], strict=True))
                 seconds = round(time.time() - started, 1)

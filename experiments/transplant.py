@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import FixedRanks, Recipe
-from cli.files import append, has_row, read_table
+from cli.files import append, has_row, read_table, rows_with
 from cli.flags import positive
 from experiments import shift
 from experiments.arms import arm_of, tuned
@@ -40,9 +40,9 @@ PLACEMENTS = ["found", "shuffled", "uniform"]
 
 def found_ranks(out, data, arm, seed, steps):
     """The ranks of this arm's run: from ranks.csv where experiments/shift.py left them, or from a run of it now."""
-    for row in read_table(out / "ranks.csv"):
-        if (row["kind"], row["arm"], row["seed"]) == (data.kind, arm.name, str(seed)):
-            return json.loads(row["ranks"])
+    found = rows_with(out / "ranks.csv", kind=data.kind, arm=arm.name, seed=seed)
+    if found:
+        return json.loads(found[0]["ranks"])
     return shift.measure(data, arm, *tuned(arm), seed, steps)["ranks"]
 
 
@@ -118,7 +118,7 @@ def main(argv=None):
             missing = [name for name in PLACEMENTS if not has_row(path, kind=kind, seed=seed, placement=name)]
             if not missing:
                 continue
-            data = shift.Data(kind, seed, args.texts)
+            data = shift.data_of(kind, seed, args.texts)
             ranks = found_ranks(out, data, args.arm, seed, args.steps)
             for placement in missing:
                 started = time.time()

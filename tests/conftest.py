@@ -164,7 +164,9 @@ def tiny_lm(tmp_path, tiny_weights, monkeypatch):
     save_pretrained(MaskedLM(load_pretrained(tiny_weights)[0]), tmp_path / "lm")
     monkeypatch.setattr(shift, "mini_encoder", lambda: tmp_path / "lm")
     monkeypatch.setattr(shift, "HELD_OUT", 40)
-    return ["--steps", "10", "--texts", "64", "--out", str(tmp_path / "out")]
+    shift.data_of.cache_clear()
+    yield ["--steps", "10", "--texts", "64", "--out", str(tmp_path / "out")]
+    shift.data_of.cache_clear()
 
 
 DECODER_WORDS = "the a film song was is not very good bad great dull and but . old new dog cat saw".split()

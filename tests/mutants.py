@@ -939,7 +939,7 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_real.py::test_given_ranks_are_those_of_the_model_that_trains"),
     ("experiments/real.py", "torch.cat(logits), torch.cat(labels)", "torch.cat(logits[::-1]), torch.cat(labels)",
      "tests/test_real.py::test_score_and_loss_are_those_of_each_row_alone"),
-    ("experiments/real.py", '== (data.task, "ours-4", str(seed))]', '== (data.task, "ours-4", "0")]',
+    ("experiments/real.py", "arm=\"ours-4\", seed=seed)", "arm=\"ours-4\", seed=0)",
      "tests/test_real.py::test_arms_are_tuned_apart_run_once_and_keep_to_their_size"),
 ]  # fmt: skip
 

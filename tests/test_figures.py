@@ -12,9 +12,7 @@ from experiments import cost, figures
 @pytest.fixture
 def flags(tiny_lm):
     """Those of runs of five steps."""
-    figures.shift.data_of.cache_clear()
-    yield [*tiny_lm, "--seeds", "0", "--steps", "5", "--samples", "1000"]
-    figures.shift.data_of.cache_clear()
+    return [*tiny_lm, "--seeds", "0", "--steps", "5", "--samples", "1000"]
 
 
 @pytest.mark.parametrize(
