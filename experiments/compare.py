@@ -8,9 +8,10 @@
 
 experiments/methods.py says which methods, at what size, and how SoRA gets there. All get as many trials, with seed 100,
 which no report uses: on GLUE the default learning rate of the main job, its half and its double; on a shift the six of
-grid_of. An official task is tuned on a tenth of its training rows, on which that run does not train, so dev rows
-are for reports alone; a generated task has the same dev rows for both. A report takes the trial with the best mean over
-the tasks of tune.csv, and without one the default, which the table marks.
+grid_of. Tuning and reports score different rows. An official task is tuned on a tenth of its training rows, on which
+that run does not train, and reports are about dev rows; a generated task is tuned on dev rows, and reports are about
+rows that were generated after them. A report takes the trial with the best mean over the tasks of tune.csv, and without
+one the default, which the table marks.
 
 Rows go to tune.csv, compare.csv and memory.csv in --out. A run that is there is not done again, so a study can be
 stopped, continued, and split over processes. Rows are told apart by method, task, seed and trial alone: a study with

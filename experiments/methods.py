@@ -18,15 +18,20 @@ from time import time_ns
 import torch
 
 import train_glue_mini
+from cli.afterwards import predict, reopen
 from cli.flags import METHODS as MAIN_METHODS
 from cli.journal import Journal
+from cli.runs import read_settings
 from experiments import shift
-from experiments.arms import arm_of, grid_of, tuned
+from experiments.arms import TUNE_SEED, arm_of, grid_of, tuned
+from glue.metrics import METRICS
 from glue.mini import TASKS as MINI_TASKS
-from glue.tasks import TASKS
+from glue.mini import examples
+from glue.tasks import DEV_ROWS, TASKS, TRAIN_ROWS
 from hub.checkpoints import write_atomically
 
 GLUE_REACH, SHIFT_REACH = 0.8, 2.0
+FRESH_ROWS = 4000  # of a generated task, for reports
 METHODS = {  # name -> (flags of the main job, arm of the shift study)
     "salora": ("--method salora", "late-4"),
     "salora-16": ("--method salora --rank 16 --alpha 32 --density 0.25", "ours-4"),
@@ -89,7 +94,21 @@ def run_on_glue(method, task, seed, trial, args):
         error = FloatingPointError if "not finite" in said.getvalue() else ValueError
         raise error(said.getvalue().strip()) from None
     trained, final = sizes(torch.load(out / "adapter.pt", map_location="cpu", weights_only=True))
-    return summary["score"], trained, final, summary["seconds"] / summary["steps"], summary["device"]
+    fresh = kind_of(task) == "generated" and seed != TUNE_SEED
+    score = score_on(fresh_rows(task), out, summary) if fresh else summary["score"]
+    return score, trained, final, summary["seconds"] / summary["steps"], summary["device"]
+
+
+def fresh_rows(task):
+    """Rows of a generated task that come after its training and dev rows, and differ from all of them."""
+    return examples(task, TRAIN_ROWS + DEV_ROWS + FRESH_ROWS)[TRAIN_ROWS + DEV_ROWS :]
+
+
+def score_on(rows, folder, summary):
+    """The score of a finished run on other rows than its own."""
+    settings = read_settings(folder, summary["device"])
+    model, encode = reopen(settings, folder, summary)
+    return METRICS[summary["metric"]](predict(model, encode(rows), settings.device), [row[2] for row in rows])
 
 
 def sizes(adapter):

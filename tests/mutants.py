@@ -847,6 +847,10 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
     ("experiments/compare.py", "*interval(means)", "min(means), max(means)",
      "tests/test_experiments.py::"
      "test_comparison_table_has_intervals_over_seeds_memory_and_a_mark_for_what_was_not_tuned"),
+    ("experiments/methods.py", 'kind_of(task) == "generated" and seed != TUNE_SEED', "False",
+     "tests/test_experiments.py::test_generated_tasks_are_tuned_on_dev_rows_and_reported_on_rows_after_them"),
+    ("experiments/methods.py", "+ FRESH_ROWS)[TRAIN_ROWS + DEV_ROWS :]", "+ FRESH_ROWS)[TRAIN_ROWS:]",
+     "tests/test_experiments.py::test_generated_tasks_are_tuned_on_dev_rows_and_reported_on_rows_after_them"),
     ("experiments/methods.py", "for i, line in enumerate(lines) if i % 10]", "for i, line in enumerate(lines)]",
      "tests/test_experiments.py::test_official_tasks_are_tuned_on_held_out_training_rows_and_never_on_dev_rows"),
     ("experiments/compare.py", '        args.data = args.out / "tuning-data"\n', "",

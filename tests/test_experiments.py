@@ -1,5 +1,6 @@
 """Planted ranks are found, and no experiment does the same run twice."""
 
+import argparse
 import copy
 import csv
 import json
@@ -136,6 +137,20 @@ def test_comparison_adds_rows_with_sizes_and_does_none_twice(tmp_path, capsys, t
     assert sum(line.startswith("salora, mini-sst2, seed") for line in lines) == 2
     [row] = [line.split() for line in lines[-8:] if line.startswith("lora-4 ")]
     assert row[1:4] == ["0.002*", "1,792", "1,792"] and row[8] == "2", "the default, and both seeds"
+
+
+def test_generated_tasks_are_tuned_on_dev_rows_and_reported_on_rows_after_them(tmp_path, tiny_weights, monkeypatch):
+    parts = [*load_task("mini-rte"), methods.fresh_rows("mini-rte")]
+    rows = [row[:2] for part in parts for row in part]
+    assert len(set(rows)) == len(rows) == 4000 + 1000 + methods.FRESH_ROWS
+
+    monkeypatch.setattr(methods, "fresh_rows", lambda task: [("the dog", "the cat", 1)] * 8)
+    flags = ["--weights", str(tiny_weights), "--rows", "32", "--steps", "4"]
+    args = argparse.Namespace(flags=flags, steps=None, out=tmp_path)
+    reported, *_ = methods.run("lora-4", "mini-rte", 0, (0.002, ""), args)
+    tuned, *_ = methods.run("lora-4", "mini-rte", arms.TUNE_SEED, (0.002, ""), args)
+    assert reported in (0, 1), "all fresh rows are alike here"
+    assert 0.2 < tuned < 0.8, "dev rows have both labels"
 
 
 def compared(scores, tuned="yes"):
