@@ -123,7 +123,7 @@ def run(settings, folder, model, train, dev, saved=None):
                                                      seed=seed_of(settings.seed, "gates"), **options)  # fmt: skip
     else:
         allocator = FixedRanks(model, total_steps, settings.warmup)
-    journal = Journal(total_steps, folder, plan_of(settings, model, train))
+    journal = Journal(total_steps, folder, plan_of(settings, model, train), bool(settings.trace))
     if saved:
         journal.restore(saved, optimizer, allocator)
     report.announce(settings, folder, model, train, dev, allocator)

@@ -14,7 +14,9 @@ try:
 except ImportError:  # Windows, where nothing is locked
     fcntl = None
 
-RUN_FILES = {"settings.json", "adapter.pt", "log.csv", "training.png", "ranks.png"}  # of a run that is not finished
+RUN_FILES = {  # of a run that is not finished
+    "settings.json", "adapter.pt", "log.csv", "training.png", "trace.csv", "trace.png", "ranks.png",
+}  # fmt: skip
 
 
 def append(path, row):

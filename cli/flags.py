@@ -225,6 +225,10 @@ def build_parser():
         "default, with -1, -2 ... appended if that exists)",
     )
     g.add_argument(
+        "--trace", action="store_true", default=None,
+        help="log every matrix's gates and orthogonality, too, in RUN/trace.csv and RUN/trace.png",
+    )
+    g.add_argument(
         "--resume", type=path, metavar="RUN",
         help="go on with an interrupted run; its other settings come from there",
     )
@@ -271,7 +275,7 @@ def settle(args):
     lacks |= {} if budgeted else {"a budget": ["density"]}
     lacks |= {} if args.method == "sora" else {"a threshold": ["reach"]}
     lacks |= {} if sized else {"adapters": ["rank"]}
-    lacks |= {} if triplets else {"low-rank adapters": ["alpha"]}
+    lacks |= {} if triplets else {"low-rank adapters": ["alpha", "trace"]}
     for what, flags in lacks.items():
         for flag in flags:
             if getattr(args, flag) is not None:

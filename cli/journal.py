@@ -12,15 +12,30 @@ from hub.checkpoints import write_atomically
 from salora import adapter_state
 
 
+@torch.no_grad()
+def trace_of(step, layers):
+    """A dict for every layer, with the keys report.TRACE: its gates, and both terms of Eq. (9)."""
+    rows = []
+    for name, layer in layers.items():
+        I = torch.eye(layer.r, device=layer.A.device)
+        orth_A = (layer.A @ layer.A.T - I).square().sum().item()
+        orth_B = (layer.B.T @ layer.B - I).square().sum().item()
+        gates = {"open": layer.gate.open_probability().sum().item(), "log_theta": layer.gate.log_theta.tolist()}
+        rows.append({"step": step, "layer": name, "rank": layer.r, **gates, "orth_A": orth_A, "orth_B": orth_B})
+    return rows
+
+
 class Journal:
     """A log row for every 1/200 of the steps, a status line for every tenth row, and a checkpoint at every epoch.
 
     folder: where the checkpoint goes; without one there is none. plan: what a resumed run must have in common with the
-    interrupted one, a dict. rows: the log, dicts with the keys report.COLUMNS.
+    interrupted one, a dict. rows: the log, dicts with the keys report.COLUMNS. trace: what trace_of says at the same
+    steps; it stays empty unless `tracing`.
     """
 
-    def __init__(self, total_steps, folder=None, plan=None):
+    def __init__(self, total_steps, folder=None, plan=None, tracing=False):
         self.total_steps, self.folder, self.plan, self.rows = total_steps, folder, plan, []
+        self.tracing, self.trace = tracing, []
         self.every = max(1, total_steps // 200)
         self.seconds_before, self.started, self.first = 0.0, time.time(), 0
 
@@ -40,12 +55,12 @@ class Journal:
         if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
             raise FloatingPointError(f"weights are not finite at step {step}: try a smaller --lr")
         state = {
-            "format": "salora-run-3",
+            "format": "salora-run-4",
             "plan": self.plan,
             "adapter": adapter_state(model),
             "optimizer": optimizer.state_dict(),
             "allocator": allocator.state_dict(),
-            "journal": {"step": step, "rows": self.rows, "seconds": self.seconds},
+            "journal": {"step": step, "rows": self.rows, "trace": self.trace, "seconds": self.seconds},
         }
         state["digest"] = digest_of(state)
         write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
@@ -63,6 +78,7 @@ class Journal:
         allocator.load_state_dict(saved["allocator"])
         state = saved["journal"]
         self.first, self.rows, self.seconds_before = state["step"], state["rows"], state["seconds"]
+        self.trace = state["trace"]
 
     def add(self, step, loss, optimizer, allocator, batch_size):
         """Note the loss (a tensor) of a step that is done. Only every `every`-th call waits for the device.
@@ -78,6 +94,8 @@ class Journal:
         if not math.isfinite(mean):
             raise FloatingPointError(f"the loss is {mean} at step {done}, not finite: try a smaller --lr")
         self.rows.append({"step": done, "loss": mean, "lr": optimizer.param_groups[0]["lr"], **allocator.status()})
+        if self.tracing:
+            self.trace += trace_of(done, allocator.layers)
         if len(self.rows) % 10 == 0 or done == self.total_steps:
             pace = (time.time() - self.started) / (done - self.first)  # seconds a step
             line = report.status_line(self.rows[-1], self.total_steps, allocator, batch_size / pace)

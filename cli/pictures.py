@@ -1,4 +1,4 @@
-"""The pictures of a run: training.png and ranks.png."""
+"""The pictures of a run: training.png, ranks.png and, with --trace, trace.png."""
 
 import re
 
@@ -43,6 +43,31 @@ def draw_training(log, path, density, title):
         if driven:
             axes[2].plot(steps, [row["lam"] for row in log], color="tab:red")
             axes[2].set(ylabel="lambda")
+    figure.savefig(path, format="png", dpi=110)
+
+
+def draw_trace(trace, largest, path, title):
+    """Heat map of the expected number of open gates of every matrix over steps, and the terms of Eq. (9) below it."""
+    from matplotlib.figure import Figure
+
+    names, steps = list(dict.fromkeys(row["layer"] for row in trace)), sorted({row["step"] for row in trace})
+    series = {key: {name: [row[key] for row in trace if row["layer"] == name] for name in names}
+              for key in ("open", "orth_A", "orth_B")}  # fmt: skip
+    figure = Figure(figsize=(9, 5.5 + 0.2 * min(len(names), 40)), layout="constrained")
+    axes = figure.subplots(3, sharex=True, height_ratios=[2 + 0.1 * min(len(names), 40), 1, 1])
+    image = axes[0].pcolormesh(steps, range(len(names)), list(series["open"].values()), cmap="YlGnBu", vmin=0,
+                               vmax=largest)  # fmt: skip
+    labels = ["{} {}".format(*split_name(name)) for name in names]
+    shown = range(0, len(names), -(-len(names) // 40))
+    axes[0].set_yticks(shown, [labels[i] for i in shown])
+    axes[0].invert_yaxis()
+    axes[0].set(ylabel="block and matrix", title=title)
+    figure.colorbar(image, label="expected number of open gates")
+    for axis, key, label in zip(axes[1:], ("orth_A", "orth_B"), ("|A A$^T$ - I|$^2$", "|B$^T$ B - I|$^2$")):
+        for values in series[key].values():
+            axis.plot(steps, values, color="tab:blue", lw=0.8, alpha=0.5)
+        axis.set(ylabel=label, yscale="log")
+    axes[2].set(xlabel="optimizer step; one line a matrix")
     figure.savefig(path, format="png", dpi=110)
 
 

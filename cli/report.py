@@ -10,7 +10,7 @@ import torch
 
 from budget import kept_density, total_parameters
 from cli.files import digest_of
-from cli.pictures import FEW_STEPS, draw_ranks, draw_training, rank_grid
+from cli.pictures import FEW_STEPS, draw_ranks, draw_trace, draw_training, rank_grid
 from cli.runs import write_settings
 from cli.workers import worker, workers
 from glue.metrics import METRICS
@@ -20,6 +20,7 @@ from peers import PEERS
 from salora import adapter_state, salora_layers, save_adapter
 
 COLUMNS = ["step", "phase", "loss", "lr", "C", "kept", "lam", "triplets"]  # of log.csv
+TRACE = ["step", "layer", "rank", "open", "log_theta", "orth_A", "orth_B"]  # of trace.csv
 
 
 def announce(settings, folder, model, train, dev, allocator):
@@ -76,7 +77,7 @@ def finish_run(settings, folder, model, allocator, journal, predicted, dev):
     write_atomically(folder / "adapter.pt", lambda path: save_adapter(model, path))
     schedule = getattr(allocator, "schedule", None)
     short = too_short(schedule.window) if schedule else ""
-    write_run(folder, journal.rows, summary, settings.rank, short)
+    write_run(folder, journal, summary, settings.rank, short)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     if layers:
         print(rank_table(summary["ranks"]))
@@ -87,14 +88,19 @@ def finish_run(settings, folder, model, allocator, journal, predicted, dev):
     return summary
 
 
-def write_run(folder, log, summary, rank, short=""):
-    """log.csv, training.png, ranks.png where there are ranks, and last, as the sign of a finished run, summary.json."""
+def write_run(folder, journal, summary, rank, short=""):
+    """log.csv, training.png, trace.csv and trace.png if the run was traced, ranks.png where there are ranks, and last,
+    as the sign of a finished run, summary.json."""
     recipe = f" ({summary['recipe']})" if summary.get("recipe", "ours") != "ours" else ""
     run = f"{summary['task']}, {summary['method']}{recipe}, seed {summary['seed']}"
     title = f"{run}: {summary['metric']} {summary['score']:.3f}"
-    write_atomically(folder / "log.csv", lambda path: write_log(log, path))
+    log, trace = journal.rows, journal.trace
+    write_atomically(folder / "log.csv", lambda path: write_rows(log, COLUMNS, path))
     density = summary["density_target"]
     write_atomically(folder / "training.png", lambda path: draw_training(log, path, density, title))
+    if trace:
+        write_atomically(folder / "trace.csv", lambda path: write_rows(trace, TRACE, path))
+        write_atomically(folder / "trace.png", lambda path: draw_trace(trace, rank, path, title))
     if summary["ranks"]:
         title += "\nwindow too short for ranks to mean anything" if short else ""
         write_atomically(folder / "ranks.png", lambda path: draw_ranks(summary["ranks"], rank, path, title))
@@ -116,11 +122,11 @@ def write_predictions(out, task, test, predicted):
     return out / f"{task.folder}{part}.tsv"
 
 
-def write_log(log, path):
+def write_rows(rows, columns, path):
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(log)
+        writer.writerows(rows)
 
 
 def status_line(row, total_steps, allocator, rows_per_second):

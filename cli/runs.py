@@ -140,7 +140,7 @@ def interrupted(args, parser):
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: the run is finished, or did not get through its first epoch")
     saved = read_torch(path)
-    if not isinstance(saved, dict) or saved.get("format") != "salora-run-3":
+    if not isinstance(saved, dict) or saved.get("format") != "salora-run-4":
         raise ValueError(f"{path} is not a checkpoint of this program")
     try:
         whole = saved.pop("digest", None) == digest_of(saved)

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from budget import FixedRanks, RankAllocator, Recipe
 from cli.files import append, has_row, read_table, rows_with
 from cli.flags import positive
+from cli.journal import Journal
 from cli.pictures import split_name
 from cli.setup import TARGETS
 from experiments import compare, cost, plots, shift
@@ -176,35 +177,18 @@ def fig5(args, path):
     plots.curves(rows, "size", "adapter parameters at the end, relative to LoRA r = 8", path.with_suffix(".png"))
 
 
-class Trace:
-    """A journal of Figure 6: what the penalties of Eq. (12) drive, 100 times in a run."""
-
-    def __init__(self, total_steps):
-        self.every, self.rows = max(1, total_steps // 100), []
-
-    def begin_epoch(self, step, model, optimizer, allocator):
-        pass
-
-    def add(self, step, loss, optimizer, allocator, batch_size):
-        if (step + 1) % self.every:
-            return
-        status, layer = allocator.status(), allocator.layers[FIRST_OUT]
-        eye = torch.eye(layer.r)
-        orth_A = (layer.A @ layer.A.T - eye).square().sum().item()
-        orth_B = (layer.B.T @ layer.B - eye).square().sum().item()
-        row = {"step": step + 1, "phase": status["phase"], "C": status["C"], "lam": status["lam"]}
-        self.rows.append(row | {"orth_A": orth_A, "orth_B": orth_B})
-
-
 def fig6(args, path):
     for seed in args.seeds:
         for arm in ("paper", "ours"):
             if has_row(path, arm=arm, seed=seed, steps=args.steps):
                 continue
-            trace = Trace(args.steps)
-            measure(Run(arm, 8, 0.5, seed=seed), args.steps, args.texts, trace)
-            for row in trace.rows:
-                append(path, {"arm": arm, "seed": seed, "steps": args.steps, **row})
+            journal = Journal(args.steps, tracing=True)
+            measure(Run(arm, 8, 0.5, seed=seed), args.steps, args.texts, journal)
+            first_out = [row for row in journal.trace if row["layer"] == FIRST_OUT]
+            for row, traced in zip(journal.rows, first_out, strict=True):
+                values = {key: row[key] for key in ("step", "phase", "C", "lam")}
+                values |= {key: traced[key] for key in ("orth_A", "orth_B")}
+                append(path, {"arm": arm, "seed": seed, "steps": args.steps, **values})
     rows = [row for row in read_table(path) if row["steps"] == str(args.steps) and int(row["seed"]) in args.seeds]
     print(f"{'arm':<8}{'seed':>5}{'step':>6}{'phase':>8}{'C':>8}{'lambda':>9}{'orth A':>10}{'orth B':>10}")
     for before, row in zip(rows, [*rows[1:], None]):
@@ -257,7 +241,9 @@ def table3(args, path):
         for kind in ("words", "reverse"):
             for arm in ("paper", "no Lagrangian", "no orthogonality"):
                 runs.append(Run(arm, 8, 0.5, kind=kind, seed=seed))
-    print(table(rows_of(runs, path, args), "kind", "arm"))
+    rows = rows_of(runs, path, args)
+    print(table(rows, "kind", "arm"))
+    plots.ablation(rows, path.with_suffix(".png"))
 
 
 def table4(args, path):

@@ -157,6 +157,27 @@ def ranks(means, path):
     save(figure, path)
 
 
+def ablation(rows, path):
+    """Table 3: loss and expected density of every arm, a column of panels for every kind of shift."""
+    kinds, arms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("kind", "arm"))
+    figure, axes = panels(2, len(kinds), 6.5 * len(kinds), 7)
+    for i, kind in enumerate(kinds):
+        for row_of_panels, (key, label) in enumerate((("loss", LOSS), ("C", "expected density C at T_end"))):
+            axis = axes[row_of_panels * len(kinds) + i]
+            for x, arm in enumerate(arms):
+                values = [float(row[key]) for row in rows if (row["kind"], row["arm"]) == (kind, arm)]
+                middle, below, above = mean_and_bars(values)
+                axis.errorbar(x, middle, [[below], [above]], fmt="o", ms=9, lw=2, capsize=5, color=RANKS)
+            axis.set_xticks(range(len(arms)), [f"{arm}'s recipe" if arm == "paper" else arm for arm in arms])
+            axis.set(ylabel=label, xlim=(-0.5, len(arms) - 0.5), title=kind if key == "loss" else None)
+            axis.grid(alpha=0.3, axis="y")
+            if key == "C":
+                axis.set_ylim(0, 1)
+                axis.axhline(0.5, color="gray", lw=1, label="budget b = 0.5")
+                axis.legend(fontsize=12)
+    save(figure, path)
+
+
 def methods(points, label, lower, path):
     """Scores of methods against their size; beside it, those of the size of LoRA r = 4, which lie too close together.
 

@@ -864,6 +864,12 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
     ("experiments/shift.py", "(4 * (d + d) + 2 * (d + m))", "(3 * (d + d) + 2 * (d + m))",
      "tests/test_experiments.py::test_every_arm_of_the_shift_study_has_the_size_of_its_closed_form"),
     # The paper's figures
+    ("cli/journal.py", '        self.trace = state["trace"]\n', "",
+     "tests/test_program.py::test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit"),
+    ("cli/journal.py", "layer.B.T @ layer.B - I", "layer.A @ layer.A.T - I",
+     "tests/test_program.py::test_a_trace_has_every_matrix_at_every_logged_step_and_changes_no_number"),
+    ("cli/journal.py", "layer.gate.open_probability().sum()", "layer.gate.settled().sum()",
+     "tests/test_program.py::test_a_trace_has_every_matrix_at_every_logged_step_and_changes_no_number"),
     ("experiments/figures.py", "return p * (1 - p) * TAU *", "return p * TAU *",
      "tests/test_figures.py::test_the_density_integrates_to_the_probability_of_a_gate_inside_0_and_1"),
     ("experiments/figures.py", "Recipe.paper(beta=0.0)", "Recipe.paper(beta=0.0, spread=8.0)",

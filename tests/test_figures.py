@@ -20,8 +20,7 @@ def flags(tiny_lm):
 )
 def test_an_item_writes_its_files_and_runs_nothing_twice(item, flags, tmp_path, monkeypatch, capsys):
     rows = figures.main([item, *flags])
-    names = {f"{item}.csv", f"{item}.png"} if item.startswith("fig") else {f"{item}.csv"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{item}.csv", f"{item}.png"}
     assert f"{item}.csv" in capsys.readouterr().out
     monkeypatch.setattr(figures, "measure", None)  # calling it would be an error
     assert figures.main([item, *flags]) == rows, "what is there is not done again"
@@ -72,21 +71,14 @@ def test_an_ablation_takes_away_only_what_it_names():
     assert figures.ARMS["no orthogonality"] == (Allocator, Recipe.paper(beta=0), tuned_as)
 
 
-def test_figure_6_traces_the_penalties_of_the_first_output_projection(flags):
-    layer = torch.nn.Module()
-    layer.r, layer.A, layer.B = 2, torch.eye(2, 5), 2 * torch.eye(4, 2)
-
-    class Allocator:
-        layers = {figures.FIRST_OUT: layer}
-
-        def status(self):
-            return {"phase": "window", "C": 0.7, "lam": 0.1}
-
-    trace = figures.Trace(200)
-    for step in range(4):
-        trace.add(step, None, None, Allocator(), 32)
-    assert [row["step"] for row in trace.rows] == [2, 4]
-    assert trace.rows[0]["orth_A"] == 0 and trace.rows[0]["orth_B"] == 18, "B^T B is 4 I: two times (4 - 1)^2"
+def test_figure_6_shows_the_density_fall_and_lambda_rise_in_the_window(flags):
+    rows = figures.main(["fig6", *flags, "--steps", "20"])
+    for arm, lam_rises in (("paper", True), ("ours", False)):
+        mine = [row for row in rows if row["arm"] == arm]
+        window = [row for row in mine if row["phase"] == "window"]
+        assert len(mine) == 20 and len(window) == (6 if arm == "paper" else 2)
+        assert float(window[-1]["C"]) < 11 / 12 and (float(window[-1]["lam"]) > 0) == lam_rises
+        assert all(float(row["orth_A"]) > 0 and float(row["orth_B"]) > 0 for row in window)
 
 
 def test_table_4_weighs_the_phases_of_salora_by_their_share_of_a_run():

@@ -38,7 +38,7 @@ FILES = ["adapter.pt", "log.csv", "ranks.png", "settings.json", "summary.json", 
 def quick_pictures(request, monkeypatch):
     """Drawing takes longer than these runs: only the test that is about pictures draws them."""
     if "pictures" not in request.node.name:
-        for name in ("draw_training", "draw_ranks"):
+        for name in ("draw_training", "draw_ranks", "draw_trace"):
             monkeypatch.setattr(report, name, lambda *values: next(v for v in values if hasattr(v, "touch")).touch())
 
 
@@ -57,8 +57,8 @@ def go(tiny_weights, tmp_path, monkeypatch):
     return call
 
 
-def log_of(folder):
-    with open(folder / "log.csv", newline="") as file:
+def log_of(folder, file="log.csv"):
+    with open(folder / file, newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -88,8 +88,8 @@ def test_the_status_line_shows_lambda_where_there_is_one(go, capsys):
 
 @pytest.mark.parametrize(
     "flags,pictures",
-    [("", 2), ("--recipe paper", 2), *((f"--method {name}", 2) for name in ("lora", "adalora", "sora", "alora")),
-     ("--method full", 1), ("--method prefix", 1)],
+    [("", 2), ("--trace", 3), ("--recipe paper", 2), ("--method full", 1), ("--method prefix", 1),
+     *((f"--method {name}", 2) for name in ("lora", "adalora", "sora", "alora"))],
 )  # fmt: skip
 def test_pictures_are_drawn(go, tmp_path, flags, pictures):
     go(*flags.split(), "--steps", 6, "--out", tmp_path / "run")
@@ -189,6 +189,28 @@ def test_a_log_row_is_the_mean_loss_of_the_steps_since_the_last_one():
     assert {row["lr"] for row in journal.rows} == {0.5}
 
 
+def test_a_trace_has_every_matrix_at_every_logged_step_and_changes_no_number(go, tmp_path):
+    summary = go("--trace", "--out", tmp_path / "traced")
+    go("--out", tmp_path / "plain")
+    assert adapter_of(tmp_path / "traced") == adapter_of(tmp_path / "plain")
+    assert not (tmp_path / "plain" / "trace.csv").exists()
+
+    log, trace = (log_of(tmp_path / "traced", file) for file in ("log.csv", "trace.csv"))
+    assert len(trace) == 12 * len(log) and set(trace[0]) == set(report.TRACE)
+    for row in log:
+        layers = [traced for traced in trace if traced["step"] == row["step"]]
+        sizes = [48 if traced["layer"].endswith(("up", "down")) else 32 for traced in layers]
+        expected = sum(float(traced["open"]) * size for traced, size in zip(layers, sizes))
+        assert expected / 3584 == pytest.approx(float(row["C"]), abs=1e-5), "Eq. (11)"
+        assert all(len(json.loads(traced["log_theta"])) == int(traced["rank"]) for traced in layers)
+    assert {traced["layer"]: int(traced["rank"]) for traced in layers} == summary["ranks"]
+    saved = torch.load(tmp_path / "traced" / "adapter.pt", weights_only=True)["layers"]
+    for traced in layers:
+        A, B = (saved[traced["layer"]][side] for side in "AB")
+        orth_A, orth_B = (torch.dist(gram, torch.eye(len(A))) ** 2 for gram in (A @ A.T, B.T @ B))
+        assert (orth_A.item(), orth_B.item()) == pytest.approx((float(traced["orth_A"]), float(traced["orth_B"])), 1e-4)
+
+
 def test_the_table_of_ranks_has_a_line_a_block_and_a_column_a_matrix():
     ranks = {"encoder.layers.0.up": 3, "encoder.layers.0.down": 12, "encoder.layers.10.up": 0}
     assert report.rank_table(ranks).splitlines() == [
@@ -271,7 +293,7 @@ def test_moments_start_anew_with_canonical_triplets_only(go, monkeypatch, flag, 
 @pytest.mark.parametrize("stop", [8, 16, 31], ids=["open", "window", "frozen"])
 @pytest.mark.parametrize(
     "flags",
-    [[], ["--recipe", "paper"], *(["--method", name] for name in ("full", *PEERS))],
+    [[], ["--trace"], ["--recipe", "paper"], *(["--method", name] for name in ("full", *PEERS))],
     ids=lambda flags: flags[-1] if flags else "salora",
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(go, tmp_path, monkeypatch, stop, flags):
@@ -295,7 +317,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(go, tmp_path, mo
     assert len(calls) == stop + 40 - (stop - 1) // 6 * 6, "only what was lost is done again"
     assert {**resumed, "seconds": 0, "command": ""} == {**whole, "seconds": 0, "command": ""}
     assert adapter_of(tmp_path / "part") == adapter_of(tmp_path / "whole")
-    assert log_of(tmp_path / "part") == log_of(tmp_path / "whole")
+    for file in {"log.csv", "trace.csv"} & {path.name for path in (tmp_path / "whole").iterdir()}:
+        assert (tmp_path / "part" / file).read_text() == (tmp_path / "whole" / file).read_text()
 
 
 # Afterwards
@@ -505,7 +528,7 @@ def test_every_flag_changes_the_run(flag, baseline, tiny_weights, tmp_path_facto
 
 def test_every_flag_has_help_and_is_either_tried_above_or_must_not_change_the_numbers():
     files = {"--data", "--weights", "--out", "--resume", "--evaluate", "--export", "--predict"}
-    hardware = {"--device", "--accumulate", "--recompute", "--compile", "--deterministic"}
+    hardware = {"--device", "--accumulate", "--recompute", "--compile", "--deterministic", "--trace"}
     elsewhere = {*files, *hardware, "--canonical", "--restart", "--help", "--reach"}  # that of sora: test_peers.py
     actions = build_parser()._actions
     assert all(action.help for action in actions)
