@@ -4,16 +4,20 @@ Random weights, random tokens, sequences of 64. Every arm starts at rank 8 in al
 
     frozen          the encoder and no adapter: only the head trains, so nothing goes back through the encoder
     lora            LoRA
-    salora          the published recipe: the medians of its open, window and pruned phases, weighted .2, .3 and .5
+    paper open, paper window, paper pruned      the phases of SaLoRA as published; pruned has rank 4 everywhere
+    ours open, ours window, ours pruned         those of the default recipe
+    paper, ours     whole runs: the phases weighted by their share of the steps; their memory is the largest
     peft-lora       if PEFT can be imported: its LoRA
     peft-adalora    the same: its AdaLoRA, with its scores of importance in every step, without its penalty
 
 Peak memory comes from a process of its own for each arm: on CUDA what torch allocated at most; on a CPU, for which it
-needs Linux, the peak resident size, Python and torch included. SaLoRA's is the largest of its phases. Times come from
-rounds that take one step of each arm in turn, so that a busy machine disturbs all of them alike.
+needs Linux, the peak resident size, Python and torch included. Times are medians over rounds that take one step of
+each arm in turn, so that a busy machine disturbs all of them alike.
 """
 
+import os
 import time
+from contextlib import contextmanager
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,6 +30,7 @@ from budget import FixedRanks, RankAllocator, Recipe
 from cli.files import append, has_row, read_table
 from cli.flags import positive
 from cli.setup import TARGETS
+from experiments import plots
 from salora import adapt
 from tiny_transformer import SequenceClassifier, TinyTransformer, TransformerConfig
 
@@ -36,11 +41,10 @@ SHAPES = {  # hidden size, layers, heads
 }
 LENGTH, WORDS, R = 64, 1000, 8
 FOREVER = 100_000  # steps: no phase ends while it is measured
-PHASES = {  # window, and the share of a run (T_start = .2 and T_end = .5)
-    "open": ((0.9, 1.0), 0.2),
-    "window": ((0.0, 1.0), 0.3),
-    "pruned": ((0.0, 0.0), 0.5),
-}
+RECIPES = {"paper": Recipe.paper, "ours": Recipe.ours}
+PHASES = {"open": (0.9, 1.0), "window": (0.0, 1.0), "pruned": (0.0, 0.0)}  # a window that keeps a run in this phase
+# Or glibc keeps freed memory for later, how much depends on luck, and the same run peaks 20 MiB higher or lower.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
 
 
 def add_flags(parser):
@@ -53,8 +57,8 @@ def add_flags(parser):
 
 
 def arms():
-    """The names of what can be measured here; each phase of SaLoRA is one."""
-    names = ["frozen", "lora", *(f"salora {phase}" for phase in PHASES)]
+    """The names of what can be measured here: all arms but whole runs."""
+    names = ["frozen", "lora", *(f"{recipe} {phase}" for recipe in RECIPES for phase in PHASES)]
     return names + (["peft-lora", "peft-adalora"] if find_spec("peft") else [])
 
 
@@ -74,12 +78,13 @@ class Stepper:
                 p.requires_grad_(True)
         optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
         self.optimizer, self.step = optimizer, 0
-        if arm.startswith("salora"):
-            window, _ = PHASES[arm.split()[1]]
-            self.allocator = RankAllocator(self.model, optimizer, FOREVER, 0.5, Recipe.paper(window=window))
-            if arm == "salora pruned":
+        recipe, _, phase = arm.partition(" ")
+        if recipe in RECIPES:
+            decisions = RECIPES[recipe](window=PHASES[phase], spread=0.0)  # B is 0: no size could inform the gates
+            self.allocator = RankAllocator(self.model, optimizer, FOREVER, 0.5, decisions)
+            if phase == "pruned":
                 for layer in self.allocator.layers.values():
-                    layer.gate.log_theta.data[R // 2 :] = -5.0  # these medians are 0: rank 4 everywhere
+                    layer.gate.log_theta.data[R // 2 :] = -5.0  # these are closed: rank 4 everywhere
         else:
             self.allocator = FixedRanks(self.model, FOREVER)
         self.ids = torch.randint(5, WORDS, (batch_size, LENGTH), device=device)
@@ -88,7 +93,7 @@ class Stepper:
     @staticmethod
     def with_adapters(arm, model):
         """(the model with the adapters of this arm, what is called with the index of a step after it)."""
-        if arm == "lora" or arm.startswith("salora"):
+        if arm == "lora" or arm.split()[0] in RECIPES:
             return adapt(model, TARGETS, R, 2 * R), None
         model.requires_grad_(False)
         if arm == "frozen":
@@ -144,9 +149,21 @@ def peak_memory(arm, shape, batch_size, device):
     return peak_of_process(device)
 
 
+@contextmanager
+def environment(values):
+    """These variables for processes that start meanwhile."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def in_a_process(function, *arguments):
-    """Call a function in a process of its own."""
-    with get_context("spawn").Pool(1) as pool:
+    """Call a function in a process of its own, which gives memory back as soon as it is free."""
+    with environment(GIVE_BACK), get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
@@ -168,11 +185,12 @@ def times_of(names, shape, batch_size, rounds, device):
 
 
 def with_whole_runs(values, combine):
-    """The phases of SaLoRA become one arm."""
-    phases = [values[f"salora {phase}"] for phase in PHASES]
-    shares = [share for _, share in PHASES.values()]
-    rest = {name: value for name, value in values.items() if not name.startswith("salora")}
-    return {**rest, "salora": combine(phases, shares)}
+    """The arms `paper` and `ours` are added to {arm: value}."""
+    runs = {}
+    for recipe, make in RECIPES.items():
+        start, end = make().window
+        runs[recipe] = combine([values[f"{recipe} {phase}"] for phase in PHASES], (start, end - start, 1 - end))
+    return values | runs
 
 
 def weighted(values, shares):
@@ -202,3 +220,4 @@ def compare(args, path):
     for row in read_table(path):
         start = f"{row['shape']:<14}{row['batch_size']:>6}  {row['arm']:<14}"
         print(f"{start}{row['ms']:>9}{row['time_ratio']:>8}{row['MiB']:>9}{row['memory_ratio']:>8}")
+    plots.costs(read_table(path), path.with_suffix(".png"))

@@ -14,6 +14,7 @@ STYLES = {  # Okabe and Ito's colors, told apart by the color-blind too
     "svd": ("SVD cut, no gates", "#E69F00", "^", "--"),
     "paper": ("SaLoRA (paper)", "#D55E00", "v", ":"),
 }
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#000000"]
 LOSS = "masked-word loss (nats)"
 SALORA, LORA, RANKS, MODULES, VECTORS = STYLES["ours"][1], STYLES["lora"][1], "#E69F00", "#D55E00", "#009E73"
 METHODS = {  # of compare.py: label, color, marker; one of each for methods of one kind
@@ -175,6 +176,27 @@ def ablation(rows, path):
                 axis.set_ylim(0, 1)
                 axis.axhline(0.5, color="gray", lw=1, label="budget b = 0.5")
                 axis.legend(fontsize=12)
+    save(figure, path)
+
+
+def costs(rows, path):
+    """Table 4: time and memory of every arm relative to LoRA's, a color and marker for every shape and batch size."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows if row["arm"] != "lora"))
+    groups = list(dict.fromkeys((row["shape"], row["batch_size"], row["device"]) for row in rows))
+    figure, axes = panels(1, 2, 13, 2 + 0.45 * len(arms))
+    for axis, key, label in zip(axes, ("time_ratio", "memory_ratio"), ("time of a step", "peak memory")):
+        for i, group in enumerate(groups):
+            some = {row["arm"]: float(row[key]) for row in rows
+                    if (row["shape"], row["batch_size"], row["device"]) == group}  # fmt: skip
+            shift = 0.5 * (i + 0.5) / len(groups) - 0.25  # so that equal values do not cover each other
+            color, marker = COLORS[i % len(COLORS)], "osD^vP"[i % 6]
+            axis.plot([some[arm] for arm in arms], [y + shift for y in range(len(arms))], marker, color=color, ms=8,
+                      label="{}, batch {}, {}".format(*group))  # fmt: skip
+        axis.axvline(1, color="gray", lw=1)
+        axis.set(xlabel=f"{label}, relative to LoRA r = 8", ylim=(len(arms) - 0.5, -0.5))
+        axis.set_yticks(range(len(arms)), arms)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=11)
     save(figure, path)
 
 

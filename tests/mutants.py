@@ -878,6 +878,8 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_figures.py::test_figure_1_adapts_one_place_and_no_other"),
     ("experiments/figures.py", "if has_row(path, **run._asdict(), steps=args.steps):", "if False:",
      "tests/test_figures.py::test_another_seed_adds_rows"),
+    ("experiments/cost.py", "with environment(GIVE_BACK), get_context", "with get_context",
+     "tests/test_figures.py::test_memory_is_measured_where_free_memory_goes_back_at_once"),
     ("experiments/cost.py", "layer.gate.log_theta.data[R // 2 :] = -5.0", "pass",
      "tests/test_figures.py::test_what_table_4_measures_is_in_its_phase"),
     # The course
