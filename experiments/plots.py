@@ -6,14 +6,16 @@ from statistics import mean
 from cli.pictures import rank_grid
 from experiments.intervals import interval
 
-STYLES = {  # Okabe and Ito's colors, told apart by the color-blind too
+STYLES = {  # arms of the shift study, in Okabe and Ito's colors, told apart by the color-blind too
     "lora": ("LoRA", "#000000", "s", "-"),
     "restart": ("LoRA, restarted", "#999999", "D", "--"),
     "ours": ("SaLoRA from r=16", "#0072B2", "o", "-"),
     "wider": ("SaLoRA from r=32", "#56B4E9", "P", "-"),
     "svd": ("SVD cut, no gates", "#E69F00", "^", "--"),
     "paper": ("SaLoRA (paper)", "#D55E00", "v", ":"),
+    "late": ("SaLoRA from r=8", "#009E73", "X", "-"),
 }
+RECIPES = {**STYLES, "ours": ("SaLoRA (ours)", *STYLES["ours"][1:])}  # arms of figures.py, from any rank
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#000000"]
 LOSS = "masked-word loss (nats)"
 SALORA, LORA, RANKS, MODULES, VECTORS = STYLES["ours"][1], STYLES["lora"][1], "#E69F00", "#D55E00", "#009E73"
@@ -103,7 +105,7 @@ def curves(rows, column, label, path):
     """Figures 4 and 5: the loss over a column, a line for every arm."""
     figure, [axis] = panels(1, 1, 7.5, 5)
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        name, color, marker, _ = STYLES[arm]
+        name, color, marker, _ = RECIPES[arm]
         points = []
         mine = [row for row in rows if row["arm"] == arm]
         for key in dict.fromkeys((row["r"], row["density"]) for row in mine):
@@ -127,7 +129,7 @@ def traces(rows, path):
     columns |= {"orth_A": "||A A^T - I||^2, W^O, block 0", "orth_B": "||B^T B - I||^2, W^O, block 0"}
     for axis, (column, label) in zip(axes, columns.items()):
         for arm in dict.fromkeys(row["arm"] for row in rows):
-            name, color, _, _ = STYLES[arm]
+            name, color, _, _ = RECIPES[arm]
             for i, seed in enumerate(dict.fromkeys(row["seed"] for row in rows)):
                 some = [row for row in rows if (row["arm"], row["seed"]) == (arm, seed)]
                 axis.plot([int(row["step"]) for row in some], [float(row[column]) for row in some], lw=2,
@@ -154,7 +156,7 @@ def ranks(means, path):
         axis.set_xticks(range(len(blocks)), blocks)
         axis.set_yticks(range(len(matrices)), matrices)
         axis.set_xlabel("block")
-        axis.set_title(f"mean rank, {STYLES[arm][0]}", fontsize=13)
+        axis.set_title(f"mean rank, {RECIPES[arm][0]}", fontsize=13)
     save(figure, path)
 
 

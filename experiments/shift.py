@@ -2,7 +2,7 @@
 
     python experiments/shift.py --tune                                   learning rate and scale, for every tuned arm
     python experiments/shift.py --kinds words reverse --arms lora-8 lora-4 ours-4 lora-1 ours-1 --seeds 0 1
-    python experiments/shift.py --report                                 tables and assets/shift.png, no training
+    python experiments/shift.py --report                                 tables and a picture, no training
 
 The tiny encoder has read one language; now it reads another, and only adapters train, on 8,000 new texts, 1,000 steps
 of 32. What counts is the loss on 3,000 texts that nobody trained on. Unlike the scores of the generated tasks, which
@@ -398,7 +398,6 @@ def main(argv=None):
     parser.add_argument("--grid", type=trial, nargs="+", metavar="LR:SCALE", help="what --tune tries "
                         f"(default {' '.join(f'{lr:g}:{scale:g}' for lr, scale in GRID)}; see grid_of)")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="only the tables and the picture of what is there")
-    parser.add_argument("--picture", default="assets/shift.png", metavar="FILE", help="default assets/shift.png")
     parser.add_argument("--steps", type=positive, default=1000, metavar="N", help="default 1000")
     parser.add_argument("--texts", type=positive, default=8000, metavar="N", help="to train on (default 8000)")
     parser.add_argument("--out", default="runs/shift", metavar="DIR", help="default runs/shift")
@@ -418,8 +417,8 @@ def main(argv=None):
         if not rows:
             parser.error(f"no rows of these kinds in {out / 'shift.csv'}: run without --report first")
         print(report(rows))
-        write_atomically(Path(args.picture), lambda path: draw(rows, path))
-        print(f"see {args.picture}")
+        write_atomically(out / "shift.png", lambda path: draw(rows, path))
+        print(f"see {out / 'shift.png'}")
     return rows
 
 
