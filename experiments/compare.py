@@ -127,7 +127,7 @@ def measure_memory(args):
     path, task = args.out / "memory.csv", args.tasks[0]
     for method in args.methods:
         if not has_row(path, method=method, task=task):
-            MiB, device = cost.in_a_process(peak_memory, method, task, args)
+            [(MiB, device)] = cost.in_processes(peak_memory, [(method, task, args)])
             append(path, {"method": method, "task": task, "device": device, "MiB": round(MiB, 1)})
             print(f"{method}, {task}: {MiB:.1f} MiB", flush=True)
 

@@ -121,7 +121,7 @@ class Stepper:
 
 def seconds_of(step, device):
     """The time of one call."""
-    if device == "cuda":
+    if device.startswith("cuda"):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         step()
@@ -161,15 +161,16 @@ def environment(values):
         os.environ.update(before)
 
 
-def in_a_process(function, *arguments):
-    """Call a function in a process of its own, which gives memory back as soon as it is free."""
-    with environment(GIVE_BACK), get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+def in_processes(function, calls):
+    """[function(*arguments) for arguments in calls], each in a new process, which gives memory back once it is free."""
+    processes = min(len(calls), os.cpu_count())
+    with environment(GIVE_BACK), get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+        return pool.starmap(function, calls, chunksize=1)
 
 
-def memory_of(*arguments):
-    """`peak_memory`, in a process of its own."""
-    return in_a_process(peak_memory, *arguments)
+def memory_of(names, *arguments):
+    """{arm: `peak_memory`}."""
+    return dict(zip(names, in_processes(peak_memory, [(name, *arguments) for name in names]), strict=True))
 
 
 def times_of(names, shape, batch_size, rounds, device):
@@ -209,8 +210,7 @@ def compare(args, path):
             if has_row(path, shape=shape, batch_size=batch_size, device=args.device):
                 continue
             times = with_whole_runs(times_of(arms(), shape, batch_size, args.rounds, args.device), weighted)
-            memory = {name: memory_of(name, shape, batch_size, args.device) for name in arms()}
-            memory = with_whole_runs(memory, largest)
+            memory = with_whole_runs(memory_of(arms(), shape, batch_size, args.device), largest)
             for name in times:
                 row = {"shape": shape, "batch_size": batch_size, "device": args.device, "arm": name}
                 row |= {"ms": round(1000 * times[name], 3), "MiB": round(memory[name], 1)}

@@ -273,7 +273,7 @@ def test_tasks_of_different_kinds_and_official_ones_without_data_are_refused(cap
 
 
 def test_memory_is_measured_once_for_every_method(tmp_path, fake_runs, monkeypatch):
-    monkeypatch.setattr(compare.cost, "in_a_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(compare.cost, "in_processes", lambda function, calls: [function(*call) for call in calls])
     flags = ["--memory", "--methods", "lora-4", "ia3", "--tasks", "mini-rte", "mini-cola", "--out", str(tmp_path)]
     rows = compare.main(flags)
     assert [(row["method"], row["task"]) for row in rows] == [("lora-4", "mini-rte"), ("ia3", "mini-rte")]

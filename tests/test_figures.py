@@ -101,7 +101,7 @@ def test_what_table_4_measures_is_in_its_phase(recipe):
 
 
 def test_table_4_measures_every_arm_once(flags, monkeypatch, capsys):
-    monkeypatch.setattr(cost, "memory_of", lambda arm, *_: 100.0)
+    monkeypatch.setattr(cost, "memory_of", lambda names, *_: dict.fromkeys(names, 100.0))
     short = ["table4", "--shapes", "tiny", "--batches", "2", "--rounds", "1", *flags]
     rows = figures.main(short)
     assert {"frozen", "lora", "paper", "ours window", "ours"} <= {row["arm"] for row in rows}
@@ -118,20 +118,22 @@ class PoolHere:
     def __exit__(self, *_):
         pass
 
-    def apply(self, function, arguments):
-        return function(*arguments)
+    def starmap(self, function, calls, chunksize):
+        return [function(*arguments) for arguments in calls]
 
 
 def test_memory_is_measured_where_free_memory_goes_back_at_once(monkeypatch):
-    monkeypatch.setattr(cost, "get_context", lambda _: SimpleNamespace(Pool=lambda _: PoolHere()))
-    assert cost.in_a_process(os.getenv, "MALLOC_TRIM_THRESHOLD_") == "0"
+    monkeypatch.setattr(cost, "get_context", lambda _: SimpleNamespace(Pool=lambda *_, **__: PoolHere()))
+    assert cost.in_processes(os.getenv, [("MALLOC_TRIM_THRESHOLD_",)]) == ["0"]
     assert "MALLOC_TRIM_THRESHOLD_" not in os.environ
 
 
 @pytest.mark.slow
-def test_peak_memory_is_that_of_another_process():
-    small, large = (cost.memory_of("lora", "tiny", batch_size, "cpu") for batch_size in (1, 256))
+def test_peak_memory_is_that_of_a_process_of_its_own():
+    """Without that, a large batch would leave its peak to the small one after it."""
+    large, small = cost.in_processes(cost.peak_memory, [("lora", "tiny", size, "cpu") for size in (256, 1)])
     assert large > small + 20
+    assert len(set(cost.in_processes(os.getpid, [()] * 3)) - {os.getpid()}) == 3
 
 
 def test_an_unknown_item_is_one_line_and_exit_status_2(capsys):
