@@ -36,10 +36,18 @@ from cli.pictures import split_name
 from cli.setup import TARGETS
 from experiments import compare, cost, plots, shift
 from experiments.arms import Arm, tuned
-from experiments.free_gates import FreeGates
 from experiments.transplant import place
 from hard_concrete import GAMMA, TAU, ZETA, prob_above, prob_one, prob_open, sample_gate
 from salora import salora_layers
+
+
+class FreeGates(RankAllocator):
+    """Algorithm 1 whose lambda stays 0: log_theta goes down the gradient of the task's loss alone."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lagrangian.ascend = lambda: None
+
 
 ARMS = {  # name -> (allocator, recipe, whose tuned learning rate and scale it takes)
     "lora": (None, None, "lora"),

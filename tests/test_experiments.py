@@ -13,7 +13,6 @@ from experiments import (
     arms,
     compare,
     figures,
-    free_gates,
     intervals,
     methods,
     planted_ranks,
@@ -471,24 +470,3 @@ def test_transplanted_ranks_keep_the_size(tmp_path, tiny_lm, capsys):
     assert rows[0]["size"] == rows[1]["size"] and float(rows[2]["size"]) == 0.5
     assert transplant.main(flags) == rows, "what is there is not done again"
     assert "found - shuffled" in capsys.readouterr().out
-
-
-def test_free_gates_learn_while_lambda_stays_0(tmp_path, capsys, tiny_weights, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    flags = ["--weights", str(tiny_weights), "--rows", "32", "--batch-size", "8", "--steps", "20", "--out", "out"]
-    for _ in range(2):
-        rows = free_gates.main(["--tasks", "mini-sst2", "--seeds", "0", "--gate-lr", "1", *flags])
-    [row] = rows
-    assert float(row["C"]) != pytest.approx(11 / 12, abs=1e-3), "log_theta has moved"
-    assert capsys.readouterr().out.count("mini-sst2, seed 0, gate lr 1: C ") == 1, "it is not run again"
-    lagrangian = free_gates.FreeGates(*loop_parts()).lagrangian
-    lagrangian(torch.tensor(1.0)).backward()
-    lagrangian.ascend()
-    assert lagrangian.lam.item() == 0
-
-
-def loop_parts():
-    """A model with one layer, its optimizer, and a number of steps."""
-    layer = make_layer(4, 3, 2, seed=0)
-    model = torch.nn.Sequential(layer)
-    return model, torch.optim.AdamW([layer.A, layer.B]), 10

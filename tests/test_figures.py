@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from strategies import make_layer
 
 from budget import RankAllocator, Recipe
 from experiments import cost, figures
@@ -71,6 +72,17 @@ def test_an_ablation_takes_away_only_what_it_names():
     assert (Allocator, recipe) == (RankAllocator, Recipe.paper())
     assert figures.ARMS["no Lagrangian"] == (figures.FreeGates, recipe, tuned_as)
     assert figures.ARMS["no orthogonality"] == (Allocator, Recipe.paper(beta=0), tuned_as)
+
+
+def test_without_the_lagrangian_gates_learn_while_lambda_stays_0(flags):
+    layer = make_layer(4, 3, 2, seed=0)
+    model = torch.nn.Sequential(layer)
+    lagrangian = figures.FreeGates(model, torch.optim.AdamW([layer.A, layer.B]), 10).lagrangian
+    lagrangian(torch.tensor(1.0)).backward()
+    lagrangian.ascend()
+    assert lagrangian.lam.item() == 0
+    row = figures.measure(figures.Run("no Lagrangian", 8, 0.5), 20, 64)
+    assert row["C"] != pytest.approx(11 / 12, abs=1e-3), "log_theta has moved"
 
 
 def test_figure_6_shows_the_density_fall_and_lambda_rise_in_the_window(flags):
