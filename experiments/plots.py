@@ -44,7 +44,7 @@ def panels(rows, columns, width, height):
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({"font.size": 13}):
+    with rc_context({"font.size": 13, "axes.labelpad": 8}):
         figure = Figure(figsize=(width, height), layout="constrained")
         return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
@@ -161,7 +161,7 @@ def ranks(means, path):
 
 
 def ablation(rows, path):
-    """Table 3: loss and expected density of every arm, a column of panels for every kind of shift."""
+    """Table 3: loss and expected density of every arm and, in gray, of its seeds; a column for every kind of shift."""
     kinds, arms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("kind", "arm"))
     figure, axes = panels(2, len(kinds), 6.5 * len(kinds), 7)
     for i, kind in enumerate(kinds):
@@ -171,6 +171,7 @@ def ablation(rows, path):
                 values = [float(row[key]) for row in rows if (row["kind"], row["arm"]) == (kind, arm)]
                 middle, below, above = mean_and_bars(values)
                 axis.errorbar(x, middle, [[below], [above]], fmt="o", ms=9, lw=2, capsize=5, color=RANKS)
+                axis.plot([x + 0.15] * len(values), values, "o", ms=4, color="gray")
             axis.set_xticks(range(len(arms)), [f"{arm}'s recipe" if arm == "paper" else arm for arm in arms])
             axis.set(ylabel=label, xlim=(-0.5, len(arms) - 0.5), title=kind if key == "loss" else None)
             axis.grid(alpha=0.3, axis="y")
