@@ -16,7 +16,8 @@ one the default, which the table marks.
 Rows go to tune.csv, compare.csv and memory.csv in --out. A run that is there is not done again, so a study can be
 stopped, continued, and split over processes. Rows are told apart by method, task, seed and trial alone: a study with
 other flags needs another --out. A run that diverges is the worst of trials, and no row of a report. compare.png shows
-the score against the final number of parameters. Intervals are 95 % bootstrap intervals over seeds.
+the score against the final number of parameters. On GLUE the time of a step has its share of scoring the dev rows.
+Intervals are 95 % bootstrap intervals over seeds.
 """
 
 import argparse
@@ -25,9 +26,11 @@ import tempfile
 from math import inf
 from pathlib import Path
 from statistics import mean
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import train_glue_mini
 from cli.files import append, has_row, read_table
 from cli.flags import positive
 from cli.runs import STUDY, errors_as_lines
@@ -36,10 +39,13 @@ from experiments.arms import TUNE_SEED
 from experiments.intervals import interval
 from experiments.methods import METHODS, default_trial, hold_out, kind_of, run, trials
 from glue.mini import TASKS as MINI_TASKS
+from glue.pretrain import mini_encoder
 from glue.tasks import NAMES
 from hub.checkpoints import write_atomically
+from train_glue_mini import fine_tune
 
 TUNING_TASKS = ["mini-cola", "mini-mrpc", "mini-rte"]
+OWN = {"--lr", "--method", "--seed", "--task"}  # flags of the main job that are not the user's to give here
 
 
 def in_order(rows, key):
@@ -115,16 +121,26 @@ def compare(args):
 
 
 def peak_memory(method, task, args):
-    """(the peak of this process in MiB, device), after a run of ten steps."""
+    """(the peak of this process in MiB, device) in ten steps of training, without scores and pictures after them."""
+    peaks = []
+
+    def measured(model, *rest, **options):
+        journal = fine_tune(model, *rest, **options)
+        peaks.append(cost.peak_of_process(next(model.parameters()).device.type))
+        return journal
+
     with tempfile.TemporaryDirectory() as folder:
         short = argparse.Namespace(**{**vars(args), "out": Path(folder), "steps": 10})
-        *_, device = run(method, task, 0, default_trial(method, task), short)
-    return cost.peak_of_process(device), device
+        with patch.object(train_glue_mini, "fine_tune", measured), patch.object(shift, "fine_tune", measured):
+            *_, device = run(method, task, 0, default_trial(method, task), short)
+    return peaks[0], device
 
 
 def measure_memory(args):
     """A row of memory.csv for every method, on the first task."""
     path, task = args.out / "memory.csv", args.tasks[0]
+    if kind_of(task) != "official" and "--weights" not in args.flags:
+        mini_encoder()  # pre-training is not what is measured
     for method in args.methods:
         if not has_row(path, method=method, task=task):
             [(MiB, device)] = cost.in_processes(peak_memory, [(method, task, args)])
@@ -202,6 +218,11 @@ def main(argv=None):
         parser.error(f"--tasks {' '.join(args.tasks)} are not of one kind: their mean would mean nothing")
     if kind_of(args.tasks[0]) == "official" and args.data is None:
         parser.error("official tasks need --data DIR, the folder of GLUE's official files")
+    if kind_of(args.tasks[0]) == "shift" and args.flags:
+        parser.error(f"{args.flags[0]}: on a shift no flag goes to the main job; see --help for those that there are")
+    for flag in args.flags:
+        if flag.split("=")[0] in OWN:
+            parser.error(f"{flag.split('=')[0]} is what this study chooses itself")
     if TUNE_SEED in args.seeds:
         parser.error(f"--seeds: {TUNE_SEED} is the seed for tuning")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -217,6 +238,7 @@ def main(argv=None):
             return read_table(args.out / "memory.csv")
         compare(args)
     rows = read_table(args.out / "compare.csv")
+    rows = [row for row in rows if kind_of(row["task"]) == kind_of(args.tasks[0])]
     print(table(rows, read_table(args.out / "memory.csv")))
     write_atomically(args.out / "compare.png", lambda path: draw(rows, path))
     print(f"see {args.out / 'compare.csv'} and {args.out / 'compare.png'}")

@@ -207,17 +207,19 @@ def compare(args, path):
     shapes = args.shapes or (list(SHAPES) if args.full else ["tiny", "minilm"])
     for shape in shapes:
         for batch_size in args.batches:
-            if has_row(path, shape=shape, batch_size=batch_size, device=args.device):
+            group = {"shape": shape, "batch_size": batch_size, "device": args.device}
+            if all(has_row(path, **group, arm=arm) for arm in arms()):
                 continue
             times = with_whole_runs(times_of(arms(), shape, batch_size, args.rounds, args.device), weighted)
             memory = with_whole_runs(memory_of(arms(), shape, batch_size, args.device), largest)
             for name in times:
-                row = {"shape": shape, "batch_size": batch_size, "device": args.device, "arm": name}
+                row = {**group, "arm": name, "rounds": args.rounds}
                 row |= {"ms": round(1000 * times[name], 3), "MiB": round(memory[name], 1)}
                 ratios = {"time_ratio": times[name] / times["lora"], "memory_ratio": memory[name] / memory["lora"]}
                 append(path, row | {name: round(ratio, 3) for name, ratio in ratios.items()})
     print(f"{'shape':<14}{'batch':>6}  {'arm':<14}{'ms/step':>9}{'/ lora':>8}{'MiB':>9}{'/ lora':>8}")
-    for row in read_table(path):
+    latest = {(row["shape"], row["batch_size"], row["device"], row["arm"]): row for row in read_table(path)}
+    for row in latest.values():
         start = f"{row['shape']:<14}{row['batch_size']:>6}  {row['arm']:<14}"
         print(f"{start}{row['ms']:>9}{row['time_ratio']:>8}{row['MiB']:>9}{row['memory_ratio']:>8}")
-    plots.costs(read_table(path), path.with_suffix(".png"))
+    plots.costs(list(latest.values()), path.with_suffix(".png"))

@@ -9,10 +9,11 @@ files, one sentence a line; by default those of Yelp's reviews (Li et al. 2018):
 1,000 sentences of sentiment.test.0 and .1 to hold out. Adapters go into the seven linear maps of every layer.
 
 Arms are METHOD-R, of the size of LoRA of rank R, as in experiments/shift.py: lora, ours (from rank 16), svd (the same
-cut by singular values, without gates), restart, and its others. A seed draws the sentences of a batch, their order and
-the start; the held-out sentences are always the same. So arms are compared in pairs twice over: by sentence, where one
-seed is enough, and by seed. Tuning uses seed 100 and 300 sentences that are neither trained on nor reported. Losses are
-in nats, computed in fp32. A word is a token, and the end of a sentence counts as one.
+cut by singular values, without gates), restart, and its others that train triplets, but for alora. A seed draws the
+sentences of a batch, their order and the start; the held-out sentences are always the same. So arms are compared in
+pairs twice over: by sentence, where one seed is enough, and by seed. Tuning uses seed 100 and 300 sentences that are
+neither trained on nor reported. Losses are in nats, computed in fp32. A word is a token, and the end of a sentence
+counts as one.
 
 In --out: tune.csv; decoder.csv, a row a run; sentences.csv, the losses of every held-out sentence, a row a run. Runs
 that are there are not done again, so changes of steps, precision or data need another --out. An arm that was not tuned
@@ -40,7 +41,7 @@ from cli.files import append, has_row, read_table
 from cli.flags import Parser, above_zero, device_of, positive
 from cli.runs import STUDY, errors_as_lines
 from experiments import plots, shift
-from experiments.arms import METHODS, TUNE_SEED, arm_of, ranking, tuned
+from experiments.arms import INSTALLED, METHODS, TUNE_SEED, arm_of, ranking, tuned
 from experiments.intervals import interval, paired, resamples, share_closed
 from hub.checkpoints import write_atomically
 from hub.tokenizers import errors_of
@@ -160,6 +161,16 @@ def losses_of(model, rows):
 # The study.
 
 
+def decoder_arm(name):
+    """The arm of that name. Raises ArgumentTypeError for what `fit` does not train."""
+    arm = arm_of(name)
+    if arm.method in INSTALLED:
+        raise argparse.ArgumentTypeError(f"{name} trains no triplets, and this study nothing else")
+    if arm.method == "alora":
+        raise argparse.ArgumentTypeError(f"{name} scores ranks on training rows, which this study does not hold out")
+    return arm
+
+
 class Data:
     """Rows to train on, rows to tune on and rows to hold out, from the text files of a folder; no row is in two."""
 
@@ -209,16 +220,18 @@ def measure(args, data, arm, lr, seed):
     except FloatingPointError:
         nats, words, size = [float("inf")], [1], arm.rank / 8
     row = {"arm": arm.name, "size": round(size, 4), "seed": seed, "lr": lr, "steps": args.steps}
-    row |= {"precision": args.precision, "loss": round(sum(nats) / sum(words), 4), "ranks": ranks}
+    row |= {"precision": args.precision, "batch_size": args.batch_size}
+    row |= {"loss": round(sum(nats) / sum(words), 4), "ranks": ranks}
     return {**row, "seconds": round(time.time() - started, 1)}, nats, words
 
 
-def check_rows(path, args):
-    """Raises ValueError for a table of runs with other --steps or another --precision."""
+def check_rows(path, args, flags=("steps", "precision", "batch_size")):
+    """Raises ValueError for a table of runs with other values of these flags."""
     for row in read_table(path):
-        if (row["steps"], row["precision"]) != (str(args.steps), args.precision):
-            raise ValueError(f"{path} holds runs of --steps {row['steps']} --precision {row['precision']}: give the "
-                             "same, or another --out")  # fmt: skip
+        for name in flags:
+            if row.get(name) != str(getattr(args, name)):
+                raise ValueError(f"{path} holds runs of --{name.replace('_', '-')} {row.get(name)}: give the same, or "
+                                 "another --out")  # fmt: skip
 
 
 def tune(args, out):
@@ -316,9 +329,11 @@ def report(rows, nats, words):
     lines.append(f"  {'arm':<14}{'size':>7}{'seeds':>7}{'loss':>9}{'s.d.':>8}")
     for arm, found in nats.items():
         losses = [(some.sum() / words.sum()).item() for some in found.values()]
-        size = mean(float(row["size"]) for row in rows if row["arm"] == arm)
+        size = mean(float(row["size"]) for row in rows if row["arm"] == arm and row["loss"] != "inf")
         deviation = f"{stdev(losses):8.4f}" if len(losses) > 1 else f"{'-':>8}"
         lines.append(f"  {arm:<14}{size:>7.4f}{len(losses):>7}{mean(losses):>9.4f}{deviation}")
+    lost = [f"{row['arm']} (seed {row['seed']})" for row in rows if row["loss"] == "inf"]
+    lines += [f"diverged, and in no mean: {', '.join(lost)}"] if lost else []
     lines.append("differences in nats a word, shared seeds (below 0: less loss), and 95 % bootstrap intervals")
     lines.append(f"  {'':<24}{'mean':>8}  {'over sentences':<20}  over seeds, three or more")
     for arm in nats:
@@ -409,7 +424,7 @@ def main(argv=None):
     parser.add_argument("--held-out", nargs="+", default=["sentiment.test.0", "sentiment.test.1"], metavar="FILE",
                         help=f"in DIR, of which the first {HELD_OUT} sentences are held out (default sentiment.test.0 "
                         "sentiment.test.1)")  # fmt: skip
-    parser.add_argument("--arms", nargs="+", type=arm_of, default=[arm_of(name) for name in ARMS], metavar="METHOD-R",
+    parser.add_argument("--arms", nargs="+", type=decoder_arm, default=list(map(arm_of, ARMS)), metavar="METHOD-R",
                         help=f"default {' '.join(ARMS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=range(3), metavar="S", help="default 0 1 2")
     parser.add_argument("--tune", action="store_true", help=f"try the learning rates of --grid, on seed {TUNE_SEED}")

@@ -20,6 +20,7 @@ import argparse
 import json
 import sys
 import time
+from math import inf, nan
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -30,9 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import FixedRanks, RankAllocator, Recipe
 from cli.files import append, has_row, read_table, rows_with
-from cli.flags import positive
+from cli.flags import device_of, positive
 from cli.journal import Journal
 from cli.pictures import split_name
+from cli.runs import STUDY, errors_as_lines
 from cli.setup import TARGETS
 from experiments import compare, cost, plots, shift
 from experiments.arms import Arm, tuned
@@ -77,7 +79,7 @@ def is_adapted(name, where):
 
 
 def measure(run, steps, texts, journal=None):
-    """Train one run. Returns its row."""
+    """Train one run. Returns its row; a run that diverges has an infinite loss, no C and no ranks."""
     data = shift.data_of(run.kind, run.seed, texts)
     Allocator, recipe, tuned_as = ARMS[run.arm]
     lr, scale = tuned(Arm(run.arm, tuned_as, run.r * run.density))
@@ -90,24 +92,28 @@ def measure(run, steps, texts, journal=None):
             return FixedRanks(model, steps, Recipe.ours().warmup)
         return Allocator(model, optimizer, steps, run.density, recipe, run.seed)
 
-    allocator = shift.fit(model, data, lr, run.seed, steps, allocator_of, journal)
+    try:
+        allocator = shift.fit(model, data, lr, run.seed, steps, allocator_of, journal)
+    except FloatingPointError:
+        result = {"size": round(run.r * run.density / 8, 4), "C": nan, "loss": inf, "ranks": "{}"}
+        return {**run._asdict(), "steps": steps, "texts": texts, **result}
     ranks = {name: layer.r for name, layer in salora_layers(model).items()}
     result = {"size": round(shift.size_of(model), 4), "C": round(allocator.C_end, 4)}
     result |= {"loss": round(data.loss(model), 4), "ranks": json.dumps(ranks)}
-    return {**run._asdict(), "steps": steps, **result}
+    return {**run._asdict(), "steps": steps, "texts": texts, **result}
 
 
 def rows_of(runs, path, args):
     """The rows of these runs: from the CSV file, or measured now and added to it; runs of one data set in sequence."""
     for run in sorted(runs, key=lambda run: (run.seed, run.kind)):
-        if has_row(path, **run._asdict(), steps=args.steps):
+        if has_row(path, **run._asdict(), steps=args.steps, texts=args.texts):
             continue
         started = time.time()
         row = measure(run, args.steps, args.texts)
         append(path, row)
         name = f"{run.arm} r={run.r} b={run.density:g} {run.where}, {run.kind}, seed {run.seed}"
         print(f"{name}: loss {row['loss']:.3f}, {time.time() - started:.0f} s", flush=True)
-    wanted = [row for run in runs for row in rows_with(path, **run._asdict(), steps=args.steps)]
+    wanted = [row for run in runs for row in rows_with(path, **run._asdict(), steps=args.steps, texts=args.texts)]
     return [row for row in read_table(path) if row in wanted]
 
 
@@ -188,7 +194,7 @@ def fig5(args, path):
 def fig6(args, path):
     for seed in args.seeds:
         for arm in ("paper", "ours"):
-            if has_row(path, arm=arm, seed=seed, steps=args.steps):
+            if has_row(path, arm=arm, seed=seed, steps=args.steps, texts=args.texts):
                 continue
             journal = Journal(args.steps, tracing=True)
             measure(Run(arm, 8, 0.5, seed=seed), args.steps, args.texts, journal)
@@ -196,8 +202,9 @@ def fig6(args, path):
             for row, traced in zip(journal.rows, first_out, strict=True):
                 values = {key: row[key] for key in ("step", "phase", "C", "lam")}
                 values |= {key: traced[key] for key in ("orth_A", "orth_B")}
-                append(path, {"arm": arm, "seed": seed, "steps": args.steps, **values})
-    rows = [row for row in read_table(path) if row["steps"] == str(args.steps) and int(row["seed"]) in args.seeds]
+                append(path, {"arm": arm, "seed": seed, "steps": args.steps, "texts": args.texts, **values})
+    rows = rows_with(path, steps=args.steps, texts=args.texts)
+    rows = [row for row in rows if int(row["seed"]) in args.seeds]
     print(f"{'arm':<8}{'seed':>5}{'step':>6}{'phase':>8}{'C':>8}{'lambda':>9}{'orth A':>10}{'orth B':>10}")
     for before, row in zip(rows, [*rows[1:], None]):
         if row is None or row["phase"] != before["phase"]:  # the last row of each phase
@@ -212,14 +219,16 @@ def fig7(args, path):
     rows = rows_of(runs, path, args)
     means = {}
     for arm in ("paper", "ours"):
-        found = [json.loads(row["ranks"]) for row in rows if row["arm"] == arm]
-        means[arm] = {name: mean(ranks[name] for ranks in found) for name in found[0]}
+        found = [json.loads(row["ranks"]) for row in rows if row["arm"] == arm and row["loss"] != "inf"]
+        if found:
+            means[arm] = {name: mean(ranks[name] for ranks in found) for name in found[0]}
     for arm, ranks in means.items():
         for where in (*TARGETS, "block 0", "block 1", "block 2"):
             some = [rank for name, rank in ranks.items() if is_adapted(name, where)]
             if some:
                 print(f"{arm:<8}{where:<10}{mean(some):.2f}")
-    plots.ranks(means, path.with_suffix(".png"))
+    if means:
+        plots.ranks(means, path.with_suffix(".png"))
 
 
 def table1(args, path):
@@ -227,7 +236,7 @@ def table1(args, path):
     path.unlink(missing_ok=True)  # nothing is measured: always done anew
     rows = read_table(Path(args.source) / "compare.csv")
     if not rows:
-        raise SystemExit(f"no rows in {args.source}/compare.csv: run experiments/compare.py first")
+        raise ValueError(f"no rows in {args.source}/compare.csv: run experiments/compare.py first")
     tasks, found = compare.in_order(rows, "task"), {}
     for method in compare.in_order(rows, "method"):
         mine = [row for row in rows if row["method"] == method]
@@ -261,6 +270,20 @@ def table4(args, path):
 ITEMS = {item.__name__: item for item in (fig1, fig3, fig4, fig5, fig6, fig7, table1, table3, table4)}
 
 
+def draw(args):
+    """Measure and draw the item. Returns the rows of its CSV file."""
+    args.device = device_of(args.device)
+    several = range(5) if args.full else range(2) if args.item in ("fig7", "table3") else range(1)
+    args.seeds = args.seeds or list(several)
+    args.steps = args.steps or (1000 if args.full else 300)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{args.item}.csv"
+    ITEMS[args.item](args, path)
+    print("see", ", ".join(str(file) for file in (path, path.with_suffix(".png")) if file.is_file()))
+    return read_table(path)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("item", choices=ITEMS, metavar="ITEM", help=", ".join(ITEMS))
@@ -275,15 +298,8 @@ def main(argv=None):
                         "compare.py (default runs/compare)")  # fmt: skip
     cost.add_flags(parser)
     args = parser.parse_args(argv)
-    several = range(5) if args.full else range(2) if args.item in ("fig7", "table3") else range(1)
-    args.seeds = args.seeds or list(several)
-    args.steps = args.steps or (1000 if args.full else 300)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{args.item}.csv"
-    ITEMS[args.item](args, path)
-    print("see", ", ".join(str(file) for file in (path, path.with_suffix(".png")) if file.is_file()))
-    return read_table(path)
+    with errors_as_lines(parser, hint=STUDY):
+        return draw(args)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import time
 from collections import defaultdict
 from contextlib import redirect_stdout
 from dataclasses import replace
+from math import inf, nan
 from pathlib import Path
 from statistics import mean
 
@@ -191,8 +192,11 @@ def adapted(name, data, lr, seed, steps):
 
 
 def measure(data, name, lr, seed, steps):
-    """(the row of one run, what its model writes)."""
-    model = adapted(name, data, lr, seed, steps)
+    """(the row of one run, what its model writes). One that diverges has an infinite loss, and writes nothing."""
+    try:
+        model = adapted(name, data, lr, seed, steps)
+    except FloatingPointError:
+        return dict(zip(COLUMNS, [name, seed, lr, nan, inf, 0.0, 0.0], strict=True)), []
     written = data.answers(model)
     faults = [faults_of(*asked, text) for asked, text in zip(data.asked, written, strict=True)]
     accuracy, meaning = (mean(fault not in some for some in faults) for fault in FAULTS)
@@ -277,8 +281,9 @@ def main(argv=None):
     if args.model:
         with errors_as_lines(parser, hint=STUDY):
             return rewrite.run(args, ARMS)
-    if args.data or args.yelp or args.classifier_weights:
-        parser.error("--data, --yelp and --classifier-weights are for a real decoder: they need --model")
+    for name in rewrite.FLAGS:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is for a real decoder: it needs --model")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     mini_decoder()

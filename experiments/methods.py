@@ -90,7 +90,9 @@ def run_on_glue(method, task, seed, trial, args):
     try:
         with redirect_stdout(None), redirect_stderr(StringIO()) as said:
             summary = train_glue_mini.main([*flags, "--out", str(out)])
-    except SystemExit:  # after one line that says why
+    except SystemExit as stopped:  # after one line that says why
+        if stopped.code == 130:
+            raise KeyboardInterrupt from None
         error = FloatingPointError if "not finite" in said.getvalue() else ValueError
         raise error(said.getvalue().strip()) from None
     trained, final = sizes(torch.load(out / "adapter.pt", map_location="cpu", weights_only=True))

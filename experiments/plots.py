@@ -193,7 +193,8 @@ def costs(rows, path):
                     if (row["shape"], row["batch_size"], row["device"]) == group}  # fmt: skip
             shift = 0.5 * (i + 0.5) / len(groups) - 0.25  # so that equal values do not cover each other
             color, marker = COLORS[i % len(COLORS)], "osD^vP"[i % 6]
-            axis.plot([some[arm] for arm in arms], [y + shift for y in range(len(arms))], marker, color=color, ms=8,
+            places = [y + shift for y, arm in enumerate(arms) if arm in some]
+            axis.plot([some[arm] for arm in arms if arm in some], places, marker, color=color, ms=8,
                       label="{}, batch {}, {}".format(*group))  # fmt: skip
         axis.axvline(1, color="gray", lw=1)
         axis.set(xlabel=f"{label}, relative to LoRA r = 8", ylim=(len(arms) - 0.5, -0.5))

@@ -19,6 +19,7 @@ import math
 import random
 import time
 from collections import defaultdict
+from math import inf, nan
 from pathlib import Path
 from statistics import mean
 
@@ -50,7 +51,9 @@ ASKED = {"positive": 0, "negative": 1}  # the sentiment asked for, and the label
 DEFAULTS = {"arms": ["untuned", "lora-8", "lora-4", "salora", "salora-16"], "seeds": [0], "steps": 60, "rows": 900,
             "out": "runs/rewrite"}  # fmt: skip
 LR = 1e-3
+SAME = ("steps", "precision", "batch_size", "rows", "length", "sentences", "words")  # flags that all rows share
 WRITE_BATCH = 16
+FLAGS = ("data", "yelp", "classifier_weights", "precision", "device", "batch_size", "length", "sentences", "words")
 CLASSIFIER_DEV = 200  # sentences of each sentiment that the classifier does not train on
 
 
@@ -226,13 +229,17 @@ def tuned_decoder(args, data, arm, lr, seed):
 
 
 def measure(args, data, judge, arms, name, seed, lr):
-    """(row, {asked: texts}) of one run."""
-    row = {"arm": name, "seed": seed, "lr": lr, "steps": args.steps, "precision": args.precision}
+    """(row, {asked: texts}) of one run. One that diverges has an infinite loss, and writes nothing."""
+    row = {"arm": name, "seed": seed, "lr": lr, **{flag: getattr(args, flag) for flag in SAME}}
     if name in ("copy", "human"):
         row |= {"size": 0.0, "loss": ""}
         texts = {asked: [pair[name == "human"] for pair in pairs] for asked, pairs in data.asked.items()}
     else:
-        model = tuned_decoder(args, data, arms[name], lr, seed)
+        try:
+            model = tuned_decoder(args, data, arms[name], lr, seed)
+        except FloatingPointError:
+            columns = ("size", "loss", *(column for asked in ASKED for column in names_of(asked)))
+            return row | {column: inf if column == "loss" else nan for column in columns}, {}
         nats, words = losses_of(model, data.held_out)
         size = 0.0 if name == "untuned" else round(size_of(model), 4)
         row |= {"size": size, "loss": round(sum(nats) / sum(words), 4)}
@@ -251,7 +258,7 @@ def compare(args, arms, out):
     What is there is not run again. out/written.csv has what each model writes.
     """
     path = out / "instruct.csv"
-    check_rows(path, args)
+    check_rows(path, args, SAME)
     runs = [run for run in runs_of(args) if not has_row(path, **dict(zip(("arm", "seed", "lr"), run)))]
     if not runs:
         return read_table(path)
@@ -261,7 +268,7 @@ def compare(args, arms, out):
         started = time.time()
         row, texts = measure(args, data, judge, arms, name, seed, lr)
         for asked, pairs in data.asked.items():
-            for (sentence, human), text in zip(pairs, texts[asked], strict=True):
+            for (sentence, human), text in zip(pairs, texts.get(asked, []), strict=asked in texts):
                 said = {"asked": asked, "sentence": sentence, "human": human, "written": text}
                 append(out / "written.csv", {"arm": name, "seed": seed, "lr": lr, **said})
         append(path, row)

@@ -15,13 +15,18 @@ import torch
 from budget import check_density
 from peers.allocator import Allocator, normal
 
-START, END = 0.2, 0.5  # of all steps: ranks move while SaLoRA's gates would train; the paper's K_1, K_2 count epochs
+START, END = 0.2, 0.5  # of all steps, SaLoRA's published window; the paper's K_1, K_2 count epochs
 ROUNDS = 8  # N_A
 CLOSED = 1 / 32  # n_A over the number of open ranks. What opens has to learn anew: at 1/8, short runs learn nothing
 
 
 def hold_out(rows, batch):
-    """(rows to train on, rows to score ranks on): the last ones, a batch of them or an eighth, whichever is less."""
+    """(rows to train on, rows to score ranks on): the last ones, a batch of them or an eighth, whichever is less.
+
+    Raises ValueError for fewer than two rows.
+    """
+    if len(rows) < 2:
+        raise ValueError(f"ALoRA needs one row to train on and another to score ranks on, got {len(rows)}")
     n = max(1, min(batch, len(rows) // 8))
     return rows[:-n], rows[-n:]
 

@@ -31,8 +31,14 @@ def lambda_at(step, total_steps, highest=LAMBDA, levels=LEVELS):
 
 
 def lambda_of(reach, rates):
-    """The highest lambda with which all thresholds of a run add up to `reach`. rates: eta_t of every step."""
-    return reach / sum(eta * lambda_at(step, len(rates), 1.0) for step, eta in enumerate(rates))
+    """The highest lambda with which all thresholds of a run add up to `reach`. rates: eta_t of every step.
+
+    Raises ValueError for a run so short that lambda never rises.
+    """
+    total = sum(eta * lambda_at(step, len(rates), 1.0) for step, eta in enumerate(rates))
+    if not total:
+        raise ValueError(f"a reach of {reach:g} needs more steps than {len(rates)}: lambda is 0 in all of them")
+    return reach / total
 
 
 class SoRA(Allocator):

@@ -191,7 +191,7 @@ def test_bf16_is_used_where_it_is_asked_for_and_never_mixed_with_fp32(flags, cap
     bf16 = ["--arms", "lora-2", "--seeds", "0", *flags, "--precision", "bf16"]
     with pytest.raises(SystemExit):
         decoder.main(bf16)
-    assert "holds runs of --steps 10 --precision fp32" in capsys.readouterr().err
+    assert "holds runs of --precision fp32: give the same" in capsys.readouterr().err
     [row] = decoder.main([*bf16, "--out", flags[flags.index("--out") + 1] + "-bf16"])
     assert row["loss"] != fp32["loss"] and float(row["loss"]) == pytest.approx(float(fp32["loss"]), rel=0.05)
 
@@ -230,15 +230,29 @@ def test_the_share_of_the_gap_that_is_closed_is_that_of_paired_runs(tmp_path, ca
             for arm, less in (("lora-8", 4), ("lora-4", 0), ("ours-4", 3), ("restart-8", 1))}  # fmt: skip
     write_sentences(tmp_path, runs)
     for arm, seed in runs:
-        decoder.append(tmp_path / "decoder.csv", {"arm": arm, "seed": seed, "size": int(arm[-1]) / 8})
+        row = {"arm": arm, "seed": seed, "size": int(arm[-1]) / 8, "loss": 1.0}
+        decoder.append(tmp_path / "decoder.csv", row)
+    decoder.append(tmp_path / "decoder.csv", {"arm": "ours-4", "seed": 3, "size": 2.0, "loss": "inf"})
     decoder.main(["--report", "--out", str(tmp_path)])
     said = capsys.readouterr().out
+    assert "diverged, and in no mean: ours-4 (seed 3)" in said and "2.0000" not in said
     closed = "ours-4 closes 0.75, over sentences [0.75, 0.75], over seeds [0.75, 0.75]"
     assert f"of the gap from lora-4 to lora-8, {closed}" in said and "restart-8 closes" not in said
     line = next(line for line in said.splitlines() if "ours-4 - lora-4" in line)
     interval = "[-0.3000, -0.3000]"
     assert line.split("  ")[-4:] == ["-0.3000", interval, interval, "below 0 in 3 of 3"]
     assert "ours-4 - lora-8" in said and "lora-4 - " not in said.replace("ours-4 - ", "")
+
+
+def test_arms_that_this_study_cannot_train_are_refused(capsys):
+    for name, words in (
+        ("bitfit", "bitfit trains no triplets"),
+        ("adapter-h-8", "adapter-h-8 trains no triplets"),
+        ("alora-4", "alora-4 scores ranks on training rows"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            decoder.main(["--arms", name])
+        assert stopped.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_runs_that_held_out_other_sentences_are_not_compared(tmp_path, capsys):

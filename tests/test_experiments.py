@@ -9,6 +9,7 @@ import pytest
 import torch
 from strategies import installed_parameters, make_layer
 
+import train_glue_mini
 from experiments import (
     arms,
     compare,
@@ -271,13 +272,48 @@ def test_tasks_of_different_kinds_and_official_ones_without_data_are_refused(cap
         assert said in capsys.readouterr().err
 
 
-def test_memory_is_measured_once_for_every_method(tmp_path, fake_runs, monkeypatch):
+def test_memory_is_measured_once_for_every_method_before_anything_is_scored(tmp_path, tiny_weights, monkeypatch):
     monkeypatch.setattr(compare.cost, "in_processes", lambda function, calls: [function(*call) for call in calls])
+    said = []
+    monkeypatch.setattr(compare.cost, "peak_of_process", lambda device: said.append(device) or 100.0)
+    predict = train_glue_mini.predict
+    monkeypatch.setattr(train_glue_mini, "predict", lambda *rest: said.append("scored") or predict(*rest))
     flags = ["--memory", "--methods", "lora-4", "ia3", "--tasks", "mini-rte", "mini-cola", "--out", str(tmp_path)]
+    flags += ["--weights", str(tiny_weights), "--rows", "32", "--batch-size", "8"]
     rows = compare.main(flags)
     assert [(row["method"], row["task"]) for row in rows] == [("lora-4", "mini-rte"), ("ia3", "mini-rte")]
-    assert all(float(row["MiB"]) > 50 for row in rows)
-    assert compare.main(flags) == rows and len(fake_runs) == 2, "what is there is not done again"
+    assert all(row["MiB"] == "100.0" for row in rows) and said == ["cpu", "scored"] * 2
+    assert compare.main(flags) == rows and len(said) == 4, "what is there is not done again"
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--tasks", "words", "--precision", "bf16"], "--precision: on a shift no flag goes to the main job"),
+        (["--tasks", "mini-cola", "--lr=1"], "--lr is what this study chooses itself"),
+    ],
+)
+def test_flags_that_would_change_nothing_are_refused(tmp_path, capsys, flags, words):
+    with pytest.raises(SystemExit) as stopped:
+        compare.main([*flags, "--out", str(tmp_path)])
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_tasks_of_another_kind_in_the_same_folder_are_not_averaged(tmp_path, capsys):
+    for row in compared({("lora-4", "mini-cola", 0): 0.9, ("lora-4", "words", 0): 1.7}):
+        compare.append(tmp_path / "compare.csv", row)
+    compare.main(["--methods", "lora-4", "--tasks", "mini-cola", "--seeds", "0", "--out", str(tmp_path)])
+    assert "0.9000" in capsys.readouterr().out and "words" not in capsys.readouterr().out
+
+
+def test_an_interruption_of_a_run_is_one_of_the_study(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise SystemExit(130)
+
+    monkeypatch.setattr(train_glue_mini, "main", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(["--methods", "lora-4", "--tasks", "mini-cola", "--out", str(tmp_path)])
+    assert stopped.value.code == 130 and "the same command goes on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lower", [False, True])
@@ -305,8 +341,10 @@ def test_table_1_is_what_the_comparison_found(tmp_path, capsys):
     salora = {"method": "salora", "mini-cola": "0.6", "mini-rte": "0.8", "mean": "0.7"}
     assert rows == [salora, {"method": "ia3", "mini-cola": "0.4", "mini-rte": "", "mean": ""}]
     assert (tmp_path / "table1.png").stat().st_size > 5000
-    with pytest.raises(SystemExit, match="run experiments/compare.py first"):
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
         figures.main(["table1", "--from", str(tmp_path / "nowhere"), "--out", str(tmp_path)])
+    assert "run experiments/compare.py first" in capsys.readouterr().err
 
 
 def test_methods_of_the_comparison_are_the_peers_and_their_rivals():
@@ -452,6 +490,13 @@ def test_share_closed_and_intervals_are_those_of_paired_seeds():
     assert share == pytest.approx(0.75) and low == pytest.approx(0.75) and high == pytest.approx(0.75)
     low, high = intervals.interval([0.0, 1.0])
     assert (low, high) == (0, 1)
+
+
+def test_a_report_without_lora_8_has_tables_and_no_picture(tmp_path, capsys):
+    for arm in ("lora-4", "ours-4"):
+        shift.append(tmp_path / "shift.csv", {"kind": "words", "arm": arm, "size": 0.5, "seed": 0, "loss": 1.5})
+    shift.main(["--report", "--out", str(tmp_path)])
+    assert "ours-4" in capsys.readouterr().out and not (tmp_path / "shift.png").exists()
 
 
 def test_an_arm_that_means_nothing_is_one_line(capsys, tiny_lm):

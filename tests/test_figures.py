@@ -85,6 +85,21 @@ def test_without_the_lagrangian_gates_learn_while_lambda_stays_0(flags):
     assert row["C"] != pytest.approx(11 / 12, abs=1e-3), "log_theta has moved"
 
 
+def test_a_run_that_diverges_is_a_row_with_an_infinite_loss(flags, monkeypatch, capsys):
+    def diverges(*_, **__):
+        raise FloatingPointError("the loss is nan")
+
+    monkeypatch.setattr(figures.shift, "fit", diverges)
+    for item in ("fig4", "fig7", "table3"):
+        rows = figures.main([item, *flags])
+        assert {row["loss"] for row in rows} == {"inf"}, item
+
+
+def test_other_texts_are_other_runs(flags):
+    first = figures.main(["fig7", *flags])
+    assert len(figures.main(["fig7", *flags, "--texts", "96"])) == 2 * len(first)
+
+
 def test_figure_6_shows_the_density_fall_and_lambda_rise_in_the_window(flags):
     rows = figures.main(["fig6", *flags, "--steps", "20"])
     for arm, lam_rises in (("paper", True), ("ours", False)):
@@ -119,6 +134,25 @@ def test_table_4_measures_every_arm_once(flags, monkeypatch, capsys):
     assert {"frozen", "lora", "paper", "ours window", "ours"} <= {row["arm"] for row in rows}
     assert all(float(row["ms"]) > 0 and row["memory_ratio"] == "1.0" for row in rows)
     assert figures.main(short) == rows, "what is there is not done again"
+
+
+def test_table_4_goes_on_where_arms_are_missing(flags, monkeypatch, tmp_path):
+    """Of an interrupted run, or of a machine without PEFT."""
+    monkeypatch.setattr(cost, "memory_of", lambda names, *_: dict.fromkeys(names, 100.0))
+    short = ["table4", "--shapes", "tiny", "--rounds", "1", *flags]
+    figures.main([*short, "--batches", "2", "3"])
+    path = tmp_path / "out/table4.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:-4]) + "\n")
+    arms = {(row["batch_size"], row["arm"]) for row in figures.main([*short, "--batches", "2"])}
+    assert ("2", "ours") in arms and ("3", "ours") not in arms
+    assert ("3", "ours") in {(row["batch_size"], row["arm"]) for row in figures.main([*short, "--batches", "3"])}
+
+
+def test_a_device_that_is_not_there_is_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        figures.main(["table4", *flags, "--device", "cuda:99"])
+    assert stopped.value.code == 2 and "no device 'cuda:99' here" in capsys.readouterr().err
 
 
 class PoolHere:

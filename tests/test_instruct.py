@@ -333,7 +333,11 @@ def test_without_sacrebleu_there_is_one_line(real, monkeypatch, capsys):
 
 
 def test_flags_that_belong_together_are_asked_for(tmp_path, tiny_decoder, capsys):
-    for flags, part in ((["--model", str(tiny_decoder)], "--model needs --data"), (["--data", "x"], "need --model")):
+    for flags, part in (
+        (["--model", str(tiny_decoder)], "--model needs --data"),
+        (["--data", "x"], "--data is for a real decoder: it needs --model"),
+        (["--batch-size", "4"], "--batch-size is for a real decoder"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             instruct.main([*flags, "--out", str(tmp_path)])
         assert stopped.value.code == 2 and part in capsys.readouterr().err

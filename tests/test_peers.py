@@ -336,6 +336,17 @@ def test_sora_closes_exactly_the_gates_within_reach_of_0_that_no_gradient_moves(
 
 
 @pytest.mark.equation("sora")
+def test_runs_too_short_for_sora_or_alora_are_refused_in_one_line(tiny_weights, tmp_path, capsys):
+    for flags, words in (
+        (["--method", "sora", "--reach", "1", "--steps", "1"], "a reach of 1 needs more steps than 1"),
+        (["--method", "alora", "--rows", "1"], "ALoRA needs one row to train on and another to score ranks on, got 1"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            train_glue_mini.main([*flags, "--weights", str(tiny_weights), "--out", str(tmp_path / "run")])
+        assert stopped.value.code == 2 and words in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
 def test_the_reach_of_sora_is_a_flag_of_the_main_job(tiny_weights, tmp_path):
     flags = ["--method", "sora", "--weights", str(tiny_weights), "--rows", "32", "--batch-size", "8", "--steps", "20"]
     kept = []
