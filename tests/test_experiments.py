@@ -293,7 +293,7 @@ def test_memory_is_measured_once_for_every_method_before_anything_is_scored(tmp_
         (["--tasks", "mini-cola", "--lr=1"], "--lr is what this study chooses itself"),
     ],
 )
-def test_flags_that_would_change_nothing_are_refused(tmp_path, capsys, flags, words):
+def test_flags_that_would_change_nothing_are_refused(tmp_path, capsys, fake_runs, flags, words):
     with pytest.raises(SystemExit) as stopped:
         compare.main([*flags, "--out", str(tmp_path)])
     assert stopped.value.code == 2 and words in capsys.readouterr().err
