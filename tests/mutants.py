@@ -822,7 +822,7 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_peers.py::test_trained_parameters_are_as_many_as_the_closed_form_says"),
     ("peers/bias.py", "        block.key = Rescaled(block.key)  # l_k", "        block.query = Rescaled(block.query)",
      "tests/test_peers.py::test_ia3_equals_rescaled_weights"),
-    ("peers/sora.py", "return reach / sum(eta *", "return reach * sum(eta *",
+    ("peers/sora.py", "return reach / total", "return reach * total",
      "tests/test_peers.py::test_sora_closes_exactly_the_gates_within_reach_of_0_that_no_gradient_moves"),
     ("train_glue_mini.py", 'for name in ("density", "reach") if', 'for name in ("density",) if',
      "tests/test_peers.py::test_the_reach_of_sora_is_a_flag_of_the_main_job"),
