@@ -208,7 +208,7 @@ def compare(args, path):
     for shape in shapes:
         for batch_size in args.batches:
             group = {"shape": shape, "batch_size": batch_size, "device": args.device}
-            if all(has_row(path, **group, arm=arm) for arm in arms()):
+            if all(has_row(path, **group, arm=arm) for arm in [*arms(), *RECIPES]):
                 continue
             times = with_whole_runs(times_of(arms(), shape, batch_size, args.rounds, args.device), weighted)
             memory = with_whole_runs(memory_of(arms(), shape, batch_size, args.device), largest)

@@ -96,10 +96,10 @@ def measure(run, steps, texts, journal=None):
         allocator = shift.fit(model, data, lr, run.seed, steps, allocator_of, journal)
     except FloatingPointError:
         result = {"size": round(run.r * run.density / 8, 4), "C": nan, "loss": inf, "ranks": "{}"}
-        return {**run._asdict(), "steps": steps, "texts": texts, **result}
-    ranks = {name: layer.r for name, layer in salora_layers(model).items()}
-    result = {"size": round(shift.size_of(model), 4), "C": round(allocator.C_end, 4)}
-    result |= {"loss": round(data.loss(model), 4), "ranks": json.dumps(ranks)}
+    else:
+        ranks = {name: layer.r for name, layer in salora_layers(model).items()}
+        result = {"size": round(shift.size_of(model), 4), "C": round(allocator.C_end, 4)}
+        result |= {"loss": round(data.loss(model), 4), "ranks": json.dumps(ranks)}
     return {**run._asdict(), "steps": steps, "texts": texts, **result}
 
 

@@ -19,7 +19,6 @@ import math
 import random
 import time
 from collections import defaultdict
-from math import inf, nan
 from pathlib import Path
 from statistics import mean
 
@@ -51,9 +50,10 @@ ASKED = {"positive": 0, "negative": 1}  # the sentiment asked for, and the label
 DEFAULTS = {"arms": ["untuned", "lora-8", "lora-4", "salora", "salora-16"], "seeds": [0], "steps": 60, "rows": 900,
             "out": "runs/rewrite"}  # fmt: skip
 LR = 1e-3
-SAME = ("steps", "precision", "batch_size", "rows", "length", "sentences", "words")  # flags that all rows share
 WRITE_BATCH = 16
-FLAGS = ("data", "yelp", "classifier_weights", "precision", "device", "batch_size", "length", "sentences", "words")
+SETTINGS = ("precision", "batch_size", "length", "sentences", "words")
+FLAGS = ("data", "yelp", "classifier_weights", "device", *SETTINGS)  # for a real decoder alone
+SAME = ("steps", "rows", *SETTINGS)  # in all rows of a table
 CLASSIFIER_DEV = 200  # sentences of each sentiment that the classifier does not train on
 
 
@@ -239,7 +239,7 @@ def measure(args, data, judge, arms, name, seed, lr):
             model = tuned_decoder(args, data, arms[name], lr, seed)
         except FloatingPointError:
             columns = ("size", "loss", *(column for asked in ASKED for column in names_of(asked)))
-            return row | {column: inf if column == "loss" else nan for column in columns}, {}
+            return row | dict.fromkeys(columns, math.nan) | {"loss": math.inf}, {}
         nats, words = losses_of(model, data.held_out)
         size = 0.0 if name == "untuned" else round(size_of(model), 4)
         row |= {"size": size, "loss": round(sum(nats) / sum(words), 4)}
@@ -267,8 +267,8 @@ def compare(args, arms, out):
     for name, seed, lr in runs:
         started = time.time()
         row, texts = measure(args, data, judge, arms, name, seed, lr)
-        for asked, pairs in data.asked.items():
-            for (sentence, human), text in zip(pairs, texts.get(asked, []), strict=asked in texts):
+        for asked, written in texts.items():
+            for (sentence, human), text in zip(data.asked[asked], written, strict=True):
                 said = {"asked": asked, "sentence": sentence, "human": human, "written": text}
                 append(out / "written.csv", {"arm": name, "seed": seed, "lr": lr, **said})
         append(path, row)

@@ -880,7 +880,7 @@ MUTANTS = [  # (file, text that occurs once in it, what replaces it, test that f
      "tests/test_figures.py::test_another_seed_adds_rows"),
     ("experiments/cost.py", "with environment(GIVE_BACK), get_context", "with get_context",
      "tests/test_figures.py::test_memory_is_measured_where_free_memory_goes_back_at_once"),
-    ("experiments/cost.py", "**group, arm=arm) for arm", "**group) for arm",
+    ("experiments/cost.py", "**group, arm=arm) for arm in [*arms(), *RECIPES]", "**group) for arm in arms()",
      "tests/test_figures.py::test_table_4_goes_on_where_arms_are_missing"),
     ("experiments/figures.py", "    except FloatingPointError:", "    except KeyError:",
      "tests/test_figures.py::test_a_run_that_diverges_is_a_row_with_an_infinite_loss"),

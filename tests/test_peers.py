@@ -335,7 +335,6 @@ def test_sora_closes_exactly_the_gates_within_reach_of_0_that_no_gradient_moves(
     assert sum(int((g.abs() < reach).sum()) for g in first) not in (0, 8), "some close, and some do not"
 
 
-@pytest.mark.equation("sora")
 def test_runs_too_short_for_sora_or_alora_are_refused_in_one_line(tiny_weights, tmp_path, capsys):
     for flags, words in (
         (["--method", "sora", "--reach", "1", "--steps", "1"], "a reach of 1 needs more steps than 1"),
@@ -347,6 +346,7 @@ def test_runs_too_short_for_sora_or_alora_are_refused_in_one_line(tiny_weights, 
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.equation("sora")
 def test_the_reach_of_sora_is_a_flag_of_the_main_job(tiny_weights, tmp_path):
     flags = ["--method", "sora", "--weights", str(tiny_weights), "--rows", "32", "--batch-size", "8", "--steps", "20"]
     kept = []
