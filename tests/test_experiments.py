@@ -191,25 +191,25 @@ def fake_runs(monkeypatch):
     return asked
 
 
-ONE_OF_EACH = ["mini-cola", "words", "cola"]
+TRIALS = {"mini-cola": 5, "words": 6, "cola": 3}
 
 
-@pytest.mark.parametrize("task", ONE_OF_EACH)
+@pytest.mark.parametrize("task", TRIALS)
 def test_every_method_of_the_comparison_gets_as_many_trials(task):
     found = {method: methods.trials(method, task) for method in methods.METHODS}
-    assert {len(set(trials)) for trials in found.values()} == {6 if task == "words" else 3}
+    assert {len(set(trials)) for trials in found.values()} == {TRIALS[task]}
     assert all(task == "words" or methods.default_trial(method, task) in trials for method, trials in found.items())
 
 
 def test_tuning_has_a_seed_of_its_own_and_reports_take_its_best_trial(tmp_path, fake_runs, capsys):
     flags = ["--methods", "lora-4", "full", "--tasks", "mini-cola", "mini-rte", "--out", str(tmp_path)]
     rows = compare.main(["--tune", *flags])
-    assert len(rows) == len(fake_runs) == 2 * 2 * 3 and {seed for _, _, seed, *_ in fake_runs} == {arms.TUNE_SEED}
-    assert compare.main(["--tune", *flags]) == rows and len(fake_runs) == 12, "what is there is not done again"
+    assert len(rows) == len(fake_runs) == 2 * 2 * 5 and {seed for _, _, seed, *_ in fake_runs} == {arms.TUNE_SEED}
+    assert compare.main(["--tune", *flags]) == rows and len(fake_runs) == 20, "what is there is not done again"
     rows = compare.main(["--seeds", "0", *flags])
     trials = {(method, trial) for method, _, seed, trial, _ in fake_runs if seed == 0}
-    assert trials == {("lora-4", (4e-3, "")), ("full", (5e-4, ""))}, "the highest score; a diverged trial is the worst"
-    assert {(row["trial"], row["tuned"]) for row in rows} == {("0.004", "yes"), ("0.0005", "yes")}
+    assert trials == {("lora-4", (0.016, "")), ("full", (2e-3, ""))}, "the highest score; a diverged trial is the worst"
+    assert {(row["trial"], row["tuned"]) for row in rows} == {("0.016", "yes"), ("0.002", "yes")}
     with pytest.raises(SystemExit):
         compare.main(["--seeds", "0", str(arms.TUNE_SEED), *flags])
     assert "is the seed for tuning" in capsys.readouterr().err
