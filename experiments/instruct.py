@@ -278,16 +278,16 @@ def main(argv=None):
     for name, value in (rewrite.DEFAULTS if args.model else DEFAULTS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.model:
-        with errors_as_lines(parser, hint=STUDY):
-            return rewrite.run(args, ARMS)
     for name in rewrite.FLAGS:
-        if getattr(args, name) != parser.get_default(name):
+        if not args.model and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} is for a real decoder: it needs --model")
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    mini_decoder()
-    compare(args, out)
+    with errors_as_lines(parser, hint=STUDY):
+        if args.model:
+            return rewrite.run(args, ARMS)
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        mini_decoder()
+        compare(args, out)
     rows = read_table(out / "instruct.csv")
     print(table(rows))
     print(examples(read_table(out / "written.csv")))

@@ -35,6 +35,7 @@ import train_glue_mini
 from budget import C_START, RankAllocator, Recipe, lr_factor, project
 from cli.files import append, has_row, read_table
 from cli.flags import positive
+from cli.runs import STUDY, errors_as_lines
 from experiments import planted_ranks, shift
 from experiments.arms import TUNE_SEED
 
@@ -277,10 +278,8 @@ def main(argv=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     rungs = ladder(args.size)
     if not args.report:
-        try:
+        with errors_as_lines(parser, hint=STUDY):
             climb(args, [rungs[name] for name in args.rungs], path)
-        except ValueError as error:
-            parser.error(str(error))
     rows = [row for row in read_table(path) if row["rank"] == str(args.size)]
     print(report(rows, rungs))
     return rows

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from budget import FixedRanks, RankAllocator, Recipe, freeze_gates, total_parameters
 from cli.files import append, has_row, read_table
 from cli.flags import positive
+from cli.runs import STUDY, errors_as_lines
 from cli.setup import TARGETS
 from glue.metrics import spearman
 from glue.pretrain import mini_encoder
@@ -207,17 +208,19 @@ def main(argv=None):
     path = out / f"{args.network}.csv"
     noises = args.noise or ([0.0] if args.network == "transformer" else [0.1, 1.0])
     steps = args.steps or NETWORKS[args.network][1]
-    for seed in args.seeds[:1] if args.quick else args.seeds:
-        for noise in noises[:1] if args.quick else noises:
-            for method in args.methods:
-                if has_row(path, steps=steps, method=method, noise=noise, seed=seed):
-                    continue
-                started = time.time()
-                with redirect_stdout(None):
-                    row = learn(args.network, steps, method, noise, seed)
-                append(path, row)
-                seconds = time.time() - started
-                print(f"seed {seed}, noise {noise}, {method}: {row['right']:.0%} of the ranks right, {seconds:.0f} s")
+    with errors_as_lines(parser, hint=STUDY):
+        for seed in args.seeds[:1] if args.quick else args.seeds:
+            for noise in noises[:1] if args.quick else noises:
+                for method in args.methods:
+                    if has_row(path, steps=steps, method=method, noise=noise, seed=seed):
+                        continue
+                    started = time.time()
+                    with redirect_stdout(None):
+                        row = learn(args.network, steps, method, noise, seed)
+                    append(path, row)
+                    seconds = time.time() - started
+                    right = f"{row['right']:.0%} of the ranks right"
+                    print(f"seed {seed}, noise {noise}, {method}: {right}, {seconds:.0f} s")
     rows = read_table(path)
     print(table(rows))
     write_atomically(out / f"{args.network}.png", lambda path: draw(rows, path))

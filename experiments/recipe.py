@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_glue_mini
 from cli.files import append, has_row, read_table
+from cli.runs import STUDY, errors_as_lines
 from glue.mini import TASKS as MINI_TASKS
 from hub.checkpoints import write_atomically
 
@@ -137,15 +138,16 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     path = out / "recipe.csv"
     variants = dict.fromkeys(v for name in args.variants for v in GROUPS.get(name, [name]))
-    for seed in args.seeds:
-        for task in args.tasks:
-            for variant in variants:
-                if has_row(path, variant=variant, task=task, seed=seed):
-                    continue
-                name = f"{variant}-{task}-s{seed}-{time.time_ns()}".replace(" ", "")
-                row = one(variant, task, seed, flags, str(out / name))
-                append(path, row)
-                print(f"{variant}, {task}, seed {seed}: {row['score']:.4f}, {row['seconds']:.0f} s", flush=True)
+    with errors_as_lines(parser, hint=STUDY):
+        for seed in args.seeds:
+            for task in args.tasks:
+                for variant in variants:
+                    if has_row(path, variant=variant, task=task, seed=seed):
+                        continue
+                    name = f"{variant}-{task}-s{seed}-{time.time_ns()}".replace(" ", "")
+                    row = one(variant, task, seed, flags, str(out / name))
+                    append(path, row)
+                    print(f"{variant}, {task}, seed {seed}: {row['score']:.4f}, {row['seconds']:.0f} s", flush=True)
     rows = read_table(path)
     print(table(rows))
     write_atomically(out / "recipe.png", lambda path: draw(rows, path))

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from budget import FixedRanks, Recipe
 from cli.files import append, has_row, read_table, rows_with
 from cli.flags import positive
+from cli.runs import STUDY, errors_as_lines
 from experiments import shift
 from experiments.arms import arm_of, tuned
 from experiments.intervals import interval, paired
@@ -113,19 +114,20 @@ def main(argv=None):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "transplant.csv"
-    for seed in args.seeds:
-        for kind in args.kinds:
-            missing = [name for name in PLACEMENTS if not has_row(path, kind=kind, seed=seed, placement=name)]
-            if not missing:
-                continue
-            data = shift.data_of(kind, seed, args.texts)
-            ranks = found_ranks(out, data, args.arm, seed, args.steps)
-            for placement in missing:
-                started = time.time()
-                row = one(data, placement, ranks, seed, args.steps)
-                append(path, row)
-                seconds = time.time() - started
-                print(f"{kind}, {placement}, seed {seed}: {row['loss']:.4f}, {seconds:.0f} s", flush=True)
+    with errors_as_lines(parser, hint=STUDY):
+        for seed in args.seeds:
+            for kind in args.kinds:
+                missing = [name for name in PLACEMENTS if not has_row(path, kind=kind, seed=seed, placement=name)]
+                if not missing:
+                    continue
+                data = shift.data_of(kind, seed, args.texts)
+                ranks = found_ranks(out, data, args.arm, seed, args.steps)
+                for placement in missing:
+                    started = time.time()
+                    row = one(data, placement, ranks, seed, args.steps)
+                    append(path, row)
+                    seconds = time.time() - started
+                    print(f"{kind}, {placement}, seed {seed}: {row['loss']:.4f}, {seconds:.0f} s", flush=True)
     rows = read_table(path)
     print(table(rows))
     return rows

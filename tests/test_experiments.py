@@ -14,7 +14,9 @@ from experiments import (
     arms,
     compare,
     figures,
+    instruct,
     intervals,
+    ladder,
     methods,
     planted_ranks,
     plots,
@@ -315,6 +317,33 @@ def test_an_interruption_of_a_run_is_one_of_the_study(tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit) as stopped:
         compare.main(["--methods", "lora-4", "--tasks", "mini-cola", "--out", str(tmp_path)])
     assert stopped.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+
+
+STUDIES = {  # program -> (what a run of it begins with, flags)
+    planted_ranks: ("learn", []),
+    ladder: ("climb", []),
+    transplant: ("found_ranks", ["--kinds", "words", "--texts", "64"]),
+    recipe: ("one", []),
+    shift: ("data_of", ["--kinds", "words"]),
+    instruct: ("compare", []),
+}
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.__name__)
+@pytest.mark.parametrize("error, status, said", [
+    (KeyboardInterrupt(), 130, "the same command goes on"),
+    (FloatingPointError("the loss is nan"), 2, "the loss is nan"),
+])  # fmt: skip
+def test_a_study_that_is_stopped_ends_with_one_line(study, error, status, said, tmp_path, monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise error
+
+    name, flags = STUDIES[study]
+    monkeypatch.setattr(study, name, stopped)
+    monkeypatch.setattr(instruct, "mini_decoder", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        study.main([*flags, "--out", str(tmp_path)])
+    assert ended.value.code == status and said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lower", [False, True])
