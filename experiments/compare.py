@@ -1,7 +1,7 @@
 """SaLoRA beside its peers: what trains, what is left in the end, the score, and what a step costs.
 
     python experiments/compare.py --tune                     learning rates, every method on three generated tasks
-    python experiments/compare.py --seeds 0 1 2              with the best of them, on the eight generated tasks
+    python experiments/compare.py --seeds 0 1 2 3 4          with the best of them, on the eight generated tasks
     python experiments/compare.py --memory                   peak memory of every method, for the table
     ... --tasks words reverse --out runs/compare-shift       the same three for the losses of experiments/shift.py
     ... --tasks mrpc cola --data GLUE --weights MODEL --out runs/compare-glue      other flags go to the main job
