@@ -7,8 +7,8 @@
     ... --tasks mrpc cola --data GLUE --weights MODEL --out runs/compare-glue      other flags go to the main job
 
 experiments/methods.py says which methods, at what size, and how SoRA gets there. All get as many trials, with seed 100,
-which no report uses: the default learning rate of the main job, its half and its double, and on generated tasks 4 and
-8 times that rate; on a shift the six of grid_of. Tuning and reports score different rows. An official task is tuned on
+which no report uses: half of the main job's default learning rate, the default, 2 and 4 times that, and on generated
+tasks 8 times; on a shift the six of grid_of. Tuning and reports score different rows. An official task is tuned on
 a tenth of its training rows, on which that run does not train, and reports are about dev rows; a generated task is
 tuned on dev rows, and reports are about rows that were generated after them. A report takes the trial with the best
 mean over the tasks of tune.csv, and without one the default, which the table marks.

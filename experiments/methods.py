@@ -62,7 +62,7 @@ def trials(method, task):
     if kind_of(task) == "shift":
         return [(lr, float(scale)) for lr, scale in grid_of(arm_of(arm))]
     middle = MAIN_METHODS[flags.split()[1]][task in TASKS]
-    factors = (0.5, 1, 2) if kind_of(task) == "official" else (0.5, 1, 2, 4, 8)
+    factors = (0.5, 1, 2, 4) if kind_of(task) == "official" else (0.5, 1, 2, 4, 8)
     return [(float(f"{factor * middle:g}"), "") for factor in factors]
 
 

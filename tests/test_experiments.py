@@ -193,7 +193,7 @@ def fake_runs(monkeypatch):
     return asked
 
 
-TRIALS = {"mini-cola": 5, "words": 6, "cola": 3}
+TRIALS = {"mini-cola": 5, "words": 6, "cola": 4}
 
 
 @pytest.mark.parametrize("task", TRIALS)
