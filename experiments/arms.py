@@ -91,7 +91,15 @@ def arm_of(name):
 # since the best on words alone is often at the edge of divergence, and beyond it on reverse. All of these arms saw all
 # of GRID on both kinds.
 
-GRID = [(6e-3, 1), (6e-3, 2), (6e-3, 4), (1.2e-2, 1), (1.2e-2, 2), (2.4e-2, 1)]
+
+
+def triangle(top):
+    """[(learning rate, scale)] whose product is at most top."""
+    return [(lr, scale) for lr in (6e-3, 1.2e-2, 2.4e-2, 4.8e-2) for scale in (1, 2, 4, 8) if lr * scale <= top]
+
+
+GRID = triangle(2.4e-2)
+WIDE = triangle(4.8e-2)  # of experiments/compare.py: the best of some competing methods is at the edge of GRID
 TUNED = {
     "lora-8": (6e-3, 4),
     "lora-4": (1.2e-2, 2),
@@ -120,18 +128,15 @@ TUNED = {
 }
 
 
-def grid_of(arm):
-    """What --tune tries: GRID, and for AdaLoRA, whose best lies beyond it, GRID at twice the rate; without triplets as
-    many learning rates, and no scale.
+def grid_of(arm, grid):
+    """What tuning tries: a grid, and for an arm without triplets as many learning rates, and no scale.
 
-    LoRA's best ones are 3 to 12 times as high here as in the main job, so these are 1/2 to 16 times as high as there.
+    LoRA's best ones are 3 to 12 times as high here as in the main job, so these start at half of the main job's.
     """
-    if arm.method == "adalora":
-        return [(2 * lr, scale) for lr, scale in GRID]
     if arm.method not in INSTALLED:
-        return GRID
+        return grid
     middle, _ = MAIN_METHODS[arm.method]
-    return [(middle * factor, 1) for factor in (0.5, 1, 2, 4, 8, 16)]
+    return [(middle * 2 ** (i - 1), 1) for i in range(len(grid))]
 
 
 def ranking(values, highest=False):
@@ -155,7 +160,7 @@ def tuned(arm, values=TUNED):
     Without triplets it takes one from the middle of its grid.
     """
     if arm.method in INSTALLED:
-        return grid_of(arm)[3]
+        return grid_of(arm, GRID)[3]
     for method in (arm.method, "lora" if METHODS[arm.method][0] is None else "ours"):
         names = [name for name in values if name.startswith(method + "-")]
         if names:

@@ -23,7 +23,7 @@ from cli.flags import METHODS as MAIN_METHODS
 from cli.journal import Journal
 from cli.runs import read_settings
 from experiments import shift
-from experiments.arms import TUNE_SEED, arm_of, grid_of, tuned
+from experiments.arms import TUNE_SEED, WIDE, arm_of, grid_of, tuned
 from glue.metrics import METRICS
 from glue.mini import TASKS as MINI_TASKS
 from glue.mini import examples
@@ -60,10 +60,9 @@ def trials(method, task):
     """[(learning rate, scale)] that tuning tries; a scale of "" is the main job's own."""
     flags, arm = METHODS[method]
     if kind_of(task) == "shift":
-        return [(lr, float(scale)) for lr, scale in grid_of(arm_of(arm))]
+        return [(lr, float(scale)) for lr, scale in grid_of(arm_of(arm), WIDE)]
     middle = MAIN_METHODS[flags.split()[1]][task in TASKS]
-    factors = (0.5, 1, 2, 4) if kind_of(task) == "official" else (0.5, 1, 2, 4, 8)
-    return [(float(f"{factor * middle:g}"), "") for factor in factors]
+    return [(float(f"{factor * middle:g}"), "") for factor in (0.5, 1, 2, 4, 8)]
 
 
 def default_trial(method, task):

@@ -256,7 +256,7 @@ def tune(args, out):
     """Every arm on the whole grid, with the seed that no report uses."""
     path = out / "tune.csv"
     for kind in args.kinds:
-        for arm, (lr, scale) in [(arm, point) for arm in args.arms for point in args.grid or grid_of(arm)]:
+        for arm, (lr, scale) in [(arm, point) for arm in args.arms for point in args.grid or grid_of(arm, GRID)]:
             key = {"kind": kind, "arm": arm.name, "lr": lr, "scale": f"{scale:g}", "seed": TUNE_SEED}
             if has_row(path, **key):
                 continue
@@ -422,7 +422,7 @@ def main(argv=None):
     parser.add_argument("--tune", action="store_true", help="try the grid of learning rates and scales, on seed "
                         f"{TUNE_SEED}, and print the best")  # fmt: skip
     parser.add_argument("--grid", type=trial, nargs="+", metavar="LR:SCALE", help="what --tune tries "
-                        f"(default {' '.join(f'{lr:g}:{scale:g}' for lr, scale in GRID)}; see grid_of)")  # fmt: skip
+                        f"(default {' '.join(f'{lr:g}:{scale:g}' for lr, scale in GRID)})")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="only the tables and the picture of what is there")
     parser.add_argument("--steps", type=positive, default=1000, metavar="N", help="default 1000")
     parser.add_argument("--texts", type=positive, default=8000, metavar="N", help="to train on (default 8000)")
