@@ -7,11 +7,11 @@
     ... --tasks mrpc cola --data GLUE --weights MODEL --out runs/compare-glue      other flags go to the main job
 
 experiments/methods.py says which methods, at what size, and how SoRA gets there. All get as many trials, with seed 100,
-which no report uses: on GLUE half of the main job's default learning rate, the default, 2, 4 and 8 times that; on a
-shift ten, see WIDE in experiments/arms.py. Tuning and reports score different rows. An official task is tuned on a
-tenth of its training rows, on which that run does not train, and reports are about dev rows; a generated task is tuned
-on dev rows, and reports are about rows that were generated after them. A report takes the trial with the best mean over
-the tasks of tune.csv, and without one the default, which the table marks.
+which no report uses: half of the main job's default learning rate, the default and its double, on generated tasks 4 and
+8 times it as well; on a shift ten, see WIDE in experiments/arms.py. Tuning and reports score different rows. An
+official task is tuned on a tenth of its training rows, on which that run does not train, and reports are about dev
+rows; a generated task is tuned on dev rows, and reports are about rows that were generated after them. A report takes
+the trial with the best mean over the tasks of tune.csv, and without one the default, which the table marks.
 
 Rows go to tune.csv, compare.csv and memory.csv in --out. A run that is there is not done again, so a study can be
 stopped, continued, and split over processes. Rows are told apart by method, task, seed and trial alone: a study with

@@ -62,7 +62,8 @@ def trials(method, task):
     if kind_of(task) == "shift":
         return [(lr, float(scale)) for lr, scale in grid_of(arm_of(arm), WIDE)]
     middle = MAIN_METHODS[flags.split()[1]][task in TASKS]
-    return [(float(f"{factor * middle:g}"), "") for factor in (0.5, 1, 2, 4, 8)]
+    factors = (0.5, 1, 2) if kind_of(task) == "official" else (0.5, 1, 2, 4, 8)
+    return [(float(f"{factor * middle:g}"), "") for factor in factors]
 
 
 def default_trial(method, task):

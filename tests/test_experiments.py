@@ -193,7 +193,7 @@ def fake_runs(monkeypatch):
     return asked
 
 
-TRIALS = {"mini-cola": 5, "words": 10, "cola": 5}
+TRIALS = {"mini-cola": 5, "words": 10, "cola": 3}
 
 
 @pytest.mark.parametrize("task", TRIALS)
