@@ -458,9 +458,8 @@ NOT_FINITE, WHOLE = torch.full((4, 6), torch.nan), torch.ones(4, 6)
 @pytest.mark.equation("adapter file")
 @pytest.mark.parametrize("part, value", [
     ("A", None), ("A", [1.0]), ("A", NOT_FINITE), ("A", WHOLE.int()), ("A", WHOLE.to_sparse()), ("A", WHOLE.to("meta")),
-    ("A", WHOLE[0]), ("A", torch.zeros(1).expand(10**6, 10**6)),
-    ("A", torch.quantize_per_tensor(WHOLE, 0.1, 0, torch.qint8)),
-    ("B", WHOLE), ("log_theta", WHOLE[0]), ("fixed", WHOLE), ("r0", 10.0), ("r0", 0), ("r0", True),
+    ("A", WHOLE[0]), ("A", torch.zeros(1).expand(10**6, 10**6)), ("B", WHOLE),
+    ("log_theta", WHOLE[0]), ("fixed", WHOLE), ("r0", 10.0), ("r0", 0), ("r0", True),
     ("alpha", "16"), ("alpha", torch.nan), ("alpha", None),
 ])  # fmt: skip
 def test_an_adapter_of_damaged_content_is_refused_and_leaves_the_model_alone(part, value):
@@ -473,6 +472,15 @@ def test_an_adapter_of_damaged_content_is_refused_and_leaves_the_model_alone(par
     after = {name: (p, p.requires_grad) for name, p in net.named_parameters()}
     assert list(before) == list(after)
     assert all(torch.equal(p, after[name][0]) and trains == after[name][1] for name, (p, trains) in before.items())
+
+
+@pytest.mark.equation("adapter file")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # which later releases of torch may lack
+@pytest.mark.skipif(not hasattr(torch, "quantize_per_tensor"), reason="this torch has no quantized tensors")
+def test_an_adapter_of_quantized_numbers_is_refused():
+    test_an_adapter_of_damaged_content_is_refused_and_leaves_the_model_alone(
+        "A", torch.quantize_per_tensor(WHOLE, 0.1, 0, torch.qint8)
+    )
 
 
 @pytest.mark.equation("adapter file")
