@@ -29,6 +29,14 @@ def append(path, row):
         writer.writerow(row)
 
 
+def make_folder(path):
+    """For the rows of a study. Raises NotADirectoryError where a file is in its way."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{path} is a file, or inside of one: choose another --out") from None
+
+
 def read_table(path):
     """The rows of a CSV file, dicts of texts; none if the file is not there."""
     if not path.is_file():

@@ -44,7 +44,7 @@ def announce(settings, folder, model, train, dev, allocator):
 
 def too_short(window):
     """A warning, or nothing."""
-    few = f"; fewer than {FEW_STEPS} steps are too short for ranks to mean anything: give it more --epochs"
+    few = f"; fewer than {FEW_STEPS} steps are too short for ranks to mean anything: give it more --epochs or --steps"
     return few if 0 < window < FEW_STEPS else ""
 
 

@@ -31,7 +31,7 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_glue_mini
-from cli.files import append, has_row, read_table
+from cli.files import append, has_row, make_folder, read_table
 from cli.flags import positive
 from cli.runs import STUDY, errors_as_lines
 from experiments import cost, plots, shift
@@ -206,8 +206,9 @@ def main(argv=None):
                         "official, or kinds of shift (default: all generated ones; with --tune "
                         f"{' '.join(TUNING_TASKS)})")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], metavar="S", help="default 0 1")
-    parser.add_argument("--tune", action="store_true", help=f"try learning rates, on seed {TUNE_SEED}")
-    parser.add_argument("--memory", action="store_true", help="measure peak memory, on the first of --tasks")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--tune", action="store_true", help=f"try learning rates, on seed {TUNE_SEED}")
+    instead.add_argument("--memory", action="store_true", help="measure peak memory, on the first of --tasks")
     parser.add_argument("--data", type=Path, metavar="DIR", help="GLUE's official files, for official tasks")
     parser.add_argument("--steps", type=positive, metavar="N", help="default: the main job's; 1000 on a shift")
     parser.add_argument("--texts", type=positive, default=8000, metavar="N", help="of a shift (default 8000)")
@@ -225,21 +226,23 @@ def main(argv=None):
             parser.error(f"{flag.split('=')[0]} is what this study chooses itself")
     if TUNE_SEED in args.seeds:
         parser.error(f"--seeds: {TUNE_SEED} is the seed for tuning")
-    args.out.mkdir(parents=True, exist_ok=True)
     with errors_as_lines(parser, hint=STUDY):
+        make_folder(args.out)
         if args.tune:
             rows = tune(args)
             for method in in_order(rows, "method"):
                 found = ranking(rows, method, kind_of(args.tasks[0]))
-                print(f"{method:<10} " + ", ".join(f"{score:.4f} ({text_of(trial)})" for score, trial in found))
+                trials = ", ".join(f"{score:.4f} ({text_of(trial)})" for score, trial in found)
+                print(f"{method:<10} {trials or 'no trial has run on every task of tune.csv'}")
             return rows
         if args.memory:
             measure_memory(args)
             return read_table(args.out / "memory.csv")
         compare(args)
     rows = read_table(args.out / "compare.csv")
-    rows = [row for row in rows if kind_of(row["task"]) == kind_of(args.tasks[0])]
-    print(table(rows, read_table(args.out / "memory.csv")))
+    rows = [row for row in rows if row["task"] in args.tasks and int(row["seed"]) in args.seeds]
+    memory = read_table(args.out / "memory.csv")
+    print(table(rows, [row for row in memory if kind_of(row["task"]) == kind_of(args.tasks[0])]))
     write_atomically(args.out / "compare.png", lambda path: draw(rows, path))
     print(f"see {args.out / 'compare.csv'} and {args.out / 'compare.png'}")
     return rows

@@ -37,7 +37,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.files import append, has_row, read_table
+from cli.files import append, has_row, make_folder, read_table
 from cli.flags import Parser, above_zero, device_of, positive
 from cli.runs import STUDY, errors_as_lines
 from experiments import plots, shift
@@ -442,7 +442,7 @@ def main(argv=None):
         if args.model is None or args.data is None:
             raise ValueError("a run needs --model MODEL and --data DIR")
         args.device = device_of(args.device)
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         if args.tune:
             tune(args, out)
             print(best_of(read_table(out / "tune.csv")))

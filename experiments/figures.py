@@ -30,7 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import FixedRanks, RankAllocator, Recipe
-from cli.files import append, has_row, read_table, rows_with
+from cli.files import append, has_row, make_folder, read_table, rows_with
 from cli.flags import device_of, positive
 from cli.journal import Journal
 from cli.pictures import split_name
@@ -237,6 +237,10 @@ def table1(args, path):
     rows = read_table(Path(args.source) / "compare.csv")
     if not rows:
         raise ValueError(f"no rows in {args.source}/compare.csv: run experiments/compare.py first")
+    kinds = {compare.kind_of(row["task"]) for row in rows}
+    if len(kinds) > 1:
+        raise ValueError(f"{args.source}/compare.csv has tasks of several kinds ({', '.join(sorted(kinds))}): their "
+                         "mean would mean nothing: give each kind an --out of its own")  # fmt: skip
     tasks, found = compare.in_order(rows, "task"), {}
     for method in compare.in_order(rows, "method"):
         mine = [row for row in rows if row["method"] == method]
@@ -277,7 +281,7 @@ def draw(args):
     args.seeds = args.seeds or list(several)
     args.steps = args.steps or (1000 if args.full else 300)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     path = out / f"{args.item}.csv"
     ITEMS[args.item](args, path)
     print("see", ", ".join(str(file) for file in (path, path.with_suffix(".png")) if file.is_file()))

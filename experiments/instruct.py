@@ -41,7 +41,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import FixedRanks, RankAllocator, Recipe
-from cli.files import append, has_row, read_table
+from cli.files import append, has_row, make_folder, read_table
 from cli.flags import Parser, above_zero, positive
 from cli.runs import STUDY, errors_as_lines
 from cli.setup import TARGETS
@@ -285,7 +285,7 @@ def main(argv=None):
         if args.model:
             return rewrite.run(args, ARMS)
         out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         mini_decoder()
         compare(args, out)
     rows = read_table(out / "instruct.csv")

@@ -31,13 +31,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train_glue_mini
 from budget import C_START, RankAllocator, Recipe, lr_factor, project
-from cli.files import append, has_row, read_table
+from cli.files import append, has_row, make_folder, read_table
 from cli.flags import positive
 from cli.runs import STUDY, errors_as_lines
 from experiments import planted_ranks, shift
 from experiments.arms import TUNE_SEED
+from experiments.methods import main_job
 
 TASKS = ["mini-cola", "mini-mrpc", "mini-rte"]
 GRID = [(6e-3, 1), (6e-3, 2), (1.2e-2, 1), (1.2e-2, 2)]  # learning rate, scale: where arms.GRID has its best points
@@ -165,7 +165,8 @@ def tuned(rows, rung):
             losses.setdefault((float(row["lr"]), float(row["scale"])), []).append(float(row["value"]))
     whole = {trial: mean(some) for trial, some in losses.items() if len(some) == 2}
     if not whole:
-        raise ValueError(f"{rung.name} has not been tuned at this size: run with shift --tune first")
+        raise ValueError(f"{rung.name} has not been tuned at this size: first run ladder.py shift --tune with the same "
+                         "--size and --out")  # fmt: skip
     return min(whole, key=whole.get)
 
 
@@ -200,7 +201,7 @@ def flags_of(rung):
 def on_task(rung, task, seed, steps, out):
     folder = out / f"{rung.name}-{task}-s{seed}-{time.time_ns()}".replace(" ", "")
     flags = flags_of(rung) + (["--steps", str(steps)] if steps else [])
-    summary = train_glue_mini.main([*flags, "--task", task, "--seed", str(seed), "--out", str(folder)])
+    summary = main_job([*flags, "--task", task, "--seed", str(seed), "--out", str(folder)])
     return summary["score"], summary["density_kept"], summary["density_expected"]
 
 
@@ -275,10 +276,10 @@ def main(argv=None):
     if args.tune and args.measures != ["shift"]:
         parser.error("--tune is for shift alone: the other measures have one learning rate for all rungs")
     path = Path(args.out) / "ladder.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
     rungs = ladder(args.size)
     if not args.report:
         with errors_as_lines(parser, hint=STUDY):
+            make_folder(path.parent)
             climb(args, [rungs[name] for name in args.rungs], path)
     rows = [row for row in read_table(path) if row["rank"] == str(args.size)]
     print(report(rows, rungs))

@@ -83,19 +83,27 @@ def run(method, task, seed, trial, args):
     return run_on_glue(method, task, seed, trial, args)
 
 
+def main_job(flags):
+    """The summary of a run of the main job, in silence.
+
+    Raises what it would end with: KeyboardInterrupt, FloatingPointError for a loss that is not finite, or ValueError.
+    """
+    try:
+        with redirect_stdout(None), redirect_stderr(StringIO()) as said:
+            return train_glue_mini.main(flags)
+    except SystemExit as stopped:  # after one line that says why
+        if stopped.code == 130:
+            raise KeyboardInterrupt from None
+        why = said.getvalue().strip()
+        raise (FloatingPointError if "not finite" in why else ValueError)(why.partition("error: ")[2] or why) from None
+
+
 def run_on_glue(method, task, seed, trial, args):
     flags = [*METHODS[method][0].split(), "--task", task, *args.flags, "--seed", str(seed), "--lr", str(trial[0])]
     flags += ["--data", str(args.data)] if kind_of(task) == "official" else []
     flags += ["--steps", str(args.steps)] if args.steps else []
     out = args.out / f"{method}-{task}-s{seed}-{time_ns()}"
-    try:
-        with redirect_stdout(None), redirect_stderr(StringIO()) as said:
-            summary = train_glue_mini.main([*flags, "--out", str(out)])
-    except SystemExit as stopped:  # after one line that says why
-        if stopped.code == 130:
-            raise KeyboardInterrupt from None
-        error = FloatingPointError if "not finite" in said.getvalue() else ValueError
-        raise error(said.getvalue().strip()) from None
+    summary = main_job([*flags, "--out", str(out)])
     trained, final = sizes(torch.load(out / "adapter.pt", map_location="cpu", weights_only=True))
     fresh = kind_of(task) == "generated" and seed != TUNE_SEED
     score = score_on(fresh_rows(task), out, summary) if fresh else summary["score"]

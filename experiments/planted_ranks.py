@@ -27,7 +27,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import FixedRanks, RankAllocator, Recipe, freeze_gates, total_parameters
-from cli.files import append, has_row, read_table
+from cli.files import append, has_row, make_folder, read_table
 from cli.flags import positive
 from cli.runs import STUDY, errors_as_lines
 from cli.setup import TARGETS
@@ -204,11 +204,11 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/planted-ranks", metavar="DIR", help="default runs/planted-ranks")
     args = parser.parse_args(argv)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     path = out / f"{args.network}.csv"
     noises = args.noise or ([0.0] if args.network == "transformer" else [0.1, 1.0])
     steps = args.steps or NETWORKS[args.network][1]
     with errors_as_lines(parser, hint=STUDY):
+        make_folder(out)
         for seed in args.seeds[:1] if args.quick else args.seeds:
             for noise in noises[:1] if args.quick else noises:
                 for method in args.methods:

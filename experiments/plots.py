@@ -248,7 +248,7 @@ def ranked(axis, points, label):
     axis.set_yticks(range(len(points)), [METHODS[method][0] for method, *_ in points])
     axis.grid(alpha=0.3)
     axis.set_xlabel(label)
-    axis.set_title("as large as LoRA r=4", fontsize=13)
+    axis.set_title("about as large as LoRA r=4", fontsize=13)
 
 
 def place_names(axis, marks):

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import FixedRanks, Recipe
-from cli.files import append, has_row, read_table, rows_with
+from cli.files import append, has_row, make_folder, read_table, rows_with
 from cli.flags import above_zero, positive
 from cli.runs import STUDY, errors_as_lines
 from cli.setup import TARGETS
@@ -249,8 +249,8 @@ def main(argv=None):
     if not args.report:
         if not args.data or not args.weights:
             parser.error("--data and --weights are needed, the folders of GLUE's files and of the encoder")
-        out.mkdir(parents=True, exist_ok=True)
         with errors_as_lines(parser, hint=STUDY):
+            make_folder(out)
             study(args, out)
     rows = read_table(out / ("tune.csv" if args.tune else "real.csv"))
     print(f"no rows in {out}" if not rows else best_of(rows) if args.tune else report(rows))

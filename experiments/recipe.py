@@ -13,7 +13,6 @@ Rows are told apart by variant, task and seed alone: a study with other flags fo
 import argparse
 import sys
 import time
-from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -21,9 +20,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train_glue_mini
-from cli.files import append, has_row, read_table
+from cli.files import append, has_row, make_folder, read_table
 from cli.runs import STUDY, errors_as_lines
+from experiments.methods import main_job
 from glue.mini import TASKS as MINI_TASKS
 from hub.checkpoints import write_atomically
 
@@ -55,8 +54,7 @@ COLUMNS = ["variant", "task", "seed", "score", "density_target", "density_expect
 
 def one(variant, task, seed, flags, out):
     """Run the main job; returns a row. `spare` is how many of the cheapest triplets would still fit the budget."""
-    with redirect_stdout(None):
-        summary = train_glue_mini.main([*VARIANTS[variant], "--task", task, "--seed", str(seed), *flags, "--out", out])
+    summary = main_job([*VARIANTS[variant], "--task", task, "--seed", str(seed), *flags, "--out", out])
     spare = None
     if summary["ranks"]:
         layers = torch.load(Path(out) / "adapter.pt", weights_only=True)["layers"].values()
@@ -135,10 +133,10 @@ def main(argv=None):
     if args.quick:
         args.tasks, args.seeds, flags = args.tasks[:1], args.seeds[:1], [*flags, "--steps", "100"]
     out = Path(args.out or ("runs/recipe-quick" if args.quick else "runs/recipe"))
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "recipe.csv"
     variants = dict.fromkeys(v for name in args.variants for v in GROUPS.get(name, [name]))
     with errors_as_lines(parser, hint=STUDY):
+        make_folder(out)
         for seed in args.seeds:
             for task in args.tasks:
                 for variant in variants:

@@ -27,7 +27,7 @@ import torch
 import train_glue_mini
 from budget import FixedRanks, RankAllocator, Recipe
 from cli.afterwards import predict, reopen
-from cli.files import append, has_row, read_table
+from cli.files import append, has_row, make_folder, read_table
 from cli.flags import device_of, positive
 from cli.runs import read_settings
 from experiments.decoder import (
@@ -301,7 +301,7 @@ def run(args, arms):
             raise ValueError(f"--model needs --{flag.replace('_', '-')} too")
     args.device = device_of(args.device)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     rows = compare(args, arms, out)
     print(table(rows))
     error = 0.5 / args.sentences**0.5

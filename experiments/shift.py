@@ -49,7 +49,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.files import append, has_row, read_table
+from cli.files import append, has_row, make_folder, read_table
 from cli.flags import positive
 from cli.runs import STUDY, errors_as_lines
 from cli.setup import TARGETS
@@ -393,7 +393,7 @@ def draw(rows, path):
 def study(args):
     """Tune, compare or report. Returns the rows of the table."""
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if args.tune:
         tune(args, out)
         print(best_of(read_table(out / "tune.csv")))

@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from budget import FixedRanks, Recipe
-from cli.files import append, has_row, read_table, rows_with
+from cli.files import append, has_row, make_folder, read_table, rows_with
 from cli.flags import positive
 from cli.runs import STUDY, errors_as_lines
 from experiments import shift
@@ -112,9 +112,9 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/shift", metavar="DIR", help="default runs/shift")
     args = parser.parse_args(argv)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "transplant.csv"
     with errors_as_lines(parser, hint=STUDY):
+        make_folder(out)
         for seed in args.seeds:
             for kind in args.kinds:
                 missing = [name for name in PLACEMENTS if not has_row(path, kind=kind, seed=seed, placement=name)]

@@ -346,6 +346,30 @@ def test_a_study_that_is_stopped_ends_with_one_line(study, error, status, said, 
     assert ended.value.code == status and said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("study", [*STUDIES, compare], ids=lambda study: study.__name__)
+def test_a_file_in_the_place_of_a_studys_folder_is_one_line(study, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(SystemExit) as ended:
+            study.main(["--out", str(out)])
+        assert ended.value.code == 2 and f"{out} is a file, or inside of one" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_report_is_about_the_seeds_and_tasks_that_are_asked_for(tmp_path, fake_runs, capsys):
+    flags = ["--methods", "lora-4", "--tasks", "mini-cola", "--out", str(tmp_path)]
+    compare.main([*flags, "--seeds", "0", "1"])
+    assert [row["seed"] for row in compare.main([*flags, "--seeds", "1", "2"])] == ["1", "2"]
+    compare.append(tmp_path / "memory.csv", {"method": "lora-4", "task": "words", "device": "cpu", "MiB": 77.0})
+    compare.main([*flags, "--seeds", "0"])
+    assert "77.0" not in capsys.readouterr().out, "the memory of another kind of task"
+
+
+def test_what_the_main_job_says_is_raised_without_its_name(tmp_path):
+    with pytest.raises(ValueError, match="^argument --rank: expected a whole number above 0"):
+        methods.main_job(["--rank", "0", "--out", str(tmp_path / "run")])
+
+
 @pytest.mark.parametrize("lower", [False, True])
 def test_names_in_the_picture_cover_neither_marks_nor_each_other(tmp_path, monkeypatch, lower):
     found, place = [], plots.place_names
