@@ -239,13 +239,13 @@ def main(argv=None):
             measure_memory(args)
             return read_table(args.out / "memory.csv")
         compare(args)
-    rows = read_table(args.out / "compare.csv")
-    rows = [row for row in rows if row["task"] in args.tasks and int(row["seed"]) in args.seeds]
-    memory = read_table(args.out / "memory.csv")
-    print(table(rows, [row for row in memory if kind_of(row["task"]) == kind_of(args.tasks[0])]))
-    write_atomically(args.out / "compare.png", lambda path: draw(rows, path))
-    print(f"see {args.out / 'compare.csv'} and {args.out / 'compare.png'}")
-    return rows
+        rows = read_table(args.out / "compare.csv")
+        rows = [row for row in rows if row["task"] in args.tasks and int(row["seed"]) in args.seeds]
+        memory = read_table(args.out / "memory.csv")
+        print(table(rows, [row for row in memory if kind_of(row["task"]) == kind_of(args.tasks[0])]))
+        write_atomically(args.out / "compare.png", lambda path: draw(rows, path))
+        print(f"see {args.out / 'compare.csv'} and {args.out / 'compare.png'}")
+        return rows
 
 
 if __name__ == "__main__":

@@ -288,10 +288,10 @@ def main(argv=None):
         make_folder(out)
         mini_decoder()
         compare(args, out)
-    rows = read_table(out / "instruct.csv")
-    print(table(rows))
-    print(examples(read_table(out / "written.csv")))
-    return rows
+        rows = read_table(out / "instruct.csv")
+        print(table(rows))
+        print(examples(read_table(out / "written.csv")))
+        return rows
 
 
 if __name__ == "__main__":

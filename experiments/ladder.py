@@ -277,13 +277,13 @@ def main(argv=None):
         parser.error("--tune is for shift alone: the other measures have one learning rate for all rungs")
     path = Path(args.out) / "ladder.csv"
     rungs = ladder(args.size)
-    if not args.report:
-        with errors_as_lines(parser, hint=STUDY):
-            make_folder(path.parent)
+    with errors_as_lines(parser, hint=STUDY):
+        make_folder(path.parent)
+        if not args.report:
             climb(args, [rungs[name] for name in args.rungs], path)
-    rows = [row for row in read_table(path) if row["rank"] == str(args.size)]
-    print(report(rows, rungs))
-    return rows
+        rows = [row for row in read_table(path) if row["rank"] == str(args.size)]
+        print(report(rows, rungs))
+        return rows
 
 
 if __name__ == "__main__":

@@ -221,11 +221,11 @@ def main(argv=None):
                     seconds = time.time() - started
                     right = f"{row['right']:.0%} of the ranks right"
                     print(f"seed {seed}, noise {noise}, {method}: {right}, {seconds:.0f} s")
-    rows = read_table(path)
-    print(table(rows))
-    write_atomically(out / f"{args.network}.png", lambda path: draw(rows, path))
-    print(f"see {path} and {out / args.network}.png")
-    return rows
+        rows = read_table(path)
+        print(table(rows))
+        write_atomically(out / f"{args.network}.png", lambda path: draw(rows, path))
+        print(f"see {path} and {out / args.network}.png")
+        return rows
 
 
 if __name__ == "__main__":

@@ -146,11 +146,11 @@ def main(argv=None):
                     row = one(variant, task, seed, flags, str(out / name))
                     append(path, row)
                     print(f"{variant}, {task}, seed {seed}: {row['score']:.4f}, {row['seconds']:.0f} s", flush=True)
-    rows = read_table(path)
-    print(table(rows))
-    write_atomically(out / "recipe.png", lambda path: draw(rows, path))
-    print(f"see {path} and {out / 'recipe.png'}")
-    return rows
+        rows = read_table(path)
+        print(table(rows))
+        write_atomically(out / "recipe.png", lambda path: draw(rows, path))
+        print(f"see {path} and {out / 'recipe.png'}")
+        return rows
 
 
 if __name__ == "__main__":

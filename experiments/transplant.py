@@ -128,9 +128,9 @@ def main(argv=None):
                     append(path, row)
                     seconds = time.time() - started
                     print(f"{kind}, {placement}, seed {seed}: {row['loss']:.4f}, {seconds:.0f} s", flush=True)
-    rows = read_table(path)
-    print(table(rows))
-    return rows
+        rows = read_table(path)
+        print(table(rows))
+        return rows
 
 
 if __name__ == "__main__":
