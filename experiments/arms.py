@@ -87,12 +87,6 @@ def arm_of(name):
     return arm
 
 
-# Learning rate and scale (alpha / rank at creation) of the arms: the smallest mean over words and reverse in tune.csv,
-# since the best on words alone is often at the edge of divergence, and beyond it on reverse. All of these arms saw all
-# of GRID on both kinds.
-
-
-
 def triangle(top):
     """[(learning rate, scale)] whose product is at most top."""
     return [(lr, scale) for lr in (6e-3, 1.2e-2, 2.4e-2, 4.8e-2) for scale in (1, 2, 4, 8) if lr * scale <= top]
@@ -100,6 +94,11 @@ def triangle(top):
 
 GRID = triangle(2.4e-2)
 WIDE = triangle(4.8e-2)  # of experiments/compare.py: the best of some competing methods is at the edge of GRID
+
+# Learning rate and scale (alpha / rank at creation) of the arms: the smallest mean over words and reverse in tune.csv,
+# since the best on words alone is often at the edge of divergence, and beyond it on reverse. All of these arms saw all
+# of GRID on both kinds.
+
 TUNED = {
     "lora-8": (6e-3, 4),
     "lora-4": (1.2e-2, 2),

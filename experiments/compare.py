@@ -217,9 +217,10 @@ def main(argv=None):
     args.tasks = args.tasks or (TUNING_TASKS if args.tune else list(MINI_TASKS))
     if len(set(map(kind_of, args.tasks))) > 1:
         parser.error(f"--tasks {' '.join(args.tasks)} are not of one kind: their mean would mean nothing")
-    if kind_of(args.tasks[0]) == "official" and args.data is None:
+    kind = kind_of(args.tasks[0])
+    if kind == "official" and args.data is None:
         parser.error("official tasks need --data DIR, the folder of GLUE's official files")
-    if kind_of(args.tasks[0]) == "shift" and args.flags:
+    if kind == "shift" and args.flags:
         parser.error(f"{args.flags[0]}: on a shift no flag goes to the main job; see --help for those that there are")
     for flag in args.flags:
         if flag.split("=")[0] in OWN:
@@ -231,7 +232,7 @@ def main(argv=None):
         if args.tune:
             rows = tune(args)
             for method in in_order(rows, "method"):
-                found = ranking(rows, method, kind_of(args.tasks[0]))
+                found = ranking(rows, method, kind)
                 trials = ", ".join(f"{score:.4f} ({text_of(trial)})" for score, trial in found)
                 print(f"{method:<10} {trials or 'no trial has run on every task of tune.csv'}")
             return rows
@@ -241,8 +242,8 @@ def main(argv=None):
         compare(args)
         rows = read_table(args.out / "compare.csv")
         rows = [row for row in rows if row["task"] in args.tasks and int(row["seed"]) in args.seeds]
-        memory = read_table(args.out / "memory.csv")
-        print(table(rows, [row for row in memory if kind_of(row["task"]) == kind_of(args.tasks[0])]))
+        memory = [row for row in read_table(args.out / "memory.csv") if kind_of(row["task"]) == kind]
+        print(table(rows, memory))
         write_atomically(args.out / "compare.png", lambda path: draw(rows, path))
         print(f"see {args.out / 'compare.csv'} and {args.out / 'compare.png'}")
         return rows

@@ -233,14 +233,14 @@ def fig7(args, path):
 
 def table1(args, path):
     """Means over seeds of what compare.py has measured, and the mean of a method that has run on all tasks."""
-    path.unlink(missing_ok=True)  # nothing is measured: always done anew
     rows = read_table(Path(args.source) / "compare.csv")
     if not rows:
         raise ValueError(f"no rows in {args.source}/compare.csv: run experiments/compare.py first")
     kinds = {compare.kind_of(row["task"]) for row in rows}
     if len(kinds) > 1:
         raise ValueError(f"{args.source}/compare.csv has tasks of several kinds ({', '.join(sorted(kinds))}): their "
-                         "mean would mean nothing: give each kind an --out of its own")  # fmt: skip
+                         "mean would mean nothing; give each kind an --out of its own")  # fmt: skip
+    path.unlink(missing_ok=True)  # nothing is measured: always done anew
     tasks, found = compare.in_order(rows, "task"), {}
     for method in compare.in_order(rows, "method"):
         mine = [row for row in rows if row["method"] == method]

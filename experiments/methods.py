@@ -1,4 +1,5 @@
-"""One run of one method, on GLUE or on the shift study, for experiments/compare.py: there is no program here.
+"""One run of one method, on GLUE or on the shift study, for experiments/compare.py; and `main_job`, a run of the main
+job that prints nothing, for any study. There is no program here.
 
 Methods that have a size end at about that of LoRA with r = 4: SaLoRA from rank 8, its default, and from rank 16. Prefix
 and prompt have 8 vectors, since more made the tiny encoder worse; BitFit's and (IA)3's sizes follow from the encoder,

@@ -246,15 +246,15 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/real", metavar="DIR", help="default runs/real")
     args = parser.parse_args(argv)
     out = Path(args.out)
-    if not args.report:
-        if not args.data or not args.weights:
-            parser.error("--data and --weights are needed, the folders of GLUE's files and of the encoder")
-        with errors_as_lines(parser, hint=STUDY):
+    if not args.report and not (args.data and args.weights):
+        parser.error("--data and --weights are needed, the folders of GLUE's files and of the encoder")
+    with errors_as_lines(parser, hint=STUDY):
+        if not args.report:
             make_folder(out)
             study(args, out)
-    rows = read_table(out / ("tune.csv" if args.tune else "real.csv"))
-    print(f"no rows in {out}" if not rows else best_of(rows) if args.tune else report(rows))
-    return rows
+        rows = read_table(out / ("tune.csv" if args.tune else "real.csv"))
+        print(f"no rows in {out}" if not rows else best_of(rows) if args.tune else report(rows))
+        return rows
 
 
 if __name__ == "__main__":
