@@ -4,34 +4,35 @@ from math import cos, pi, sin
 from statistics import mean
 
 from cli.pictures import rank_grid
-from experiments.intervals import interval
+from experiments.arms import arm_of
+from experiments.tables import interval
 
 STYLES = {  # arms of the shift study, in Okabe and Ito's colors, told apart by the color-blind too
     "lora": ("LoRA", "#000000", "s", "-"),
-    "restart": ("LoRA, restarted", "#999999", "D", "--"),
-    "ours": ("SaLoRA from r=16", "#0072B2", "o", "-"),
-    "wider": ("SaLoRA from r=32", "#56B4E9", "P", "-"),
-    "svd": ("SVD cut, no gates", "#E69F00", "^", "--"),
-    "paper": ("SaLoRA (paper)", "#D55E00", "v", ":"),
-    "late": ("SaLoRA from r=8", "#009E73", "X", "-"),
+    "lora-restart": ("LoRA, restarted", "#999999", "D", "--"),
+    "salora-16": ("SaLoRA from r=16", "#0072B2", "o", "-"),
+    "salora-32": ("SaLoRA from r=32", "#56B4E9", "P", "-"),
+    "svd-16": ("SVD cut, no gates", "#E69F00", "^", "--"),
+    "salora-8-paper": ("SaLoRA (paper)", "#D55E00", "v", ":"),
+    "salora-8": ("SaLoRA from r=8", "#009E73", "X", "-"),
 }
-RECIPES = {**STYLES, "ours": ("SaLoRA (ours)", *STYLES["ours"][1:])}  # arms of figures.py, from any rank
+RECIPES = {**STYLES, "ours": ("SaLoRA (ours)", *STYLES["salora-16"][1:]), "paper": STYLES["salora-8-paper"]}  # arms of figures.py, from any rank
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#000000"]
 LOSS = "masked-word loss (nats)"
-SALORA, LORA, RANKS, MODULES, VECTORS = STYLES["ours"][1], STYLES["lora"][1], "#E69F00", "#D55E00", "#009E73"
+SALORA, LORA, RANKS, MODULES, VECTORS = STYLES["salora-16"][1], STYLES["lora"][1], "#E69F00", "#D55E00", "#009E73"
 METHODS = {  # of compare.py: label, color, marker; one of each for methods of one kind
-    "salora": ("SaLoRA", SALORA, "o"),
-    "salora-16": ("SaLoRA from r=16", SALORA, "o"),
+    "salora-8-to-4": ("SaLoRA", SALORA, "o"),
+    "salora-16-to-4": ("SaLoRA from r=16", SALORA, "o"),
     "lora-8": ("LoRA r=8", LORA, "s"),
     "lora-4": ("LoRA r=4", LORA, "s"),
-    "adalora": ("AdaLoRA", RANKS, "^"),
-    "sora": ("SoRA", RANKS, "^"),
-    "alora": ("ALoRA", RANKS, "^"),
-    "rm-lora": ("RM-LoRA", RANKS, "^"),
-    "adapter-h": ("adapter (H)", MODULES, "D"),
-    "adapter-p": ("adapter (P)", MODULES, "D"),
-    "prefix": ("prefix", MODULES, "D"),
-    "prompt": ("prompt", MODULES, "D"),
+    "adalora-8-to-4": ("AdaLoRA", RANKS, "^"),
+    "sora-8": ("SoRA", RANKS, "^"),
+    "alora-8-to-4": ("ALoRA", RANKS, "^"),
+    "rm-lora-4": ("RM-LoRA", RANKS, "^"),
+    "adapter-h-16": ("adapter (H)", MODULES, "D"),
+    "adapter-p-35": ("adapter (P)", MODULES, "D"),
+    "prefix-8": ("prefix", MODULES, "D"),
+    "prompt-8": ("prompt", MODULES, "D"),
     "bitfit": ("BitFit", VECTORS, "v"),
     "ia3": ("(IA)$^3$", VECTORS, "v"),
     "full": ("all weights", "#999999", "X"),
@@ -312,7 +313,7 @@ def draw_panel(axis, points, title):
     from matplotlib.ticker import NullLocator
 
     for method, (label, color, marker, line) in STYLES.items():
-        some = [points[arm] for arm in points if arm.rpartition("-")[0] == method]
+        some = [points[arm] for arm in points if arm_of(arm).family == method]
         if some:
             x = [size for size, *_ in some]
             y = [base + gap for _, base, gap, *_ in some]
