@@ -16,7 +16,8 @@ STYLES = {  # arms of the shift study, in Okabe and Ito's colors, told apart by 
     "salora-8-paper": ("SaLoRA (paper)", "#D55E00", "v", ":"),
     "salora-8": ("SaLoRA from r=8", "#009E73", "X", "-"),
 }
-RECIPES = {**STYLES, "ours": ("SaLoRA (ours)", *STYLES["salora-16"][1:]), "paper": STYLES["salora-8-paper"]}  # arms of figures.py, from any rank
+OURS = ("SaLoRA (ours)", *STYLES["salora-16"][1:])
+RECIPES = {**STYLES, "ours": OURS, "paper": STYLES["salora-8-paper"]}  # arms of figures.py, from any rank
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#000000"]
 LOSS = "masked-word loss (nats)"
 SALORA, LORA, RANKS, MODULES, VECTORS = STYLES["salora-16"][1], STYLES["lora"][1], "#E69F00", "#D55E00", "#009E73"
