@@ -163,7 +163,7 @@ class Guard:
                                "of log_theta too")  # fmt: skip
 
     def check_gates(self, step):
-        """The state that the gates must have before a step, and have."""
+        """Returns the state that the gates must have before a step. Raises ValueError where they are in another."""
         schedule = self.allocator.schedule
         right = "held" if step <= schedule.T_start else "free" if step <= schedule.T_end else "fixed"
         for name, layer in self.allocator.layers.items():
