@@ -6,7 +6,7 @@ becomes a sigmoid sample on (0, 1), which is stretched to (GAMMA, ZETA) and clam
     s = sigmoid((logit(u) + log_theta) / tau) (zeta - gamma) + gamma,     g = clamp(s, 0, 1)                Eq. (7)
 
 s grows with u, so every question about g is a question about u, and all answers but the mean are one line long.
-First come pure functions of (log_theta, u), element by element and in any shape; then one module that holds log_theta.
+First come pure functions of (log_theta, u), elementwise and for any shape; then one module that holds log_theta.
 Left out: how gates are trained toward a budget (budget.py) and what they multiply (salora.py).
 """
 
@@ -53,74 +53,92 @@ def mean_gate(log_theta, tau=TAU, gamma=GAMMA, zeta=ZETA):
 
 
 class HardConcreteGate(nn.Module):
-    """r gates, one a triplet. Calling the module returns the gates (r,) of this pass. They are, in this order,
+    """r gates, one per triplet. Calling the module returns the gates (r,) of this forward pass.
 
-    held open  all 1, so that the layer is plain LoRA; log_theta requires no gradient. Every gate starts so.
-    free       sampled in train mode, the median in eval mode; log_theta trains. `release` begins it.
-    fixed      constants for good. `fix` begins it.
+    state "held"   all 1, so that the layer is plain LoRA; log_theta does not train. Every gate starts this way.
+    state "free"   sampled in train mode, the median in eval mode; log_theta trains. `release` begins it.
+    state "fixed"  constants for good. `fix` begins it.
 
     log_theta  (r,) parameter, 0 at the start, where P(g > 0) = 11/12: Fig. 6 starts there
     u          (r,) noise in (0, 1), the same until `budget.resample` draws it anew; 1/2 (the median) until then
-    fixed      (r,) the constants, or None while the gates are free
+    held       (r,) ones while the gates are held, otherwise None
+    fixed      (r,) the constants once the gates are fixed, otherwise None
     """
 
     def __init__(self, r):
         super().__init__()
         self.log_theta = nn.Parameter(torch.zeros(r))
         self.register_buffer("u", torch.full((r,), 0.5), persistent=False)
+        self.register_buffer("held", None)
         self.register_buffer("fixed", None)
         self.hold_open()
 
+    @property
+    def state(self):
+        """"held", "free" or "fixed"."""
+        if self.held is not None:
+            return "held"
+        return "free" if self.fixed is None else "fixed"
+
     def hold_open(self):
         """All gates are 1 until they are released."""
-        self.fix(torch.ones_like(self.log_theta))
+        self._stop_training()
+        self.held, self.fixed = torch.ones_like(self.log_theta), None
 
     def release(self):
         """From here on the gates are random and log_theta trains."""
-        self.fixed = None
+        self.held = self.fixed = None
         self.log_theta.requires_grad_(True)
 
     def fix(self, gates):
         """From here on the gates are these constants (r,), and log_theta does not train."""
-        self.fixed = gates.detach()
+        self._stop_training()
+        self.held, self.fixed = None, gates.detach()
+
+    def _stop_training(self):
         self.log_theta.requires_grad_(False)
         self.log_theta.grad = None
 
     def settled(self):
         """The gates (r,) without noise: what evaluation, pruning and merging use in either mode."""
-        return median_gate(self.log_theta) if self.fixed is None else self.fixed
+        if self.state == "free":
+            return median_gate(self.log_theta)
+        return self.held if self.fixed is None else self.fixed
 
     def open_probability(self):
         """P(g > 0) of every gate (r,): Eq. (8) where it is free, and 0 or 1 where it is a constant."""
-        return prob_open(self.log_theta) if self.fixed is None else (self.fixed > 0).float()
+        return prob_open(self.log_theta) if self.state == "free" else (self.settled() > 0).float()
 
     def forward(self):
-        if self.training and self.fixed is None:
+        if self.training and self.state == "free":
             return sample_gate(self.log_theta, self.u)  # Eq. (7)
         return self.settled()
 
     def keep(self, kept):
-        """Only the gates with these indices stay."""
+        """Keep only the gates with these indices."""
         set_data(self.log_theta, self.log_theta.data[kept])
         self.u = self.u[kept]
+        self.held = None if self.held is None else self.held[kept]
         self.fixed = None if self.fixed is None else self.fixed[kept]
 
     def extra_repr(self):
         r = len(self.log_theta)
         if r == 0 or self.log_theta.is_meta:
             return f"{r} gates"
-        if self.fixed is not None:
-            return f"{r} gates, fixed, {int((self.fixed > 0).sum())} of them open"
+        if self.state != "free":
+            return f"{r} gates, {self.state}, {int((self.settled() > 0).sum())} of them open"
         low, high = self.log_theta.min().item(), self.log_theta.max().item()
         return f"{r} gates, free, log_theta {low:.2f} to {high:.2f}"
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
-        """A state decides how many gates there are and whether they are fixed: a pruned layer's fits a fresh one."""
-        log_theta, fixed = (state_dict.get(prefix + name) for name in ("log_theta", "fixed"))
+        """A state dict decides how many gates there are, and their state: a pruned layer's fits a fresh one."""
+        log_theta = state_dict.get(prefix + "log_theta")
         if log_theta is not None:
             set_data(self.log_theta, self.log_theta.data.new_zeros(log_theta.shape))
             self.u = self.u.new_full(log_theta.shape, 0.5)
-            self.fixed = None if fixed is None else self.u.new_ones(fixed.shape)
+            for name in ("held", "fixed"):
+                saved = state_dict.get(prefix + name)
+                setattr(self, name, None if saved is None else self.u.new_ones(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

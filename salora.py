@@ -5,16 +5,14 @@ A frozen linear map W (d, k) gets an update of r triplets: column B[:, i], gate 
     h = W x + (alpha / r0) B diag(g) A x        Eqs. (3) and (5); r0 is the rank at creation
 
 `adapt` puts such layers into any model, `orthogonality` keeps the triplets independent (Eq. 9), `canonicalize` makes
-them so, `prune` removes the closed ones for good, and `merge` folds the rest into W. `save_adapter` and `load_adapter`
-keep all but W in a file. Functions over layers take any iterable of SaLoRALinear, or what `salora_layers` returns.
+them so, `prune` removes the closed ones for good, and `merge` folds the rest into W. Functions over layers take any
+iterable of SaLoRALinear, or what `salora_layers` returns.
 
 Nothing merges or prunes by itself. Left out: adapters for embeddings and convolutions, dropout inside the adapter,
-several adapters at once. PEFT's files are read and written in hub/peft.py.
+several adapters at once, and files (hub/adapters.py).
 """
 
-import os
 import re
-from math import isfinite
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +64,7 @@ class SaLoRALinear(nn.Module):
         if self.r == 0:
             return self.base(x)
         h = F.linear(x, self.A)  # (..., r)  A x
-        h = h * (self.scale * self.gate()).to(h.dtype)  # (..., r)  times (alpha / r0) and the gate
+        h = h * (self.scale * self.gate()).to(h.dtype)  # (..., r)  times the gate and alpha / r0
         return self.base(x) + F.linear(h, self.B)  # (..., d)  Eq. (5)
 
     def delta(self):
@@ -74,7 +72,7 @@ class SaLoRALinear(nn.Module):
         return self.scale * (self.B * self.gate.settled().to(self.B.dtype)) @ self.A
 
     def keep(self, kept):
-        """Only the triplets with these indices stay. A and B remain the same Parameters, so optimizers keep track."""
+        """Keep only the triplets with these indices. A and B remain the same Parameters, so optimizers keep track."""
         for p, axis in ((self.A, 0), (self.B, 1)):
             grad = p.grad
             set_data(p, p.data.index_select(axis, kept))
@@ -121,10 +119,10 @@ def adapt(model, targets, r=8, alpha=16):
                              "their forward: call torch.backends.mha.set_fastpath_enabled(False) first")  # fmt: skip
     new = {key: SaLoRALinear(linear, r, alpha) for key, linear in chosen.items()}
     model.requires_grad_(False)
-    return _replace(model, new)
+    return replace_modules(model, new)
 
 
-def _replace(model, new):
+def replace_modules(model, new):
     """Put new[id(m)] in the place of every submodule m that has one, wherever it is used. Returns the model."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():  # not named_children: that skips a module's second name
@@ -192,147 +190,4 @@ def merge(model):
     layers = salora_layers(model).values()
     for layer in layers:
         layer.base.weight = nn.Parameter(layer.base.weight + layer.delta(), requires_grad=False)
-    return _replace(model, {id(layer): layer.base for layer in layers})
-
-
-def adapter_state(model):
-    """A snapshot of the triplets by layer, of every other trained weight, and of running statistics (BatchNorm's).
-
-    A dict of plain tensors and numbers that shares no memory with the model. W is not in it: names are those of the
-    model before `adapt`, so a bias that trains inside an adapted layer is found again.
-    """
-    layers = salora_layers(model)
-    ours = {id(p) for layer in layers.values() for p in (layer.A, layer.B, layer.gate.log_theta)}
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours}
-    running = {name: b for name, b in model.named_buffers() if name.rsplit(".", 1)[-1] in RUNNING_STATISTICS}
-    return {
-        "format": "salora-1",
-        "others": {_name_before_adapt(name, layers): p.detach().clone() for name, p in trained.items()},
-        "running": {name: b.clone() for name, b in running.items()},
-        "layers": {name: _layer_state(layer) for name, layer in layers.items()},
-    }
-
-
-RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-def _layer_state(layer):
-    gate = layer.gate
-    return {
-        "r0": layer.r0,
-        "alpha": layer.alpha,
-        "A": layer.A.detach().clone(),
-        "B": layer.B.detach().clone(),
-        "log_theta": gate.log_theta.detach().clone(),
-        "fixed": None if gate.fixed is None else gate.fixed.clone(),
-    }
-
-
-def _name_before_adapt(name, layers):
-    """encoder.query.base.bias -> encoder.query.bias, where encoder.query is an adapted layer."""
-    for layer in layers:
-        name = name.replace(f"{layer}.base.", f"{layer}.") if name.startswith(f"{layer}.base.") else name
-    return name
-
-
-@torch.no_grad()
-def load_adapter_state(model, state):
-    """Give a model the layers and weights of `adapter_state` instead of those it had. Returns it, otherwise frozen.
-
-    Free gates come back free, but log_theta requires no gradient until it is released (a RankAllocator does that).
-    Raises ValueError, before anything changes, where the state is damaged or does not fit the model.
-    """
-    values = _check_adapter(model, state)
-    tensors = _tensors_before_adapt(model)
-    model.requires_grad_(False)
-    new = {id(layer): layer.base for layer in salora_layers(model).values()}
-    modules = dict(model.named_modules())
-    for name, saved in state["layers"].items():
-        module = modules[name]
-        base = module.base if isinstance(module, SaLoRALinear) else module
-        new[id(module)] = layer = SaLoRALinear(base, 1, saved["alpha"]).train(module.training)
-        layer.r0 = saved["r0"]
-        layer.A.data, layer.B.data = (saved[side].to(base.weight, copy=True) for side in "AB")
-        gate, device = layer.gate, base.weight.device
-        gate.log_theta.data = saved["log_theta"].to(device, copy=True)
-        gate.u = torch.full_like(gate.log_theta, 0.5)
-        gate.fixed = None if saved["fixed"] is None else saved["fixed"].to(device, copy=True)
-    for name, value in values.items():
-        tensors[name].copy_(value).requires_grad_(name in state["others"])
-    return _replace(model, new)
-
-
-def _tensors_before_adapt(model):
-    """Every parameter and buffer of a model under the name that it had before `adapt`."""
-    layers = salora_layers(model)
-    return {_name_before_adapt(name, layers): t for name, t in (*model.named_parameters(), *model.named_buffers())}
-
-
-def _check_adapter(model, state):
-    """The weights {name: tensor} of a state beside its layers. Raises ValueError for a state that does not fit."""
-    if not isinstance(state, dict) or state.get("format") != "salora-1":
-        raise ValueError("not a SaLoRA adapter: no 'format': 'salora-1' in it")
-    parts = [state.get("layers"), state.get("others"), state.get("running", {})]
-    if not all(isinstance(part, dict) for part in parts):
-        raise ValueError("the adapter is damaged: expected dictionaries 'layers' and 'others'")
-    modules = dict(model.named_modules())
-    for name, saved in parts[0].items():
-        module, shape = modules.get(name), _shape_of(name, saved)
-        base = module.base if isinstance(module, SaLoRALinear) else module
-        if type(base) is not nn.Linear or base.weight.shape != shape:
-            raise ValueError(f"the adapter has a layer {name} of shape {shape}, but the model has {base} there")
-    tensors, values = _tensors_before_adapt(model), {**parts[1], **parts[2]}
-    for name, value in values.items():
-        if not _is_whole(value):
-            raise ValueError(f"the adapter's weight {name} is damaged, or not finite")
-        if name not in tensors or tensors[name].shape != value.shape:
-            raise ValueError(f"the adapter has a weight {name} of shape {tuple(value.shape)} that the model lacks")
-    return values
-
-
-def _shape_of(name, saved):
-    """The (d, k) that a layer's part of a state was made for. Raises ValueError where it is damaged."""
-    saved = saved if isinstance(saved, dict) and "fixed" in saved else {}
-    A, B, log_theta, fixed, r0, alpha = map(saved.get, ("A", "B", "log_theta", "fixed", "r0", "alpha"))
-    fixed = log_theta if fixed is None else fixed
-    whole = all(_is_whole(t) and t.is_floating_point() for t in (A, B, log_theta, fixed)) and A.dim() == B.dim() == 2
-    r = len(A) if whole else 0
-    shapes = whole and B.shape[1] == r and log_theta.shape == fixed.shape == (r,)
-    if not shapes or type(r0) is not int or r0 < max(r, 1) or type(alpha) not in (int, float) or not isfinite(alpha):
-        raise ValueError(f"layer {name} of the adapter is damaged, or not finite")
-    return len(B), A.shape[1]
-
-
-def _is_whole(value):
-    """Whether a value is a dense tensor of finite elements."""
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized:
-        return False
-    return value.is_contiguous() and bool(value.isfinite().all())  # expanded ones pretend to be larger than they are
-
-
-def save_adapter(model, path):
-    """Write the finished adapter to a file, whole or not at all. `base` weights are not in it.
-
-    Raises ValueError while a RankAllocator is still at work: a snapshot on the way is `adapter_state`.
-    """
-    unfinished = [name for name, layer in salora_layers(model).items() if layer.allocating]
-    if unfinished:
-        raise ValueError(f"the ranks of {unfinished[0]} are not decided yet: call the allocator's finish() first")
-    torch.save(adapter_state(model), f"{path}.part")
-    os.replace(f"{path}.part", path)
-
-
-def load_adapter(model, path):
-    """Read a file of `save_adapter` into a model of the same shape. Returns the model.
-
-    Raises OSError for a file that is not there and ValueError for one that is damaged or made for another model.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no file {path}; expected an adapter that save_adapter wrote")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception:  # bytes that mean something else can stop an unpickler anywhere
-        raise ValueError(f"{path} is damaged or not an adapter: expected a file of save_adapter") from None
-    return load_adapter_state(model, state)
+    return replace_modules(model, {id(layer): layer.base for layer in layers})

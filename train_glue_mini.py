@@ -4,9 +4,9 @@
     python train_glue_mini.py --task all --method lora                              the eight generated tasks
     python train_glue_mini.py --task sst2 --data GLUE --weights ROBERTA --device cuda
 
-`fine_tune` is the training loop, for every method; what makes it SaLoRA is its `allocator` (budget.py). `run` is one
-run from model to score, `main` the program. Flags, run folders, resume, processes, reports and pictures are in cli/,
-data in glue/. Left out: hyper-parameter search, choosing an epoch by its dev score, ensembles.
+`fine_tune` is the training loop, for every method; what makes it SaLoRA is its `allocator` (rank_allocator.py). `run`
+is one run from model to score, `main` the program. Flags, run folders, resume, processes, reports and pictures are in
+cli/, data in glue/. Left out: hyper-parameter search, choosing an epoch by its dev score, ensembles.
 """
 
 import shlex
@@ -20,19 +20,18 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 
-from budget import FixedRanks, RankAllocator
 from cli import report
 from cli.afterwards import evaluate, export, predict
 from cli.files import claimed
-from cli.flags import build_parser, recipe_of
+from cli.flags import build_parser
 from cli.journal import Journal
-from cli.runs import errors_as_lines, plan, read_finished
-from cli.setup import plan_of, prepare, seed_of
+from cli.runs import errors_as_lines, read_finished, runs_of
+from cli.setup import fingerprint, prepare, seed_of
 from cli.workers import add_up, one_at_a_time, share_of, start_workers, worker
 from glue.tokens import batch_of, batches_of
-from peers import PEERS
+from hub.adapters import load_adapter_state
+from peers import allocator_for
 from peers.alora import hold_out
-from salora import load_adapter_state
 
 
 def task_loss(outputs, labels):
@@ -46,9 +45,10 @@ def fine_tune(model, rows, optimizer, allocator, *, lr, batch_size, seed=0, accu
               journal=None, batch_of=batch_of):  # fmt: skip
     """Train the model in place on encoded rows, for the allocator's number of steps: Algorithm 1.
 
-    allocator: a RankAllocator, or what else has its moments. lr: the top of the learning rate. accumulate: the parts in
-    which a batch is taken, for memory. journal: keeps the log and the checkpoints. batch_of(rows, model, device) makes
-    what the model eats, (inputs, labels). Resumed at step k, it draws what an uninterrupted run draws from there on.
+    allocator: a RankAllocator, or any object with the same hooks. lr: the top of the learning rate. accumulate: the
+    number of parts in which a batch is processed, to save memory. journal: keeps the log and the checkpoints.
+    batch_of(rows, model, device) -> (model inputs, labels). Resumed at step k, it draws what an uninterrupted run
+    draws from there on.
     """
     device = next(model.parameters()).device
     journal = journal or Journal(allocator.total_steps)
@@ -104,26 +104,20 @@ def loss_of(model, rows):
 def run(settings, folder, model, train, dev, saved=None):
     """Train, score and write the run's files. Returns the summary, or None in all workers but the first.
 
-    settings: what cli.flags.settle leaves. saved: the checkpoint of an interrupted run, to go on from.
+    settings: what cli.settings.settle returns. saved: the checkpoint of an interrupted run, to go on from.
     """
     if saved:
         load_adapter_state(model, saved["adapter"])
-    options = {name: getattr(settings, name) for name in ("density", "reach") if getattr(settings, name) is not None}
+    score = None
     if settings.method == "alora":
         train, held_out = hold_out(train, settings.batch_size)
-        options["score"] = lambda: -loss_of(model, held_out)
+        score = lambda: -loss_of(model, held_out)  # noqa: E731
     total_steps = settings.steps or settings.epochs * -(-len(train) // settings.batch_size)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.lr)
-    if settings.method == "salora":
-        allocator = RankAllocator(model, optimizer, total_steps, settings.density, recipe_of(settings),
-                                  seed=seed_of(settings.seed, "gates"), gradients_are_summed=True)  # fmt: skip
-        settings.gate_lr = allocator.gate_lr  # what "auto" means here
-    elif settings.method in PEERS and PEERS[settings.method].allocator:
-        allocator = PEERS[settings.method].allocator(model, optimizer, total_steps, warmup=settings.warmup,
-                                                     seed=seed_of(settings.seed, "gates"), **options)  # fmt: skip
-    else:
-        allocator = FixedRanks(model, total_steps, settings.warmup)
-    journal = Journal(total_steps, folder, plan_of(settings, model, train), bool(settings.trace))
+    allocator = allocator_for(settings.method, model, optimizer, total_steps, recipe=settings.decisions,
+                              budget=settings.budget, warmup=settings.warmup, seed=seed_of(settings.seed, "gates"),
+                              sparse_lambda=settings.sparse_lambda, score=score)  # fmt: skip
+    journal = Journal(total_steps, folder, fingerprint(settings, model, train), bool(settings.trace))
     if saved:
         journal.restore(saved, optimizer, allocator)
     report.announce(settings, folder, model, train, dev, allocator)
@@ -150,19 +144,18 @@ def main(argv=None):
         if args.evaluate is not None or args.predict is not None:
             return evaluate(*read_finished(args, parser), args.predict)
         start_workers(args.device)
-        jobs = plan(args, parser)
-    summaries = []
-    with redirect_stdout(None) if worker() > 0 else nullcontext():
-        for settings, folder, saved in jobs:
-            with errors_as_lines(parser, folder), claimed(folder, new=saved is None):
-                with one_at_a_time():
-                    parts = prepare(settings)
-                summaries.append(run(settings, folder, *parts, saved))
-        if len(jobs) == 1:
+        with redirect_stdout(None) if worker() > 0 else nullcontext():
+            with one_at_a_time():  # the first may have an encoder to pre-train
+                runs = runs_of(args, parser)
+            summaries = []
+            for settings, folder, saved in runs:
+                with claimed(folder, new=saved is None):
+                    summaries.append(run(settings, folder, *prepare(settings), saved))
+        if len(runs) == 1:
             return summaries[0]
         if worker() == 0:
             print(report.score_table(summaries))
-    return {"runs": summaries}
+        return {"runs": summaries}
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ from cli.setup import build, frozen_digest
 from glue.metrics import METRICS
 from glue.tasks import load_task, read_rows, task_of
 from glue.tokens import batch_of
+from hub.adapters import adapter_state, load_adapter_state
 from hub.checkpoints import read_torch
 from hub.peft import export_peft
+from hub.roberta import hub_name, save_pretrained
 from hub.tokenizers import copy_tokenizer
-from peers import PEERS
-from salora import adapter_state, load_adapter_state, merge
-from tiny_transformer import hub_name, save_pretrained
+from peers import METHODS
+from salora import merge
 
 
 @torch.no_grad()
@@ -67,7 +68,7 @@ def export(settings, folder, summary):
 
     Raises ValueError for a method whose modules have no place in a checkpoint.
     """
-    if settings.method in PEERS and PEERS[settings.method].adds_modules:
+    if METHODS[settings.method].adds_modules:
         raise ValueError(f"--method {settings.method} adds modules to the encoder, which no checkpoint has room for")
     model, _ = reopen(settings, folder, summary)
     written = {}

@@ -71,10 +71,10 @@ def check_free(folder):
 
 @contextmanager
 def claimed(folder, new):
-    """Have a folder to oneself, made if need be, and removed again if nothing came into it. `new`: it must be free.
+    """Have a folder to oneself, made if need be, and removed again if it stays empty. `new`: it must be free.
 
-    Raises OSError where another process has it; the lock dies with its process. A run that diverges loses its
-    checkpoint, since it would diverge again from there: the same command can start anew.
+    Raises OSError where another process has it; the lock dies with its process. An interruption says how to go on. A
+    run that diverges loses its checkpoint, since it would diverge again from there: the same command can start anew.
     """
     if worker() > 0:  # the first process has it for all
         yield
@@ -93,6 +93,10 @@ def claimed(folder, new):
     except FloatingPointError:
         (folder / "checkpoint.pt").unlink(missing_ok=True)
         raise
+    except KeyboardInterrupt:
+        if not (folder / "checkpoint.pt").is_file():
+            raise
+        raise KeyboardInterrupt(f"go on from the last whole epoch with --resume {folder}") from None
     finally:
         if fcntl:
             os.close(handle)

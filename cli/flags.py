@@ -1,4 +1,4 @@
-"""The command line of the main job: its flags, and the defaults that depend on each other."""
+"""The command line of the main job: its flags and their types. What follows from them is in cli/settings.py."""
 
 import argparse
 import os
@@ -6,36 +6,15 @@ from dataclasses import fields
 
 import torch
 
-from budget import CONTROLLERS, RULES, SURVIVORS, Recipe, check_density, check_window
-from glue.tasks import NAMES, TASKS
-from peers import PEERS
+from budget import RULES, SURVIVORS
+from glue.tasks import NAMES
+from peers import METHODS
+from rank_allocator import CONTROLLERS, Recipe
 
 ABOUT = "Fine-tune an encoder on a GLUE task, or on a generated stand-in for one, with SaLoRA."
-RECIPES = {"ours": Recipe.ours, "paper": Recipe.paper}
-METHODS = {  # what trains, and the learning rates that do well on generated and on official tasks
-    "salora": (2e-3, 1e-3),
-    "lora": (2e-3, 1e-3),
-    "full": (5e-4, 5e-5),
-    "head": (3e-3, 1e-3),
-    "adalora": (1e-2, 5e-3),
-    "sora": (2e-3, 1e-3),
-    "alora": (2e-3, 1e-3),
-    "rm-lora": (2e-3, 1e-3),
-    "adapter-h": (4e-3, 1e-3),
-    "adapter-p": (4e-3, 1e-3),
-    "prefix": (3e-2, 1e-2),
-    "prompt": (2e-2, 1e-2),
-    "bitfit": (5e-3, 1e-3),
-    "ia3": (2e-2, 5e-3),
-}
-TRIPLET_METHODS = ["salora", "lora", *(name for name, peer in PEERS.items() if peer.install is None)]
-SIZED_METHODS = ["salora", "lora", *(name for name, peer in PEERS.items() if peer.sized)]
-BUDGETED_METHODS = ["salora", *(name for name, peer in PEERS.items() if peer.budgeted)]
 LEAST_LENGTH = 6  # tokens: four special ones and a word of both sentences
-SHARED_DECISIONS = ["warmup", "dropout"]  # of a recipe: these are about every method, the others about trained gates
-GATE_FLAGS = ["recipe", *(f.name for f in fields(Recipe) if f.name not in SHARED_DECISIONS)]
-
-
+# The flags about trained gates: the recipe and its decisions, but for those that are about every method
+GATE_FLAGS = ["recipe", *(f.name for f in fields(Recipe) if f.name not in ("warmup", "dropout"))]
 LARGEST = 1e36  # of a number on the command line: ten times as much must still fit float32
 
 
@@ -88,7 +67,7 @@ def auto_or_above_zero(text):
 
 
 def build_parser():
-    """Every flag with its help. None stands for a default that depends on other flags: see `settle`."""
+    """Every flag with its help. None stands for a default that depends on other flags: see cli/settings.py."""
     p = Parser(prog="train_glue_mini.py", description=ABOUT)
     p.set_defaults(command=None)  # the command line as typed: main notes it here
     yes_or_no = argparse.BooleanOptionalAction
@@ -101,7 +80,7 @@ def build_parser():
     g.add_argument(
         "--method", choices=list(METHODS), default="salora", metavar="METHOD",
         help="salora (default); lora: the same, every gate open; full: every weight; head: only the head; "
-        "or a method of peers/: " + ", ".join(PEERS),
+        "or a method of peers/: " + ", ".join(list(METHODS)[4:]),
     )
     g.add_argument("--data", type=path, metavar="DIR", help="folder with GLUE's official files, for an official task")
     g.add_argument(
@@ -116,16 +95,15 @@ def build_parser():
                    "vectors of a prefix or prompt (default 8)")
     g.add_argument("--alpha", type=above_zero, help="the scale of an update is alpha / rank (default 16)")
     g.add_argument(
-        "--density", type=float, metavar="B",
-        help="the budget: share of the adapter parameters to keep (default 0.5)",
+        "--budget", type=float, metavar="B",
+        help="share of the adapter parameters to keep (default 0.5)",
     )
     g.add_argument(
-        "--reach", type=above_zero, metavar="X",
-        help="sora: a gate that starts within X of 0 and that no gradient moves ends at 0; more triplets go the larger "
-        "it is (default: what follows from the authors' lambda, 0.6)",
+        "--sparse-lambda", type=above_zero, metavar="X",
+        help="sora: its lambda, at the highest of its levels; the larger, the more triplets go (default 0.6)",
     )
     g.add_argument(
-        "--recipe", choices=list(RECIPES),
+        "--recipe", choices=["ours", "paper"],
         help="ours (default): what measured best; paper: the published algorithm. The flags below override "
         "single decisions of a recipe",
     )
@@ -140,7 +118,7 @@ def build_parser():
     )
     g.add_argument(
         "--gate-lr", type=auto_or_above_zero, metavar="ETA",
-        help="step length of log theta and lambda (default auto: max(0.01, 14 / steps of the window))",
+        help="step size of log theta and lambda (default auto: max(0.01, 14 / steps of the window))",
     )
     g.add_argument("--beta", type=zero_or_above, help="weight of the orthogonal regularizer (default 0; paper: 0.1)")
     g.add_argument(
@@ -230,7 +208,7 @@ def build_parser():
     )
     g.add_argument(
         "--resume", type=path, metavar="RUN",
-        help="go on with an interrupted run; its other settings come from there",
+        help="go on with an interrupted run, whose settings are used",
     )
 
     g = p.add_argument_group("afterwards")
@@ -262,57 +240,3 @@ def device_of(name):
     except (RuntimeError, AssertionError, ImportError):
         raise ValueError(f"no device {name!r} here; use --device auto, cpu, or another that is there") from None
     return name
-
-
-def settle(args):
-    """Fill in the defaults that depend on other flags; None is left where a flag does not apply.
-
-    Raises ValueError where flags do not go together.
-    """
-    gates, triplets, sized = args.method == "salora", args.method in TRIPLET_METHODS, args.method in SIZED_METHODS
-    budgeted = args.method in BUDGETED_METHODS
-    lacks = {} if gates else {"trained gates": GATE_FLAGS}
-    lacks |= {} if budgeted else {"a budget": ["density"]}
-    lacks |= {} if args.method == "sora" else {"a threshold": ["reach"]}
-    lacks |= {} if sized else {"adapters": ["rank"]}
-    lacks |= {} if triplets else {"low-rank adapters": ["alpha", "trace"]}
-    for what, flags in lacks.items():
-        for flag in flags:
-            if getattr(args, flag) is not None:
-                flag = "--" + flag.replace("_", "-")
-                raise ValueError(f"{flag} is about {what}, and --method {args.method} has none: drop one of them")
-    if args.max_length < LEAST_LENGTH:
-        room = "room for four special tokens and a word of both sentences"
-        raise ValueError(f"--max-length must be at least {LEAST_LENGTH}, {room}, got {args.max_length}")
-
-    official = args.task in TASKS
-    defaults = {"lr": METHODS[args.method][official]}
-    defaults |= {} if args.steps else {"epochs": 3 if official else 12}
-    defaults |= {"rank": 8} if sized else {}
-    defaults |= {"alpha": 16.0} if triplets else {}
-    defaults |= {"density": 0.5} if budgeted else {}
-    defaults |= {"recipe": "ours"} if gates else {}
-    recipe = RECIPES[args.recipe or "ours"]()
-    whole = args.method in ("full", "head")  # what trains whole keeps its checkpoint's dropout
-    shared = ["warmup"] if whole else SHARED_DECISIONS
-    defaults |= {name: getattr(recipe, name) for name in [*(GATE_FLAGS[1:] if gates else []), *shared]}
-    for flag, value in defaults.items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, value)
-    if args.dropout is not None:
-        rates = args.dropout if isinstance(args.dropout, list) else [args.dropout]
-        args.dropout = rates * 2 if len(rates) == 1 else rates  # of hidden states, of attention
-        if len(args.dropout) != 2:
-            raise ValueError(f"--dropout takes one rate or two, got {len(args.dropout)}")
-    if budgeted:
-        check_density(args.density)
-    if gates:
-        check_window(*args.window)
-    args.device = device_of(args.device or "auto")
-    return args
-
-
-def recipe_of(settings):
-    """The Recipe of a SaLoRA run's settings. Raises ValueError for an impossible window."""
-    decisions = {f.name: getattr(settings, f.name) for f in fields(Recipe) if f.name != "dropout"}
-    return Recipe(**{**decisions, "window": tuple(settings.window)})

@@ -7,9 +7,10 @@ import torch
 
 from cli import report
 from cli.files import digest_of
+from cli.runs import CHECKPOINT
 from cli.workers import worker
+from hub.adapters import adapter_state
 from hub.checkpoints import write_atomically
-from salora import adapter_state
 
 
 @torch.no_grad()
@@ -28,13 +29,13 @@ def trace_of(step, layers):
 class Journal:
     """A log row for every 1/200 of the steps, a status line for every tenth row, and a checkpoint at every epoch.
 
-    folder: where the checkpoint goes; without one there is none. plan: what a resumed run must have in common with the
-    interrupted one, a dict. rows: the log, dicts with the keys report.COLUMNS. trace: what trace_of says at the same
-    steps; it stays empty unless `tracing`.
+    folder: where the checkpoint goes; without one there is none. fingerprint: a dict of what a resumed run must have in
+    common with the interrupted one. rows: the log, dicts with the keys report.COLUMNS. trace: what trace_of says at the
+    same steps; it stays empty unless `tracing`.
     """
 
-    def __init__(self, total_steps, folder=None, plan=None, tracing=False):
-        self.total_steps, self.folder, self.plan, self.rows = total_steps, folder, plan, []
+    def __init__(self, total_steps, folder=None, fingerprint=None, tracing=False):
+        self.total_steps, self.folder, self.fingerprint, self.rows = total_steps, folder, fingerprint, []
         self.tracing, self.trace = tracing, []
         self.every = max(1, total_steps // 200)
         self.seconds_before, self.started, self.first = 0.0, time.time(), 0
@@ -55,8 +56,8 @@ class Journal:
         if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
             raise FloatingPointError(f"weights are not finite at step {step}: try a smaller --lr")
         state = {
-            "format": "salora-run-4",
-            "plan": self.plan,
+            "format": CHECKPOINT,
+            "fingerprint": self.fingerprint,
             "adapter": adapter_state(model),
             "optimizer": optimizer.state_dict(),
             "allocator": allocator.state_dict(),
@@ -68,11 +69,11 @@ class Journal:
     def restore(self, saved, optimizer, allocator):
         """Go on from a checkpoint, after the model has got its part of it.
 
-        Raises ValueError, before anything changes, where the interrupted run had another plan.
+        Raises ValueError, before anything changes, where the interrupted run had another fingerprint.
         """
-        for name, value in (self.plan or {}).items():
-            if saved["plan"].get(name) != value:
-                before = f"the interrupted run had {name} {saved['plan'].get(name)}, but now it is {value}"
+        for name, value in (self.fingerprint or {}).items():
+            if saved["fingerprint"].get(name) != value:
+                before = f"the interrupted run had {name} {saved['fingerprint'].get(name)}, but now it is {value}"
                 raise ValueError(f"{before}: put it back, or start a new run")
         optimizer.load_state_dict(saved["optimizer"])
         allocator.load_state_dict(saved["allocator"])

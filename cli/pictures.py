@@ -17,7 +17,7 @@ def rank_grid(ranks):
     return list(dict.fromkeys(m for m, _ in cells)), sorted({b for _, b in cells}), cells
 
 
-def draw_training(log, path, density, title):
+def draw_training(log, path, budget, title):
     """Loss and learning rate, densities and, where it moves, lambda over steps; the window of the gates is shaded."""
     from matplotlib.figure import Figure
 
@@ -37,7 +37,7 @@ def draw_training(log, path, density, title):
         axes[1].plot(steps, [row["C"] for row in log], color="tab:orange", label="expected density C, Eq. (11)")
         kept = [row["kept"] for row in log]
         axes[1].plot(steps, kept, color="tab:green", ls="--", label="density of settled gates")
-        axes[1].axhline(density, color="gray", lw=1, label=f"budget b = {density}")
+        axes[1].axhline(budget, color="gray", lw=1, label=f"budget b = {budget}")
         axes[1].set(ylabel="density", ylim=(0, 1.05))
         axes[1].legend(fontsize=8)
         if driven:
@@ -67,12 +67,12 @@ def draw_trace(trace, largest, path, title):
         for values in series[key].values():
             axis.plot(steps, values, color="tab:blue", lw=0.8, alpha=0.5)
         axis.set(ylabel=label, yscale="log")
-    axes[2].set(xlabel="optimizer step; one line a matrix")
+    axes[2].set(xlabel="optimizer step; one line per matrix")
     figure.savefig(path, format="png", dpi=110)
 
 
 def draw_ranks(ranks, largest, path, title):
-    """Heat map of the rank of every matrix: a row a kind of matrix, a column a block (as in the paper's Fig. 7)."""
+    """Heat map of the rank of every matrix: a row per kind of matrix, a column per block (as in the paper's Fig. 7)."""
     from matplotlib.figure import Figure
 
     matrices, blocks, cells = rank_grid(ranks)

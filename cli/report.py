@@ -11,13 +11,14 @@ import torch
 from budget import kept_density, total_parameters
 from cli.files import digest_of
 from cli.pictures import FEW_STEPS, draw_ranks, draw_trace, draw_training, rank_grid
-from cli.runs import write_settings
+from cli.settings import write_settings
 from cli.workers import worker, workers
 from glue.metrics import METRICS
 from glue.tasks import task_of
+from hub.adapters import adapter_state, save_adapter
 from hub.checkpoints import write_atomically
-from peers import PEERS
-from salora import adapter_state, salora_layers, save_adapter
+from peers import METHODS
+from salora import salora_layers
 
 COLUMNS = ["step", "phase", "loss", "lr", "C", "kept", "lam", "triplets"]  # of log.csv
 TRACE = ["step", "layer", "rank", "open", "log_theta", "orth_A", "orth_B"]  # of trace.csv
@@ -32,14 +33,14 @@ def announce(settings, folder, model, train, dev, allocator):
     print(f"{settings.task}, {settings.method}, seed {settings.seed} on {device}: "
           f"{len(train)} training rows, {len(dev)} dev rows")  # fmt: skip
     print(f"{everything:,} parameters, {trained:,} trained, {budgeted:,} budgeted; run folder {folder}")
-    if settings.method in PEERS and PEERS[settings.method].adds_modules:
+    if METHODS[settings.method].adds_modules:
         print(f"{settings.method} adds modules to the encoder: the run can be evaluated, but not merged or exported")
     if settings.method == "salora":
         schedule = allocator.schedule
         print(f"gates train from step {schedule.T_start} to {schedule.T_end} of {allocator.total_steps}, "
               f"gate lr {allocator.gate_lr:.3g}{too_short(schedule.window)}", flush=True)  # fmt: skip
     if worker() == 0:
-        write_settings(settings, folder)
+        write_settings(settings, folder, getattr(allocator, "gate_lr", None))
 
 
 def too_short(window):
@@ -57,7 +58,7 @@ def finish_run(settings, folder, model, allocator, journal, predicted, dev):
         "method": settings.method,
         "metric": task.metric,
         "score": METRICS[task.metric](predicted, gold),
-        "density_target": getattr(allocator, "density", 1.0) if layers else None,
+        "budget": getattr(allocator, "budget", 1.0) if layers else None,
         "density_expected": allocator.C_end,
         "density_kept": kept_density(layers) if layers else None,
         "adapter_params_total": total_parameters(layers),
@@ -70,7 +71,7 @@ def finish_run(settings, folder, model, allocator, journal, predicted, dev):
         "command": settings.command,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "adapter_digest": digest_of(adapter_state(model)),
-        "frozen_digest": journal.plan["frozen weights"],
+        "frozen_digest": journal.fingerprint["frozen weights"],
     }
     if settings.method == "salora":
         summary["recipe"] = settings.recipe
@@ -96,8 +97,8 @@ def write_run(folder, journal, summary, rank, short=""):
     title = f"{run}: {summary['metric']} {summary['score']:.3f}"
     log, trace = journal.rows, journal.trace
     write_atomically(folder / "log.csv", lambda path: write_rows(log, COLUMNS, path))
-    density = summary["density_target"]
-    write_atomically(folder / "training.png", lambda path: draw_training(log, path, density, title))
+    budget = summary["budget"]
+    write_atomically(folder / "training.png", lambda path: draw_training(log, path, budget, title))
     if trace:
         write_atomically(folder / "trace.csv", lambda path: write_rows(trace, TRACE, path))
         write_atomically(folder / "trace.png", lambda path: draw_trace(trace, rank, path, title))
@@ -114,7 +115,7 @@ def scores(task, predicted, gold):
 
 
 def write_predictions(out, task, test, predicted):
-    """GLUE's submission file for the rows of a test file: index and label, a line a row. Returns its path."""
+    """GLUE's submission file for the rows of a test file: index and label, one line per row. Returns its path."""
     part = {"MNLI": "-mm" if "mismatched" in test else "-m"}.get(task.folder, "")
     labels = [task.labels[p] if task.labels else f"{min(5.0, max(0.0, p)):.3f}" for p in predicted]
     lines = ["index\tprediction", *(f"{i}\t{label}" for i, label in enumerate(labels))]
@@ -133,7 +134,7 @@ def status_line(row, total_steps, allocator, rows_per_second):
     """step 0050/0400 | loss .512 | C .71 -> .50 | lambda .33 | kept 37/96 | 812 rows/s"""
     parts = [f"step {row['step']:0{len(str(total_steps))}d}/{total_steps}", f"loss {row['loss']:.3f}"]
     if row["phase"] == "window":
-        parts += [f"C {row['C']:.3f} -> {allocator.density}"]
+        parts += [f"C {row['C']:.3f} -> {allocator.budget}"]
         parts += [f"lambda {row['lam']:.2f}"] if row["lam"] else []
     if row["triplets"]:
         parts += [f"kept {row['triplets']}"]
@@ -141,7 +142,7 @@ def status_line(row, total_steps, allocator, rows_per_second):
 
 
 def rank_table(ranks):
-    """The rank of every matrix as text: a line a block, a column a matrix."""
+    """The rank of every matrix as text: a line per block, a column per matrix."""
     matrices, blocks, cells = rank_grid(ranks)
     lines = ["rank     " + " ".join(f"{m:>6}" for m in matrices)]
     lines += [f"block {b:<3}" + " ".join(f"{cells.get((m, b), '-'):>6}" for m in matrices) for b in blocks]
@@ -149,7 +150,7 @@ def rank_table(ranks):
 
 
 def score_table(summaries):
-    """One line a task: metric, score as mean +- deviation over seeds, kept density, seconds; then the average."""
+    """One line per task: metric, score as mean +- deviation over seeds, kept density, seconds; then the average."""
     tasks = list(dict.fromkeys(s["task"] for s in summaries))
     lines, means = [f"{'task':<12}{'metric':<10}{'score':>8}{'+-':>8}{'kept':>8}{'seconds':>9}"], []
     for task in tasks:

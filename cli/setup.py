@@ -2,23 +2,18 @@
 
 import os
 import random
-from pathlib import Path
 
 import torch
 
 from cli.files import digest_of
-from cli.flags import LEAST_LENGTH, TRIPLET_METHODS
-from cli.runs import used
+from cli.flags import LEAST_LENGTH
+from cli.settings import used
 from glue.mini import TASKS as MINI_TASKS
-from glue.pretrain import mini_encoder
 from glue.tasks import load_task, task_of
 from glue.tokens import tokenizer_for
-from peers import PEERS
-from salora import adapt
-from tiny_transformer import SequenceClassifier, load_pretrained
-
-TARGETS = ["query", "key", "value", "out", "up", "down"]  # all six matrices of a layer, as in the paper
-DROPOUTS = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
+from hub.roberta import load_pretrained
+from peers import METHODS, install
+from tiny_transformer import SequenceClassifier
 
 
 def seed_of(*names):
@@ -27,42 +22,33 @@ def seed_of(*names):
 
 
 def build(settings):
-    """The model of a run, with its adapters, and `encode`: rows of sentences -> rows of token ids.
-
-    Notes in the settings which folder and which dropout rates were used.
-    """
-    task, mini = task_of(settings.task), settings.task in MINI_TASKS
-    if settings.weights is None and not mini:
-        raise ValueError(f"task {settings.task} needs --weights DIR, the checkpoint of a RoBERTa or BERT encoder")
-    folder = settings.weights or mini_encoder(device=settings.device)
-    rates = {} if settings.dropout is None else dict(zip(DROPOUTS, settings.dropout))
-    encoder, config = load_pretrained(folder, **rates)
-    if settings.method in TRIPLET_METHODS and settings.rank > config.hidden_size:
-        raise ValueError(f"--rank {settings.rank} is above {config.hidden_size}, the width of the encoder: "
-                         "more triplets than that add nothing")  # fmt: skip
-    if settings.rank and settings.rank > 4 * config.hidden_size:
-        raise ValueError(f"--rank {settings.rank} is above {4 * config.hidden_size}, four times the encoder's width")
+    """The model of a run, with its adapters, and `encode`: rows of sentences -> rows of token ids."""
+    hidden, attention = settings.dropout
+    rates = dict(hidden_dropout_prob=hidden, attention_probs_dropout_prob=attention)
+    encoder, config = load_pretrained(settings.weights, **rates)
+    check_rank(settings, config.hidden_size)
     encoder.recompute = settings.recompute
-    tokenizer = tokenizer_for(folder, config, mini)
-    settings.weights = str(Path(folder).resolve())  # so that --evaluate and --resume find it from anywhere
-    settings.dropout = [getattr(config, name) for name in DROPOUTS]
+    tokenizer = tokenizer_for(settings.weights, config, settings.task in MINI_TASKS)
 
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may not be used
     torch.use_deterministic_algorithms(bool(settings.deterministic))
     torch.manual_seed(seed_of(settings.seed, "weights"))
-    model = SequenceClassifier(encoder, task.num_labels)
-    if settings.method in TRIPLET_METHODS:
-        adapt(model, TARGETS, settings.rank, settings.alpha).classifier.requires_grad_(True)
-    elif settings.method in PEERS:
-        size = [] if settings.rank is None else [settings.rank]
-        PEERS[settings.method].install(model, *size)
-    elif settings.method == "head":
-        model.encoder.requires_grad_(False)
+    model = SequenceClassifier(encoder, task_of(settings.task).num_labels)
+    install(model, settings.method, settings.rank, settings.alpha)
     length = min(settings.max_length, model.encoder.config.max_length)  # a prompt takes up some of its encoder's
     if length < LEAST_LENGTH:
         raise ValueError(f"--rank {settings.rank} leaves room for {length} tokens of a row: take a shorter prompt")
     return model.to(settings.device), lambda rows: tokenizer.encode(rows, length)
+
+
+def check_rank(settings, width):
+    """Raises ValueError for a rank that makes no sense in an encoder of this width."""
+    if METHODS[settings.method].low_rank and settings.rank > width:
+        raise ValueError(f"--rank {settings.rank} is above {width}, the width of the encoder: "
+                         "more triplets than that add nothing")  # fmt: skip
+    if settings.rank and settings.rank > 4 * width:
+        raise ValueError(f"--rank {settings.rank} is above {4 * width}, four times the encoder's width")
 
 
 def prepare(settings):
@@ -72,14 +58,15 @@ def prepare(settings):
     return model, encode(train[: settings.rows]), encode(dev)
 
 
-def plan_of(settings, model, train):
+def fingerprint(settings, model, train):
     """What a resumed run must have in common with the interrupted one: all that decides its numbers, as a dict.
 
-    Where the data and the encoder lie may change, what they hold may not.
+    Where the data and the encoder lie may change, what they hold may not. The allocator checks its own decisions.
     """
-    plan = {name: value for name, value in used(settings).items() if name not in ("device", "weights", "data")}
+    elsewhere = ("device", "weights", "data", "gate_lr")
+    decisive = {name: value for name, value in used(settings).items() if name not in elsewhere}
     tokens = sum(len(ids) for ids, *_ in train)
-    return {**plan, "training rows": f"{len(train)} of {tokens} tokens", "frozen weights": frozen_digest(model)}
+    return {**decisive, "training rows": f"{len(train)} of {tokens} tokens", "frozen weights": frozen_digest(model)}
 
 
 def frozen_digest(model):

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 
 from glue import mini
 from glue.tokens import MiniTokenizer, collate
-from tiny_transformer import MaskedLM, TinyTransformer, TransformerConfig, save_pretrained
+from hub.roberta import save_pretrained
+from tiny_transformer import MaskedLM, TinyTransformer, TransformerConfig
 
 TEXTS, BATCH, STEPS, WARMUP, LR = 40_000, 64, 1400, 50, 3e-3
 

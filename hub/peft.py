@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hub.adapters import adapter_state, load_adapter_state
 from hub.checkpoints import check_weight, read_json, read_named_tensors, write_atomically
-from salora import SaLoRALinear, adapter_state, load_adapter_state, salora_layers
+from salora import SaLoRALinear, salora_layers
 
 CONFIG, SAFETENSORS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of every tensor's name: what PEFT calls the model that it wraps

@@ -1,4 +1,5 @@
-"""The systems that SaLoRA is compared with, a file for each method, in this project's notation and for its loop."""
+"""Every method that the main job can train, SaLoRA first; the systems it is compared with have a file each here, in
+this project's notation and for its loop."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,31 +8,85 @@ from peers.adalora import AdaLoRA
 from peers.adapters import houlsby, pfeiffer
 from peers.alora import ALoRA
 from peers.bias import bitfit, ia3
+from peers.fixed_ranks import FixedRanks
 from peers.prefix import prefix_tuning, prompt_tuning
 from peers.rm_lora import RMLoRA
 from peers.sora import SoRA
+from rank_allocator import RankAllocator
+from salora import adapt
+
+TARGETS = ["query", "key", "value", "out", "up", "down"]  # all six matrices of a layer, as in the paper
+
+
+def triplets(model, rank, alpha=16):
+    """Freeze the encoder, and put `rank` triplets into each of its matrices."""
+    adapt(model.encoder, TARGETS, rank, alpha)
+
+
+def everything(model):
+    """Nothing is frozen."""
+
+
+def head(model):
+    """Freeze the encoder."""
+    model.encoder.requires_grad_(False)
 
 
 @dataclass(frozen=True)
-class Peer:
-    """What makes a method: how it changes the model, and who decides about ranks while it trains."""
+class Method:
+    """What makes a method: what it does to the model, and who decides about ranks while it trains."""
 
-    install: Callable | None = None  # install(model, size) puts in what trains; None: triplets in every matrix, as LoRA
-    allocator: type | None = None  # None: nothing is to be decided (budget.FixedRanks)
+    lr: tuple  # the learning rates that do well on generated and on official tasks
+    install: Callable = triplets  # install(model) or, if `sized`, install(model, size): what trains
+    allocator: type = FixedRanks
     sized: bool = True  # whether --rank applies
-    budgeted: bool = False  # whether --density applies
+    budgeted: bool = False  # whether --budget applies
     adds_modules: bool = False  # to the encoder, for good: nothing of it can be merged or exported
 
+    @property
+    def low_rank(self):
+        """Whether it trains triplets."""
+        return self.install is triplets
 
-PEERS = {
-    "adalora": Peer(allocator=AdaLoRA, budgeted=True),
-    "sora": Peer(allocator=SoRA),
-    "alora": Peer(allocator=ALoRA, budgeted=True),
-    "rm-lora": Peer(allocator=RMLoRA),
-    "adapter-h": Peer(houlsby, adds_modules=True),
-    "adapter-p": Peer(pfeiffer, adds_modules=True),
-    "prefix": Peer(prefix_tuning, adds_modules=True),
-    "prompt": Peer(prompt_tuning, adds_modules=True),
-    "bitfit": Peer(bitfit, sized=False),
-    "ia3": Peer(ia3, sized=False, adds_modules=True),
+
+METHODS = {
+    "salora": Method((2e-3, 1e-3), allocator=RankAllocator, budgeted=True),
+    "lora": Method((2e-3, 1e-3)),
+    "full": Method((5e-4, 5e-5), everything, sized=False),
+    "head": Method((3e-3, 1e-3), head, sized=False),
+    "adalora": Method((1e-2, 5e-3), allocator=AdaLoRA, budgeted=True),
+    "sora": Method((2e-3, 1e-3), allocator=SoRA),
+    "alora": Method((2e-3, 1e-3), allocator=ALoRA, budgeted=True),
+    "rm-lora": Method((2e-3, 1e-3), allocator=RMLoRA),
+    "adapter-h": Method((4e-3, 1e-3), houlsby, adds_modules=True),
+    "adapter-p": Method((4e-3, 1e-3), pfeiffer, adds_modules=True),
+    "prefix": Method((3e-2, 1e-2), prefix_tuning, adds_modules=True),
+    "prompt": Method((2e-2, 1e-2), prompt_tuning, adds_modules=True),
+    "bitfit": Method((5e-3, 1e-3), bitfit, sized=False),
+    "ia3": Method((2e-2, 5e-3), ia3, sized=False, adds_modules=True),
 }
+
+
+def install(model, name, rank=8, alpha=16):
+    """Make the encoder of a model ready for the method of this name; its head stays as it is. rank: the method's size
+    (triplets per matrix, units of an adapter, vectors of a prefix or prompt), where it has one."""
+    method = METHODS[name]
+    if method.low_rank:
+        method.install(model, rank, alpha)
+    elif method.sized:
+        method.install(model, rank)
+    else:
+        method.install(model)
+
+
+def allocator_for(name, model, optimizer, total_steps, *, warmup=0.0, seed=0, recipe=None, **options):
+    """The allocator of a method, an object with the hooks of RankAllocator.
+
+    recipe: SaLoRA's; the others take `warmup` instead. options: what the method's allocator alone has, such as budget;
+    an option that is None keeps its default. Several processes must sum their gradients before `after_backward`.
+    """
+    options = {option: value for option, value in options.items() if value is not None}
+    if name == "salora":
+        options |= {"recipe": recipe, "gradients_are_summed": True}
+        return RankAllocator(model, optimizer, total_steps, seed=seed, **options)
+    return METHODS[name].allocator(model, optimizer, total_steps, warmup=warmup, seed=seed, **options)

@@ -7,13 +7,13 @@ singular value (Eq. 6), and that of the others becomes 0. Their vectors stay, so
 b(t) has reached its end; it falls along a cubic curve, as in the authors' code (in the formula that appendix A prints,
 t_f is subtracted from t as well, so that b(t) would start above b(0)).
 
-The paper's budget counts triplets, whatever they cost: density is the share of triplets that stay, not of parameters.
+The paper's budget counts triplets, whatever they cost: it is the share of triplets that stay, not of parameters.
 Left out: the paper's other measures of importance (magnitude, plain sensitivity).
 """
 
 import torch
 
-from budget import check_density
+from budget import check_budget
 from peers.allocator import Allocator, normal, train_gates
 from salora import orthogonality
 
@@ -34,17 +34,17 @@ def budget_at(t, T, t_i, t_f, first, last):
 
 
 class AdaLoRA(Allocator):
-    """The moments of RankAllocator, for AdaLoRA. density: the share of triplets that stay."""
+    """The hooks of RankAllocator, for AdaLoRA. budget: the share of triplets that stay."""
 
-    def __init__(self, model, optimizer, total_steps, density=0.5, interval=INTERVAL, **rest):
-        check_density(density)
+    def __init__(self, model, optimizer, total_steps, budget=0.5, interval=INTERVAL, **rest):
+        check_budget(budget)
         super().__init__(model, optimizer, total_steps, **rest)
-        self.density, self.interval = density, interval
+        self.budget, self.interval = budget, interval
         self.t_i, self.t_f = round(INITIAL * total_steps), max(1, round(FINAL * total_steps))
         layers = self.layers.values()
         train_gates(layers, optimizer)
         self.first = sum(layer.r for layer in layers)
-        self.last = int(density * self.first + 1e-6)  # 0.29 x 100 is 28.999... in floats
+        self.last = int(budget * self.first + 1e-6)  # 0.29 x 100 is 28.999... in floats
         self.entries = [p for layer in layers for p in (layer.gate.log_theta, layer.B, layer.A)]
         self.sensitivity = [torch.zeros_like(p) for p in self.entries]  # I bar
         self.uncertainty = [torch.zeros_like(p) for p in self.entries]  # U bar
@@ -52,7 +52,7 @@ class AdaLoRA(Allocator):
 
     @property
     def phase(self):
-        return "open" if self.step <= self.t_i else "window" if self.step < self.total_steps - self.t_f else "frozen"
+        return "before" if self.step <= self.t_i else "window" if self.step < self.total_steps - self.t_f else "after"
 
     def masks(self):
         return self.kept

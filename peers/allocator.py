@@ -1,4 +1,4 @@
-"""What the peers that allocate ranks share: the moments of a training loop, and gates that are plain trained numbers.
+"""What the peers that allocate ranks share: the hooks of a training loop, and gates that are plain trained numbers.
 
 Their layers are SaLoRALinear, h = W x + (alpha / r0) B diag(g) A x, and what their papers call a gate or a singular
 value is g. `finish` folds g into B and removes the triplets with g = 0. What is left is plain LoRA with a rank for each
@@ -7,8 +7,9 @@ matrix: it merges, exports and is saved like any other. Left out: sharded models
 
 import torch
 
-from budget import FixedRanks, total_parameters
+from budget import total_parameters
 from hard_concrete import HardConcreteGate
+from peers.fixed_ranks import FixedRanks
 from salora import prune
 
 
@@ -19,7 +20,7 @@ class TrainedGate(HardConcreteGate):
     """
 
     def settled(self):
-        return self.log_theta if self.fixed is None else self.fixed
+        return self.log_theta if self.state == "free" else super().settled()
 
     def forward(self):
         return self.settled()
@@ -35,24 +36,24 @@ def train_gates(layers, optimizer, **options):
     """
     for layer in layers:
         gate = TrainedGate(layer.r).to(layer.A.device)
-        gate.log_theta, gate.fixed = layer.gate.log_theta, layer.gate.fixed
+        gate.log_theta, gate.held, gate.fixed = layer.gate.log_theta, layer.gate.held, layer.gate.fixed
         gate.log_theta.requires_grad_(True)
         layer.gate = gate
     optimizer.add_param_group({"params": [layer.gate.log_theta for layer in layers], **options})
 
 
 class Allocator(FixedRanks):
-    """Moments, log and files of a peer that allocates ranks; on its own it is LoRA with every gate open.
+    """Hooks, log and files of a peer that allocates ranks; on its own it is LoRA with every gate open.
 
     model: one with adapters (`adapt`). optimizer: holds every A and B. seed: of the peer's own use of chance.
     Raises ValueError for a model without adapters, RuntimeError for a step out of order.
     """
 
-    phase = "open"  # of the log: "window" while ranks go from one matrix to another, "frozen" afterwards
+    phase = "before"  # of the log: "window" while ranks go from one matrix to another, "after" when they are decided
     lam = 0.0  # the strength of a penalty, where there is one
 
     def __init__(self, model, optimizer, total_steps, warmup=0.0, seed=0):
-        super().__init__(model, total_steps, warmup)
+        super().__init__(model, optimizer, total_steps, warmup)
         if not self.layers:
             raise ValueError("the model has no adapters: call adapt(model, targets) first")
         self.optimizer = optimizer

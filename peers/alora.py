@@ -3,7 +3,7 @@
 Train; score every rank by what its absence costs and what it does alone, on rows that training does not see (Eq. 6);
 close the worst ranks, and open as many in the matrices that lost none; train on, and repeat (sections 3.3, 3.4).
 
-A matrix has r0 slots, of which the share `density` is open at the start and, over all matrices, always: a move closes
+A matrix has r0 slots, of which the share `budget` is open at the start and, over all matrices, always: a move closes
 as many as it opens. A closed slot has gate 0; one that opens starts afresh, A random and B = 0, so that opening it
 changes no output. The budget is a number of ranks, as in the paper, whatever a rank costs.
 The paper's K_1, K_2, N_A and n_A follow from the numbers below. Left out: trained architecture weights, from which the
@@ -12,7 +12,7 @@ paper starts and which it then does without.
 
 import torch
 
-from budget import check_density
+from budget import check_budget
 from peers.allocator import Allocator, normal
 
 START, END = 0.2, 0.5  # of all steps, SaLoRA's published window; the paper's K_1, K_2 count epochs
@@ -32,22 +32,22 @@ def hold_out(rows, batch):
 
 
 class ALoRA(Allocator):
-    """The moments of RankAllocator, for ALoRA.
+    """The hooks of RankAllocator, for ALoRA.
 
     score: () -> S(M), the negative loss of the model as it is on validation rows; evaluated twice for every open rank.
-    density: the share of the r0 slots of all matrices that are open.
+    budget: the share of the r0 slots of all matrices that are open.
     """
 
-    def __init__(self, model, optimizer, total_steps, score, density=0.5, **rest):
-        check_density(density)
+    def __init__(self, model, optimizer, total_steps, score, budget=0.5, **rest):
+        check_budget(budget)
         super().__init__(model, optimizer, total_steps, **rest)
-        self.score, self.density = score, density
+        self.score, self.budget = score, budget
         length = (END - START) / ROUNDS
         self.moves = {round((START + i * length) * total_steps) for i in range(ROUNDS)}
 
     @property
     def phase(self):
-        return "open" if self.step <= min(self.moves) else "window" if self.step <= max(self.moves) else "frozen"
+        return "before" if self.step <= min(self.moves) else "window" if self.step <= max(self.moves) else "after"
 
     def before_step(self, step):
         """At the start every matrix gets the same number of open ranks, or one more; later, a move where one is due."""
@@ -59,7 +59,7 @@ class ALoRA(Allocator):
 
     def open_evenly(self):
         layers = list(self.layers.values())
-        total = int(self.density * sum(layer.r for layer in layers) + 1e-6)
+        total = int(self.budget * sum(layer.r for layer in layers) + 1e-6)
         for i, layer in enumerate(layers):
             open_now = total // len(layers) + (i < total % len(layers))
             layer.gate.fix((torch.arange(layer.r, device=layer.A.device) < open_now).float())

@@ -18,7 +18,7 @@ SHARE = 0.5  # r_hat / R. The paper does not tell it either
 
 
 class RMLoRA(Allocator):
-    """The moments of RankAllocator, for RM-LoRA. beta: weight of Eq. (10). share: r_hat / R, in (0, 1]."""
+    """The hooks of RankAllocator, for RM-LoRA. beta: weight of Eq. (10). share: r_hat / R, in (0, 1]."""
 
     def __init__(self, model, optimizer, total_steps, beta=BETA, share=SHARE, **rest):
         if not 0 < share <= 1:

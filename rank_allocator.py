@@ -1,0 +1,276 @@
+"""Algorithm 1 for any training loop (Hu et al. 2023, section 3): `RankAllocator`, and its decisions in a `Recipe`.
+
+Over the T steps of training the allocator holds all gates open until T_start, trains them toward the budget b in the
+window up to T_end, and there decides which triplets stay and removes the others; what is left trains on as plain LoRA.
+A loop calls three hooks in every step, and a fourth at the end. What they compute is in budget.py, and what they refuse
+to work with in guard.py. Left out: the loop itself (train_glue_mini.py has one).
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from budget import (
+    RULES,
+    SURVIVORS,
+    GateSchedule,
+    Lagrangian,
+    check_window,
+    expected_density,
+    freeze_gates,
+    kept_density,
+    project,
+    resample,
+    start_gates,
+)
+from guard import Guard, unwrapped
+from salora import canonicalize, layer_list, orthogonality, prune, salora_layers
+
+CONTROLLERS = ("quadratic", "sgd", "projection")
+TRAVEL = 14  # how far log_theta must be able to go: from P(g > 0) = 11/12 to 1e-5
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every decision that Algorithm 1 leaves open, or that measured better otherwise; the defaults are `ours`."""
+
+    # The gates train between these fractions of all steps. App. B has (0.2, 0.5).
+    window: tuple = (0.4, 0.5)
+    # What drives C to b. "projection": after each step one shift of all log_theta puts C on a target that falls to b.
+    # "quadratic": Eq. (12), lambda and log_theta by Adam; "sgd": by plain gradient steps, as in Algorithm 1, which
+    # hardly move.
+    controller: str = "projection"
+    # eta_c, the step size of log_theta and lambda; None: max(0.01, TRAVEL / steps of the window). Adam moves log_theta
+    # by about eta_c per step, so that any gate can close, however short the window is.
+    gate_lr: float | None = None
+    # Weight of Eq. (9). App. B has 0.1, which holds the norm of every column of B and every row of A at 1.
+    beta: float = 0.0
+    # At T_start, rotate the triplets into their singular basis: independent by construction.
+    canonical: bool = True
+    # log_theta starts at spread log(size) + constant; 0: all start alike. With 8, triplets whose sizes differ by a
+    # factor of 1.5 start 3 apart in log_theta. Few gates are then undecided, which matters because the noise of an
+    # undecided gate halves and perturbs the update.
+    spread: float = 8.0
+    # Which triplets stay. "budget": the best that fit b; "median": all whose median gate is positive.
+    rule: str = "budget"
+    # What the gate of a kept triplet becomes. "one": 1, a plain LoRA triplet; "median": its median.
+    survivors: str = "one"
+    # The learning rate rises over this share of all steps: at the start, at T_start and at T_end.
+    warmup: float = 0.05
+    # At T_end the learning rate returns to its top, and from there falls to 0.
+    restart: bool = True
+    # Of the encoder while adapters train; None: what the checkpoint says. Adapters underfit, so 0 does better.
+    dropout: float | None = 0.0
+
+    @classmethod
+    def ours(cls, **changes):
+        """What measured best. It is not the published algorithm."""
+        return cls(**changes)
+
+    @classmethod
+    def paper(cls, **changes):
+        """The published algorithm, with Adam for lambda and log_theta, since plain gradient steps hardly move them."""
+        published = dict(window=(0.2, 0.5), controller="quadratic", beta=0.1, canonical=False, spread=0.0)
+        published |= dict(rule="median", survivors="median", warmup=0.0, restart=False, dropout=None)
+        return cls(**{**published, **changes})
+
+    def __post_init__(self):
+        check_window(*self.window)
+        allowed = {"controller": CONTROLLERS, "rule": RULES, "survivors": SURVIVORS}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
+
+
+class RankAllocator:
+    """Algorithm 1: gates, budget and pruning, in four hooks that a training loop calls.
+
+        allocator = RankAllocator(model, optimizer, total_steps, budget=0.5)
+        for step, batch in enumerate(batches):
+            allocator.before_step(step)             # releases the gates, draws noise, or decides and prunes
+            task_loss(model, batch).backward()      # one or several micro-batches
+            allocator.after_backward()              # adds the gradient of beta R_orth + lambda (C - b)^2
+            optimizer.step()
+            allocator.after_step()                  # log_theta down; lambda up, or C put on its target
+            optimizer.zero_grad()
+        allocator.finish()
+
+    model: one with adapters (`adapt`). optimizer: holds every A and B, and no log_theta: the allocator has an optimizer
+    of its own for log_theta and lambda. Parameters keep their identity when triplets go: A, B, their gradients and the
+    optimizer's state are sliced, so learning-rate schedulers and clip lists go on. It never writes a learning rate;
+    `lr_factor(step)` is the factor that the recipe prescribes, for LambdaLR or a loop of one's own.
+
+    budget: b in (0, 1]. seed: of the gates' noise. gradients_are_summed: with several processes, the caller's word
+    that all of them see the same gradients at `after_backward`, those of log_theta included.
+    Raises ValueError for a model or an optimizer that it cannot work with, RuntimeError for a hook out of order.
+    """
+
+    def __init__(self, model, optimizer, total_steps, budget=0.5, recipe=None, seed=0, gradients_are_summed=False):
+        self.model, self.layers, self.optimizer = model, salora_layers(model), unwrapped(optimizer)
+        self.total_steps, self.budget, self.recipe = total_steps, budget, recipe or Recipe.ours()
+        self.guard = Guard(self, optimizer, gradients_are_summed)
+        self.schedule = GateSchedule(total_steps, *self.recipe.window)
+        self.step = 0  # the step in progress, or the next one
+        self.C_end = self.kept_end = None  # C just before the decision at T_end, and the density that it kept
+
+        self.gate_lr = self.recipe.gate_lr or max(0.01, TRAVEL / max(1, self.schedule.window))  # eta_c
+        Optimizer = torch.optim.SGD if self.recipe.controller == "sgd" else torch.optim.Adam
+        log_thetas = [layer.gate.log_theta for layer in self.layers.values()]
+        self.gate_optimizer = Optimizer(log_thetas, lr=self.gate_lr)
+        self.lagrangian = Lagrangian(budget, self.gate_lr, Optimizer, log_thetas[0].device)
+        self.noise = torch.Generator().manual_seed(seed)
+        for layer in self.layers.values():
+            layer.allocating = True
+
+    @property
+    def phase(self):
+        """Of this step: 'before', 'window' or 'after'."""
+        return self.schedule.phase(self.step)
+
+    def lr_factor(self, step):
+        """The learning rate of a step as a share of its top, by the recipe's warm-ups and restart."""
+        T_start, T_end = self.schedule.T_start, self.schedule.T_end
+        falls_from = T_end if self.recipe.restart and step >= T_end else 0
+        return lr_factor(step, self.total_steps, self.recipe.warmup, (0, T_start, T_end), falls_from)
+
+    def before_step(self, step):
+        """At T_start the gates are released, in the window noise is drawn, at T_end the gates are fixed and pruned."""
+        self.guard.before_step(step)
+        self._enter_phase()
+        if self.phase == "window":
+            resample(self.layers, self.noise)  # one draw per optimizer step
+
+    def penalty(self):
+        """beta R_orth + lambda (C - b)^2: Eq. (12) without the loss of the task, a scalar with gradient."""
+        penalty = torch.zeros((), device=self.lagrangian.lam.device)
+        if self.recipe.beta:
+            penalty = penalty + self.recipe.beta * orthogonality(self.layers)  # Eq. (9)
+        if self.phase == "window" and self.recipe.controller != "projection":
+            penalty = penalty + self.lagrangian(expected_density(self.layers))  # Eq. (12)
+        return penalty
+
+    def after_backward(self):
+        """Add the penalty's gradient, once per step: after all micro-batches, and after gradients are clipped."""
+        self.guard.after_backward()
+        penalty = self.penalty()
+        if penalty.requires_grad:
+            penalty.backward()
+
+    def after_step(self):
+        """In the window: log_theta goes down its gradient, then lambda up, or C onto its target."""
+        self.guard.after_step()
+        if self.phase == "window":
+            self.gate_optimizer.step()  # down: log_theta
+            self.gate_optimizer.zero_grad()
+            if self.recipe.controller == "projection":
+                project(self.layers, self.schedule.target_at(self.step, self.budget))
+            else:
+                self.lagrangian.ascend()  # up: lambda
+        self.step += 1
+
+    def finish(self):
+        """After the last step. Without it the adapter refuses to be saved or exported as finished."""
+        self.guard.finish()
+        self._enter_phase()
+        self.guard.check_kept(self.kept_end)
+        for layer in self.layers.values():
+            layer.allocating = False
+
+    def _enter_phase(self):
+        if self.step == 0:
+            for layer in self.layers.values():
+                layer.gate.hold_open()
+        if self.step == self.schedule.T_start:
+            self._release()
+        if self.step == self.schedule.T_end:
+            self._decide()
+
+    def _release(self):
+        """T_start: the gates become random."""
+        for layer in self.layers.values():
+            layer.gate.release()
+            if self.recipe.canonical:
+                canonicalize(layer)
+                for p in (layer.A, layer.B):
+                    self.optimizer.state.pop(p, None)  # these moments were those of other triplets
+        if self.recipe.spread:
+            start_gates(self.layers, self.recipe.spread)
+
+    def _decide(self):
+        """T_end: the gates become constants, and closed triplets go, also from the optimizer's state."""
+        self.C_end = expected_density(self.layers).item()
+        freeze_gates(self.layers, self.budget, self.recipe.rule, self.recipe.survivors)
+        self.kept_end = kept_density(self.layers)
+        for layer in self.layers.values():
+            before = (layer.A.shape, layer.B.shape)
+            kept = prune(layer)
+            for p, shape, axis in zip((layer.A, layer.B), before, (0, 1)):
+                for key, value in self.optimizer.state.get(p, {}).items():
+                    if isinstance(value, torch.Tensor) and value.shape == shape:  # a moment, not a count of steps
+                        self.optimizer.state[p][key] = value.index_select(axis, kept)
+
+    def status(self):
+        """What a log shows of the step that is done; reading it waits for the device."""
+        return status_of(self.layers, self.schedule.phase(self.step - 1), self.lagrangian.lam.item())
+
+    def decisions(self):
+        """What must be the same when a run is resumed: steps, budget and recipe, as a dict."""
+        used = {**asdict(self.recipe), "gate_lr": self.gate_lr}
+        return {"total_steps": self.total_steps, "budget": self.budget, **used}
+
+    def state_dict(self):
+        """All but the model and the optimizer, as plain values and tensors.
+
+        Raises RuntimeError in the middle of a step and after finish().
+        """
+        self.guard.expect("before_step", "state_dict")
+        return {
+            "decisions": self.decisions(),
+            "step": self.step,
+            "C_end": self.C_end,
+            "kept_end": self.kept_end,
+            "gate_optimizer": self.gate_optimizer.state_dict(),
+            "lam": self.lagrangian.lam.detach().clone(),
+            "ascent": self.lagrangian.optimizer.state_dict(),
+            "noise": self.noise.get_state(),
+        }
+
+    def load_state_dict(self, state):
+        """Go on from a `state_dict`, after the model and the optimizer have got theirs.
+
+        Raises ValueError where steps, budget or recipe differ, or where the model is not in the phase of that step,
+        RuntimeError after finish().
+        """
+        gates = self.guard.load_state_dict(state)
+        for layer in self.layers.values():
+            layer.gate.log_theta.requires_grad_(gates == "free")
+        self.step, self.C_end, self.kept_end = state["step"], state["C_end"], state["kept_end"]
+        self.gate_optimizer.load_state_dict(state["gate_optimizer"])
+        self.lagrangian.lam.data.copy_(state["lam"])
+        self.lagrangian.optimizer.load_state_dict(state["ascent"])
+        self.noise.set_state(state["noise"])
+
+
+def lr_factor(step, total_steps, warmup=0.0, rises=(0,), falls_from=0):
+    """The learning rate of a step as a share of its top.
+
+    A line from 1 at step `falls_from` to 0 at total_steps, times a rise over warmup x total_steps from each of `rises`.
+    """
+    since = step - max(start for start in rises if start <= step)
+    fall = (total_steps - step) / max(1, total_steps - falls_from)
+    return fall * min(1, (since + 1) / (warmup * total_steps + 1))
+
+
+def status_of(layers, phase, lam):
+    """The columns of a log that are about gates: a dict, its values None for a model without adapters."""
+    if not layers:
+        return {"phase": phase, "C": None, "kept": None, "lam": None, "triplets": ""}
+    layers = layer_list(layers)
+    kept = sum(int((layer.gate.settled() > 0).sum()) for layer in layers)
+    return {
+        "phase": phase,
+        "C": expected_density(layers).item(),  # Eq. (11)
+        "kept": kept_density(layers),
+        "lam": lam,
+        "triplets": f"{kept}/{sum(layer.r0 for layer in layers)}",
+    }
