@@ -1,0 +1,261 @@
+"""The engine of all studies. A study is its question, data, model, score and arms. What all have in common is here:
+flags, tuning, runs that are skipped once they are done, runs that diverge, differences in pairs, intervals, tables.
+
+    def measure(args, task, arm, seed, trial):          # one run; FloatingPointError means that it diverged
+        data, (lr, scale) = data_of(task, seed), trial
+        model = adapt(new_model(seed), TARGETS, arm.start, alpha=scale * arm.start)
+        fit(model, data.batches, arm, lr=lr, seed=seed, steps=args.steps, batch_of=data.batch_of)
+        return {"loss": data.loss(model), "size": size_of(model)}
+
+    STUDY = Study(
+        doc=__doc__,                                    # what --help says
+        name="noise",                                   # runs/noise/noise.csv
+        measure=measure,
+        columns=["loss", "size"],                       # what measure returns, the score first
+        tasks=["little", "much"],
+        arms=["lora-8", "lora-4", "salora-8-to-4"],     # see experiments/arms.py
+        trials=lambda args, task, arm: [(6e-3, 1), (6e-3, 2)],      # learning rates and scales that --tune tries
+    )
+    main = STUDY.main
+
+Tuning has a seed of its own, 100, which no report takes. `--tune` runs every arm with each of its trials, and adds them
+to tune.csv; a run then takes the trial with the best mean over the tasks of tune.csv. Every run is a row of NAME.csv,
+and none is done twice, so a study can be interrupted, continued, and split over processes. A run that diverges gets an
+infinite score: the worst of all trials, named in a report but part of no mean.
+"""
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from math import inf, isfinite
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+import train_glue_mini
+from cli.files import append, has_row, make_folder, read_table
+from cli.flags import Parser, positive
+from cli.runs import STUDY, errors_as_lines
+from experiments.arms import arm_of
+from experiments.tables import differences, distinct, means, values_of
+from hub.checkpoints import write_atomically
+
+TUNE_SEED = 100
+
+
+def fit(model, batches, arm, *, lr, seed, steps, batch_of, journal=None, autocast=nullcontext(), **options):
+    """Train what requires gradients, in place, on ready-made batches. Returns the arm's allocator.
+
+    batch_of([batch], model, device) -> (inputs, labels). options: of the allocator. Raises FloatingPointError.
+    """
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
+    allocator = arm.allocator(model, optimizer, steps, seed, **options)
+    with redirect_stdout(None):
+        train_glue_mini.fine_tune(model, batches, optimizer, allocator, lr=lr, batch_size=1, seed=seed, batch_of=batch_of,
+                  journal=journal, autocast=autocast)  # fmt: skip
+    return allocator
+
+
+def main_job(flags):
+    """The summary of a run of the main job, in silence.
+
+    Raises what it would end with: KeyboardInterrupt, FloatingPointError for a loss that is not finite, or ValueError.
+    """
+    try:
+        with redirect_stdout(None), redirect_stderr(StringIO()) as said:
+            return train_glue_mini.main(flags)
+    except SystemExit as stopped:  # after one line that says why
+        if stopped.code == 130:
+            raise KeyboardInterrupt from None
+        why = said.getvalue().strip()
+        raise (FloatingPointError if "not finite" in why else ValueError)(why.partition("error: ")[2] or why) from None
+
+
+# Trials: (learning rate,) or (learning rate, scale), in tables and on the command line 0.006 or 0.006:2
+
+
+def text_of(trial):
+    return ":".join(f"{number:g}" for number in trial)
+
+
+def trial_of(text):
+    """0.006:2 -> (0.006, 2.0)"""
+    try:
+        return tuple(float(number) for number in text.split(":")) if text else ()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LR or LR:SCALE, such as 0.006:2") from None
+
+
+def no_trials(args, task, arm):
+    return []
+
+
+def no_rivals(arm, arms):
+    return []
+
+
+@dataclass(frozen=True)
+class Study:
+    doc: str  # the text of --help
+    name: str  # of its table, its picture and its folder in runs/
+    measure: Callable  # measure(args, task, arm, seed, trial) -> {column: value} of one run
+    columns: list  # what it returns, the score first
+    tasks: list  # that there are
+    arms: list  # names of those that run by default
+    default_tasks: list | None = None  # None: all
+    seeds: range | list = range(5)
+    steps: int | None = None  # None: measure decides
+    lowest: bool = True  # whether the lowest score is the best
+    trials: Callable = no_trials  # trials(args, task, arm) -> what --tune tries; none: there is nothing to tune
+    default: Callable | None = None  # default(args, task, arm) -> the trial of an arm that was not tuned
+    by_task: bool = False  # whether every task has its own best trial
+    arm_of: Callable = arm_of  # name -> arm, or ArgumentTypeError
+    rivals: Callable = no_rivals  # rivals(name, names) -> those of the names that an arm is compared with
+    report: Callable | None = None  # report(rows) -> text; None: means and differences
+    draw: Callable | None = None  # draw(rows) -> a matplotlib figure, or None where there is nothing to show yet
+    add_flags: Callable | None = None  # add_flags(parser)
+    check: Callable | None = None  # check(args) raises ValueError for flags that do not go together
+    same: tuple = ("steps",)  # flags that all rows of a table share: other values need another --out
+    for_main_job: bool = False  # whether other flags go to the main job, as args.flags
+
+    def parser(self):
+        parser = Parser(description=self.doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        some = " ".join(self.default_tasks or self.tasks)
+        parser.add_argument("--tasks", nargs="+", choices=self.tasks, metavar="TASK",
+                            help=f"of {', '.join(self.tasks)} (default {some})")  # fmt: skip
+        parser.add_argument("--arms", nargs="+", type=self.arm_of, metavar="ARM", help="METHOD-START or METHOD-START-"
+                            f"to-SIZE, see experiments/arms.py (default {' '.join(self.arms)})")  # fmt: skip
+        parser.add_argument("--seeds", nargs="+", type=int, metavar="S", help="default "
+                            f"{' '.join(map(str, self.seeds))}; a report without it is about all")  # fmt: skip
+        mode = parser.add_mutually_exclusive_group()
+        mode.add_argument("--tune", action="store_true", help=f"run every trial of every arm, on seed {TUNE_SEED}")
+        mode.add_argument("--report", action="store_true", help="no training: what the runs so far say")
+        parser.add_argument("--grid", nargs="+", type=trial_of, metavar="LR[:SCALE]", help="the trials of --tune")
+        parser.add_argument("--steps", type=positive, default=self.steps, metavar="N",
+                            help=f"of a run (default {self.steps or 'by task'})")  # fmt: skip
+        parser.add_argument("--out", type=Path, default=Path("runs") / self.name, metavar="DIR",
+                            help=f"default runs/{self.name}")  # fmt: skip
+        if self.add_flags:
+            self.add_flags(parser)
+        return parser
+
+    def main(self, argv=None):
+        """The program of a study: tune, or run and report. Returns the rows of the table."""
+        parser = self.parser()
+        args, args.flags = parser.parse_known_args(argv)
+        if args.flags and not self.for_main_job:
+            parser.error(f"unrecognized arguments: {' '.join(args.flags)}")
+        if TUNE_SEED in (args.seeds or []):
+            parser.error(f"--seeds: {TUNE_SEED} is the seed for tuning")
+        args.tasks = args.tasks or list(self.default_tasks or self.tasks)
+        args.arms = args.arms or [self.arm_of(name) for name in self.arms]
+        args.table = args.out / f"{self.name}.csv"
+        with errors_as_lines(parser, hint=STUDY):
+            if self.check:
+                self.check(args)
+            if args.report:
+                return self.show(args)
+            make_folder(args.out)
+            if args.tune:
+                return self.tune(args)
+            self.compare(args)
+            return self.show(args)
+
+    def tune(self, args):
+        """Every arm with all of its trials. Returns the rows of tune.csv."""
+        path = args.out / "tune.csv"
+        for task in args.tasks:
+            for arm in args.arms:
+                for trial in args.grid or self.trials(args, task, arm):
+                    key = {"task": task, "arm": arm.name, "trial": text_of(trial), "seed": TUNE_SEED}
+                    self.run(args, path, key, task, arm, TUNE_SEED, trial)
+        rows = read_table(path)
+        print(f"{self.columns[0]} (trial), best first")
+        for arm in distinct(rows, "arm"):
+            for tasks in [*([task] for task in distinct(rows, "task")), distinct(rows, "task")]:
+                best = [f"{score:.4f} ({text_of(trial)})" for score, trial in self.ranking(rows, arm, tasks)]
+                print(f"{arm}, mean of {', '.join(tasks)}: {', '.join(best) or 'no trial on all'}")
+        return rows
+
+    def ranking(self, rows, arm, tasks):
+        """[(mean score over the tasks, trial)] of an arm, the best first; without trials that lack a task."""
+        scores = defaultdict(dict)
+        for row in rows:
+            if row["arm"] == arm and row["task"] in tasks:
+                scores[row["trial"]][row["task"]] = float(row[self.columns[0]])
+        whole = [(mean(found.values()), trial_of(trial)) for trial, found in scores.items() if len(found) == len(tasks)]
+        return sorted(whole, key=lambda pair: pair[0], reverse=not self.lowest)
+
+    def trial_for(self, args, task, arm):
+        """The best trial of an arm, or its default. Raises ValueError where it has neither."""
+        rows = read_table(args.out / "tune.csv")
+        tasks = [task] if self.by_task else distinct(rows, "task")
+        ranked = self.ranking(rows, arm.name, tasks)
+        if not self.trials(args, task, arm):
+            return ()
+        if ranked:
+            return ranked[0][1]
+        if self.default is None:
+            raise ValueError(f"{arm.name} has not been tuned: first run with --tune and the same --out")
+        return self.default(args, task, arm)
+
+    def compare(self, args):
+        """Every arm on every task and seed, with its best trial."""
+        for seed in self.seeds if args.seeds is None else args.seeds:
+            for task in args.tasks:
+                for arm in args.arms:
+                    key = {"task": task, "arm": arm.name, "seed": seed}
+                    self.run(args, args.table, key, task, arm, seed, self.trial_for(args, task, arm))
+
+    def run(self, args, path, key, task, arm, seed, trial):
+        """Measure one run and add its row, unless the table has one with this key.
+
+        Raises ValueError for a table of runs with other values of the flags that must be the same.
+        """
+        same = {name: str(getattr(args, name)) for name in self.same}
+        for name, value in same.items():
+            if any(row[name] != value for row in read_table(path)):
+                raise ValueError(f"{path} has runs with another --{name.replace('_', '-')}: choose another --out")
+        if has_row(path, **key):
+            return
+        started, said = time.time(), ""
+        try:
+            values = self.measure(args, task, arm, seed, trial)
+        except FloatingPointError as error:
+            values = dict.fromkeys(self.columns, "") | {self.columns[0]: inf if self.lowest else -inf}
+            said = f" ({error})"
+        seconds = round(time.time() - started, 1)
+        append(path, {**key, "trial": text_of(trial), **values, **same, "seconds": seconds})
+        print(f"{', '.join(map(str, key.values()))}: {values[self.columns[0]]:.4f}{said}, {seconds:.0f} s", flush=True)
+
+    def show(self, args):
+        """Print the report about the tasks and seeds asked for, and draw the picture. Returns their rows."""
+        rows = [row for row in read_table(args.table) if row["task"] in args.tasks]
+        rows = [row for row in rows if args.seeds is None or int(row["seed"]) in args.seeds]
+        done = [row for row in rows if isfinite(float(row[self.columns[0]]))]
+        if not done:
+            raise ValueError(f"no such runs in {args.table}")
+        print((self.report or self.means_and_differences)(done))
+        lost = [f"{row['arm']} on {row['task']}, seed {row['seed']}" for row in rows if row not in done]
+        if lost:
+            print(f"diverged, and in no mean: {'; '.join(lost)}")
+        figure = self.draw(done) if self.draw else None
+        if figure is not None:
+            path = args.table.with_suffix(".png")
+            write_atomically(path, lambda part: figure.savefig(part, format="png", dpi=110))
+            print(f"see {path}")
+        return rows
+
+    def means_and_differences(self, rows):
+        """For every task, means over seeds and differences from rivals."""
+        parts, score = [], self.columns[0]
+        for task in distinct(rows, "task"):
+            parts.append(means(rows, score, task))
+            title = f"{task}: differences over shared seeds"
+            parts.append(differences(values_of(rows, score, task), self.rivals, title))
+        return "\n".join(parts)
