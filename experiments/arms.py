@@ -14,9 +14,8 @@ import argparse
 import re
 from dataclasses import dataclass
 
-from budget import FixedRanks, RankAllocator, Recipe
-from cli.flags import BUDGETED_METHODS, METHODS, SIZED_METHODS, TRIPLET_METHODS
-from peers import PEERS
+from peers import METHODS, allocator_for
+from rank_allocator import Recipe
 from salora import salora_layers
 
 WARMUP = Recipe.ours().warmup
@@ -52,34 +51,30 @@ class Arm:
 
     @property
     def has_triplets(self):
-        return self.method in TRIPLET_METHODS
+        return METHODS[self.method].low_rank
 
     def allocator(self, model, optimizer, steps, seed, **options):
         """options: those of a peer's allocator."""
-        peer = PEERS.get(self.method)
-        if self.recipe:
-            return RankAllocator(model, optimizer, steps, self.size / self.start, self.recipe, seed)
-        if peer is None or peer.allocator is None:
-            return FixedRanks(model, steps, WARMUP)
-        if peer.budgeted:
-            options["density"] = self.size / self.start
-        return peer.allocator(model, optimizer, steps, warmup=WARMUP, seed=seed, **options)
+        if METHODS[self.method].budgeted:
+            options["budget"] = self.size / self.start
+        options |= {"warmup": WARMUP, "recipe": self.recipe}
+        return allocator_for(self.method, model, optimizer, steps, seed=seed, **options)
 
 
 def arm_of(name):
     """salora-16-to-4 -> its Arm. Raises ArgumentTypeError for a name that means nothing."""
-    if name in METHODS and name not in SIZED_METHODS:
+    if name in METHODS and not METHODS[name].sized:
         return Arm(name, name)
     parts = re.fullmatch(r"(?P<method>.+?)-(?P<start>[1-9]\d*)(-to-(?P<size>\d*\.?\d+))?(-(?P<variant>.+))?", name)
-    method, start, size, variant = parts.group("method", "start", "size", "variant") if parts else 4 * [None]
-    recipes = {"salora": VARIANTS, "svd": {"": SVD}, "lora": {"": None, "restart": RESTART}}.get(method, {"": None})
-    can_be_cut = method in ("svd", *BUDGETED_METHODS)
-    known = method in ("svd", *SIZED_METHODS) and (variant or "") in recipes
-    if not known or (size and not (can_be_cut and 0 < float(size) <= int(start))):
+    word, start, size, variant = parts.group("method", "start", "size", "variant") if parts else 4 * [None]
+    recipes = {"salora": VARIANTS, "svd": {"": SVD}, "lora": {"": None, "restart": RESTART}}.get(word, {"": None})
+    recipe = recipes.get(variant or "")
+    method = METHODS.get("salora" if recipe else word)
+    known = method and method.sized and (variant or "") in recipes
+    if not known or (size and not (method.budgeted and 0 < float(size) <= int(start))):
         raise argparse.ArgumentTypeError(f"{name!r} is not an arm, such as lora-4, salora-16-to-4 or bitfit; methods "
                                          f"are {', '.join(METHODS)} and svd")  # fmt: skip
-    recipe = recipes[variant or ""]
-    return Arm(name, "salora" if recipe else method, int(start), float(size or start), recipe)
+    return Arm(name, "salora" if recipe else word, int(start), float(size or start), recipe)
 
 
 def nearest(arm, table):

@@ -36,8 +36,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.flags import METHODS, positive
-from cli.setup import TARGETS
+from cli.flags import positive
 from experiments import plots
 from experiments.arms import arm_of, nearest, ranks_of
 from experiments.study import Study, fit
@@ -45,10 +44,11 @@ from experiments.tables import distinct, interval, paired, share_closed, values_
 from glue import mini
 from glue.pretrain import corrupt, mini_encoder
 from glue.tokens import MiniTokenizer, collate
-from peers import PEERS
+from hub.roberta import load_pretrained
+from peers import METHODS, install
 from peers.alora import hold_out
-from salora import adapt, salora_layers
-from tiny_transformer import MaskedLM, load_pretrained
+from salora import salora_layers
+from tiny_transformer import MaskedLM
 
 BATCH, HELD_OUT = 32, 3000
 GRID = [(6e-3, 1), (6e-3, 2), (6e-3, 4), (1.2e-2, 1), (1.2e-2, 2), (2.4e-2, 1)]  # learning rate, alpha / rank
@@ -152,12 +152,8 @@ def model_of(arm, scale, seed):
     with redirect_stdout(None):
         model, _ = load_pretrained(mini_encoder(), head=HiddenWords)
     torch.manual_seed(seed)
-    if arm.has_triplets:
-        return adapt(model, TARGETS, arm.start, alpha=scale * arm.start)
-    model.encoder.requires_grad_(arm.method == "full")
     model.lm_head.requires_grad_(arm.method == "head")
-    if arm.method in PEERS:
-        PEERS[arm.method].install(model, *([arm.start] if arm.start else []))
+    install(model, arm.method, arm.start, scale * (arm.start or 0))
     return model
 
 
@@ -203,10 +199,14 @@ def parameters_of_lora(config, rank):
 
 
 def measure(args, task, arm, seed, trial):
-    """One run: its loss, its size relative to LoRA r = 8, and its ranks."""
     lr, scale = trial
     data, model = data_of(task, seed, args.texts), model_of(arm, scale, seed)
     train(model, data, arm, lr, seed, args.steps)
+    return result_of(model, data)
+
+
+def result_of(model, data):
+    """Of a run: its loss, its size relative to LoRA r = 8, and its ranks."""
     size = parameters_of(model) / parameters_of_lora(model.encoder.config, 8)
     return {"loss": round(data.loss(model), 4), "size": round(size, 4), "ranks": ranks_of(model)}
 
@@ -216,7 +216,7 @@ def trials(args, task, arm, grid=GRID):
     as in the main job, so these start at half of the main job's."""
     if arm.has_triplets:
         return grid
-    middle, _ = METHODS[arm.method]
+    middle, _ = METHODS[arm.method].lr
     return [(middle * 2 ** (i - 1), 1) for i in range(len(grid))]
 
 

@@ -44,6 +44,7 @@ from cli.runs import STUDY, errors_as_lines
 from experiments.arms import arm_of
 from experiments.tables import differences, distinct, means, values_of
 from hub.checkpoints import write_atomically
+from train_glue_mini import fine_tune
 
 TUNE_SEED = 100
 
@@ -56,7 +57,7 @@ def fit(model, batches, arm, *, lr, seed, steps, batch_of, journal=None, autocas
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
     allocator = arm.allocator(model, optimizer, steps, seed, **options)
     with redirect_stdout(None):
-        train_glue_mini.fine_tune(model, batches, optimizer, allocator, lr=lr, batch_size=1, seed=seed, batch_of=batch_of,
+        fine_tune(model, batches, optimizer, allocator, lr=lr, batch_size=1, seed=seed, batch_of=batch_of,
                   journal=journal, autocast=autocast)  # fmt: skip
     return allocator
 
@@ -179,7 +180,7 @@ class Study:
         for arm in distinct(rows, "arm"):
             for tasks in [*([task] for task in distinct(rows, "task")), distinct(rows, "task")]:
                 best = [f"{score:.4f} ({text_of(trial)})" for score, trial in self.ranking(rows, arm, tasks)]
-                print(f"{arm}, mean of {', '.join(tasks)}: {', '.join(best) or 'no trial on all'}")
+                print(f"{arm} on {' and '.join(tasks)}: {', '.join(best) or 'no trial has run on all of them'}")
         return rows
 
     def ranking(self, rows, arm, tasks):
@@ -258,4 +259,4 @@ class Study:
             parts.append(means(rows, score, task))
             title = f"{task}: differences over shared seeds"
             parts.append(differences(values_of(rows, score, task), self.rivals, title))
-        return "\n".join(parts)
+        return "\n".join(filter(None, parts))

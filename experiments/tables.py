@@ -98,4 +98,4 @@ def differences(values, rivals, title, same=None):
             if same is not None and -same < least and most < same:
                 below += ", same"
             lines.append([f"  {arm} - {rival}", f"{mean(gaps):+.4f}", f"[{low:+.4f}, {high:+.4f}]", below])
-    return in_columns(lines)
+    return in_columns(lines) if len(lines) > 1 else ""
