@@ -28,15 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cli.files import read_table
 from cli.flags import device_of, positive
 from experiments import arms, shift, study, tables
+from glue.decoder import batch_of
 from hub.decoder import TARGETS, load_decoder
 from salora import adapt
 
 SCALE = 2  # alpha / rank at creation
 HELD_OUT, TUNING, LONGEST = 1000, 300, 64  # sentences to report, sentences to tune on, and tokens of a sentence
 EVAL_BATCH = 16  # rows: with 190 words each, and 49,152 logits for each of them, 600 MB
-
-
-# A row is (token ids, start): the words from index `start` on count, what comes before is only read.
 
 
 @lru_cache(maxsize=1)
@@ -73,18 +71,6 @@ def in_batches(rows, size, seed):
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def batch_of(batches, model=None, device="cpu"):
-    """[a batch of rows] -> ((ids, positions), the next words there). No position attends to the padding after it."""
-    [rows] = batches
-    longest = max(len(words) for words, _ in rows)
-    ids = torch.tensor([words + [0] * (longest - len(words)) for words, _ in rows])  # (batch, seq)
-    positions = torch.zeros_like(ids, dtype=torch.bool)
-    for i, (words, start) in enumerate(rows):
-        positions[i, start - 1 : len(words) - 1] = True
-    labels = ids.roll(-1, 1)[positions]
-    return (ids.to(device), positions.to(device)), labels.to(device)
-
-
 @torch.no_grad()
 def loss_of(model, rows):
     """Mean cross-entropy of all words that count, in nats."""
@@ -92,7 +78,7 @@ def loss_of(model, rows):
     device, rows = next(model.parameters()).device, sorted(rows, key=lambda row: len(row[0]))
     nats = 0.0
     for i in range(0, len(rows), EVAL_BATCH):
-        inputs, labels = batch_of([rows[i : i + EVAL_BATCH]], model, device)
+        inputs, labels = batch_of(rows[i : i + EVAL_BATCH], model, device)
         nats += F.cross_entropy(model(*inputs), labels, reduction="sum").item()
     return nats / sum(len(ids) - start for ids, start in rows)
 
@@ -106,7 +92,8 @@ def measure(args, task, arm, seed, trial):
     bf16 = torch.autocast(torch.device(args.device).type, torch.bfloat16)
     [lr] = trial
     study.fit(model, in_batches(train, args.batch_size, seed), arm, lr=lr, seed=seed, steps=args.steps,
-              batch_of=batch_of, autocast=bf16 if args.precision == "bf16" else nullcontext())  # fmt: skip
+              batch_of=lambda batches, *rest: batch_of(batches[0], *rest),
+              autocast=bf16 if args.precision == "bf16" else nullcontext())  # fmt: skip
     loss = loss_of(model, tuning if seed == study.TUNE_SEED else held_out)
     return {"loss": round(loss, 4), "size": round(arms.size_of(model), 4), "ranks": arms.ranks_of(model)}
 

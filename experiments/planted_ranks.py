@@ -8,7 +8,7 @@ in the tasks maps-.1 and maps-1 with noise of that standard deviation, where out
 many parameters as the teacher's updates need. Arms:
 
     salora-8, salora-8-paper    SaLoRA from rank 8, by the default recipe and by the published one
-    svd-8                       LoRA of rank 8, cut by singular values to the same budget after training
+    lora-8-svd                  LoRA of rank 8, cut by singular values to the same budget after training
     lora                        LoRA of one rank in all matrices, the largest that fits the budget
 
 and, if --arms names them, salora-8 with one decision taken differently.
@@ -43,7 +43,7 @@ RANK = 8
 ARMS = {  # name -> recipe; without one it is LoRA
     "salora-8": Recipe.ours(),
     "salora-8-paper": Recipe.paper(),
-    "svd-8": None,
+    "lora-8-svd": None,
     "lora": None,
     "salora-8-spread-0": Recipe.ours(spread=0.0),
     "salora-8-not-canonical": Recipe.ours(canonical=False, spread=0.0),
@@ -64,7 +64,7 @@ class Maps(nn.ModuleList):
 
 
 class WordScores(MaskedLM):
-    """Token ids (batch, seq) -> the scores of every word in every place (batch, seq, vocab)."""
+    """Token ids (batch, seq) -> the scores of every word at every position (batch, seq, vocab)."""
 
     def forward(self, ids):
         return super().forward(self.encoder(ids))
@@ -78,7 +78,8 @@ def maps(seed, rows):
 
 def transformer(seed, rows):
     torch.manual_seed(seed)
-    encoder, config = load_pretrained(mini_encoder())
+    with redirect_stdout(None):
+        encoder, config = load_pretrained(mini_encoder())
     return WordScores(encoder).eval(), peers.TARGETS, torch.randint(5, config.vocab_size, (rows, 12))
 
 
@@ -90,15 +91,15 @@ TASKS = {  # network, noise, steps, batch size, learning rate
 
 
 def plant(network, targets, generator):
-    """Give every target an update of a random rank with singular values from 0.5 to 1.5. Returns the ranks by name."""
+    """Give every target an update of a random rank with singular values from 0.5 to 1.5. Returns the ranks."""
     adapt(network, targets, RANK, alpha=RANK)
-    ranks = {}
-    for name, layer in salora_layers(network).items():
+    ranks = []
+    for layer in salora_layers(network).values():
         for p in (layer.B, layer.A.T):
             p.data.copy_(torch.linalg.qr(torch.randn(p.shape, generator=generator))[0])  # orthonormal columns
         layer.B.data *= 0.5 + torch.rand(RANK, generator=generator)
-        ranks[name] = int(torch.randint(RANK + 1, (), generator=generator))
-        layer.gate.fix((torch.arange(RANK) < ranks[name]).float())
+        ranks.append(int(torch.randint(RANK + 1, (), generator=generator)))
+        layer.gate.fix((torch.arange(RANK) < ranks[-1]).float())
     return ranks
 
 
@@ -112,20 +113,17 @@ def cut_by_svd(layers, budget):
         prune(layer)
 
 
-def learn(task, arm, seed, steps=None, allocator_of=None):
-    """Plant, train, count: {column: value} of one run.
-
-    allocator_of(model, optimizer, steps, budget) makes the allocator of an arm from rank 8 that is not in ARMS.
-    """
-    make, noise, default_steps, batch_size, lr = TASKS[task]
-    steps = steps or default_steps
+def measure(args, task, arm, seed, trial):
+    """Plant, train, count."""
+    make, noise, steps, batch_size, lr = TASKS[task]
+    steps = args.steps or steps
     network, targets, inputs = make(seed, steps * batch_size)
     test = make(seed + 10**6, 256)[2]
     generator = torch.Generator().manual_seed(seed)
     teacher = copy.deepcopy(network)
     planted = plant(teacher, targets, generator)
     sizes = [layer.triplet_size for layer in salora_layers(teacher).values()]
-    needed = sum(rank * size for rank, size in zip(planted.values(), sizes, strict=True))
+    needed = sum(rank * size for rank, size in zip(planted, sizes, strict=True))
     budget = needed / (RANK * sum(sizes))
 
     def batch_of(rows, model, device):
@@ -135,59 +133,45 @@ def learn(task, arm, seed, steps=None, allocator_of=None):
         return (x,), y + noise * torch.randn(y.shape, generator=generator)
 
     torch.manual_seed(seed)
-    rank = needed // sum(sizes) if arm == "lora" else RANK
+    rank = needed // sum(sizes) if arm.name == "lora" else RANK
     adapt(network, targets, rank, alpha=rank)
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=lr)
-    if allocator_of:
-        allocator = allocator_of(network, optimizer, steps, budget)
-    elif ARMS[arm]:
-        options = {"budget": budget, "recipe": ARMS[arm], "seed": seed}
-        allocator = peers.allocator_for("salora", network, optimizer, steps, **options)
-    else:
-        allocator = peers.allocator_for("lora", network, optimizer, steps, warmup=Recipe.ours().warmup)
-    rows = [(x,) for x in inputs]
+    options = {"recipe": arm.recipe, "budget": budget} if arm.recipe else {"warmup": Recipe.ours().warmup}
+    method = "salora" if arm.recipe else "lora"
+    allocator = peers.allocator_for(method, network, optimizer, steps, seed=seed, **options)
     with redirect_stdout(None):
-        fine_tune(network, rows, optimizer, allocator, lr=lr, batch_size=batch_size, seed=seed, batch_of=batch_of)
-    layers = salora_layers(network)
-    if arm == "svd-8":
-        cut_by_svd(layers.values(), budget)
-    learned = {name: layer.r for name, layer in layers.items()}
+        fine_tune(network, [(x,) for x in inputs], optimizer, allocator, lr=lr, batch_size=batch_size, seed=seed,
+                  batch_of=batch_of)  # fmt: skip
+    layers = salora_layers(network).values()
+    if arm.name == "lora-8-svd":
+        cut_by_svd(layers, budget)
+    learned = [layer.r for layer in layers]
     with torch.no_grad():
         loss = (network.eval()(test) - teacher(test)).square().mean().item()
-    kept = sum(layer.r * layer.triplet_size for layer in layers.values())
-    return {
-        "right": mean(learned[name] == planted[name] for name in planted),
-        "correlation": spearman(list(learned.values()), list(planted.values())),
-        "share": kept / needed,
-        "loss": loss,
-        "planted": list(planted.values()),
-        "learned": list(learned.values()),
-    }
-
-
-def measure(args, task, arm, seed, trial):
-    return learn(task, arm.name, seed, args.steps)
+    right = mean(a == b for a, b in zip(learned, planted, strict=True))
+    kept = sum(layer.r * layer.triplet_size for layer in layers) / needed
+    found = {"right": right, "correlation": spearman(learned, planted), "share": kept, "loss": loss}
+    return {**found, "planted": planted, "learned": learned}
 
 
 def arm_of(name):
     if name not in ARMS:
         raise argparse.ArgumentTypeError(f"{name!r} is not an arm of this study: {', '.join(ARMS)}")
-    return SimpleNamespace(name=name)
+    return SimpleNamespace(name=name, recipe=ARMS[name])
 
 
-COUNTS = ["right", "correlation", "share", "loss"]
 STUDY = Study(
     doc=__doc__,
     name="planted",
     measure=measure,
-    columns=[*COUNTS, "planted", "learned"],
+    columns=["right", "correlation", "share", "loss", "planted", "learned"],
     tasks=list(TASKS),
     default_tasks=["maps-.1", "maps-1"],
-    arms=["salora-8", "salora-8-paper", "svd-8", "lora"],
+    arms=list(ARMS)[:4],
     seeds=range(20),
     lowest=False,
     arm_of=arm_of,
-    report=lambda rows: tables.averages(rows, COUNTS),
+    report=lambda rows: tables.averages(rows, ["right", "correlation", "share", "loss"]),
     draw=lambda rows: plots.planted(rows, RANK),
 )
 main = STUDY.main

@@ -54,7 +54,7 @@ def dots(axis, groups, color):
     for x, values in enumerate(groups.values()):
         middle, below, above = mean_and_bars(values)
         axis.errorbar(x, middle, [[below], [above]], fmt="o", ms=9, lw=2, capsize=5, color=color)
-        axis.plot([x + 0.15] * len(values), values, "o", ms=4, color="gray")
+        axis.plot([x + 0.2] * len(values), values, "o", ms=4, color="gray")
     axis.set_xticks(range(len(groups)), groups)
     axis.set_xlim(-0.5, len(groups) - 0.5)
     axis.grid(alpha=0.3, axis="y")
@@ -77,9 +77,10 @@ def places(rows):
         title = titles[2] if not place else titles[1] if place.startswith("block") else titles[0]
         groups[title][place or lora] = [float(row["loss"]) for row in rows if row["arm"] == arm]
     for axis, title in zip(axes, titles):
-        dots(axis, groups[title], BLUE)
-        axis.sharey(axes[0])
         axis.set_title(title)
+        if axis is not axes[0]:
+            axis.sharey(axes[0])
+        dots(axis, groups[title], BLUE)
     axes[0].set_ylabel(LOSS)
     return figure
 
@@ -97,7 +98,7 @@ def curves(rows, x_of, label):
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axis.set(xlabel=label, ylabel=LOSS)
-    axis.legend()
+    axis.legend(fontsize=12)
     return figure
 
 
@@ -107,13 +108,13 @@ def shades(axis, grid, columns, rows, most, text):
     for i, values in enumerate(grid):
         for j, value in enumerate(values):
             color = "white" if value > 0.6 * most else "black"
-            axis.text(j, i, text(value), ha="center", va="center", color=color)
+            axis.text(j, i, text(value), ha="center", va="center", color=color, fontsize=13)
     axis.set_xticks(range(len(columns)), columns)
     axis.set_yticks(range(len(rows)), rows)
 
 
 def ranks(rows):
-    """Figure 7: the mean rank of every matrix over seeds, a panel for every arm; beside a name, the mean of its cells."""
+    """Figure 7: the rank of every matrix, its mean over seeds, a panel for every arm. Names have the means of cells."""
     arms = distinct(rows, "arm")
     figure, axes = panels(1, len(arms), 6 * len(arms), 4.6)
     for axis, arm in zip(axes, arms):
@@ -121,7 +122,8 @@ def ranks(rows):
         matrices, blocks, _ = found[0]
         grid = [[mean(cells[matrix, block] for *_, cells in found) for block in blocks] for matrix in matrices]
         columns = [f"{block}: {mean(some):.1f}" for block, some in zip(blocks, zip(*grid))]
-        shades(axis, grid, columns, [f"{matrix}: {mean(some):.1f}" for matrix, some in zip(matrices, grid)], 8, "{:.1f}".format)
+        names = [f"{matrix}: {mean(some):.1f}" for matrix, some in zip(matrices, grid)]
+        shades(axis, grid, columns, names, 8, "{:.1f}".format)
         axis.set(title=f"mean rank, {METHODS[method(arm)][0]}", xlabel="block")
     return figure
 
@@ -132,8 +134,8 @@ def planted(rows, most):
     columns = {"planted": json.loads(first[0]["planted"])}
     columns |= {row["arm"]: json.loads(row["learned"]) for row in first}
     grid = list(zip(*columns.values(), strict=True))
-    figure, [axis] = panels(1, 1, 2 + 1.4 * len(columns), 1.6 + 0.32 * len(grid))
-    shades(axis, grid, [name.replace("-", "-\n", 2) for name in columns], range(len(grid)), most, str)
+    figure, [axis] = panels(1, 1, 2 + 1.6 * len(columns), 1.6 + 0.32 * len(grid))
+    shades(axis, grid, columns, range(len(grid)), 1.5 * most, str)  # light enough for red
     cells = [(i, j) for i in range(len(grid)) for j in range(len(columns))]
     for text, (i, j) in zip(axis.texts, cells):
         if grid[i][j] != grid[i][0]:
@@ -158,7 +160,7 @@ def ablation(rows):
         else:
             axis.set(ylabel="expected density C at T_end", ylim=(0, 1))
             axis.axhline(0.5, color="gray", lw=1, label="budget b = 0.5")
-            axis.legend()
+            axis.legend(fontsize=12)
     return figure
 
 
@@ -167,20 +169,19 @@ def methods(points, label, lower):
 
     points: (arm, parameters in the end, score, bar below it, bar above it). lower: whether lower is better.
     """
-    size = {arm: parameters for arm, parameters, *_ in points}.get("lora-4", 0)
     points = sorted(points, key=lambda point: point[2], reverse=not lower)
+    size = {arm: parameters for arm, parameters, *_ in points}.get("lora-4", 0)
     alike = [point for point in points if abs(point[1] - size) < size / 5]
-    others = [(f"{point[0]} ({point[1]:,.0f})", *point[1:]) for point in points if point not in alike]
-    groups = {"about as large as LoRA r = 4": alike, "others, with their number of parameters": others}
+    groups = {"about as large as LoRA r = 4": alike, "smaller or larger": [p for p in points if p not in alike]}
     groups = {title: group for title, group in groups.items() if group}
     figure, axes = panels(1, len(groups), 7.5 * len(groups), 1.5 + 0.45 * max(map(len, groups.values())))
     colors = {"salora": BLUE, "lora": BLACK, "adalora": ORANGE, "sora": ORANGE, "alora": ORANGE, "rm-lora": ORANGE}
     for axis, (title, group) in zip(axes, groups.items()):
-        for height, (name, _, score, below, above) in enumerate(group):
-            color = colors.get(method(name.split()[0]), RED)
+        for height, (arm, _, score, below, above) in enumerate(group):
+            color = colors.get(method(arm), RED)
             axis.errorbar(score, height, xerr=[[below], [above]], fmt="o", color=color, ms=9, lw=2, capsize=4)
-        axis.set_yticks(range(len(group)), [name for name, *_ in group])
-        axis.set(title=title, xlabel=label, ylim=(len(group) - 0.5, -0.5))
+        axis.set_yticks(range(len(group)), [f"{arm} ({parameters:,.0f})" for arm, parameters, *_ in group])
+        axis.set(title=f"{title} (parameters in the end)", xlabel=label, ylim=(len(group) - 0.5, -0.5))
         axis.grid(alpha=0.3)
     return figure
 
@@ -206,40 +207,38 @@ def gates(frames, path):
     from matplotlib.animation import PillowWriter
     from matplotlib.figure import Figure
 
-    row, cells = frames[0]
-    blocks, matrices = (list(dict.fromkeys(names)) for names in zip(*cells))
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.subplot_mosaic([blocks, ["C"] * len(blocks)], height_ratios=[3, 1])
-    images, counts = {}, {}
-    for block in blocks:
-        grid = [cells[block, matrix] for matrix in matrices]
-        images[block] = axes[block].imshow(grid, cmap="YlGnBu", vmin=0, vmax=1.2, aspect="auto")
-        r0 = len(grid[0])
-        axes[block].vlines([i + 0.5 for i in range(r0 - 1)], -0.5, len(grid) - 0.5, color="white", lw=2)
-        axes[block].hlines([i + 0.5 for i in range(len(grid) - 1)], -0.5, r0 - 0.5, color="white", lw=6)
-        axes[block].set_xticks([])
-        axes[block].set_yticks(range(len(grid)), matrices if block == blocks[0] else [""] * len(grid))
-        axes[block].tick_params(length=0)
-        axes[block].spines[:].set_visible(False)
-        axes[block].set_title(f"block {block}", fontsize=11)
-        for i, matrix in enumerate(matrices):
-            counts[block, matrix] = axes[block].text(r0 - 0.3, i, "", va="center", fontsize=11)
+    blocks, matrices = (list(dict.fromkeys(names)) for names in zip(*frames[0][1]))
     steps, C = [int(row["step"]) for row, _ in frames], [float(row["C"]) for row, _ in frames]
     window = [int(row["step"]) for row, _ in frames if row["phase"] == "window"]
-    axes["C"].axvspan(window[0], window[-1], color="tab:orange", alpha=0.15, lw=0)
-    axes["C"].set(xlim=(0, steps[-1]), ylim=(0, 1.08), xlabel="optimizer step", ylabel="density C")
-    [curve] = axes["C"].plot([], [], color="tab:blue", lw=2)
-
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplot_mosaic([blocks, ["C"] * len(blocks)], height_ratios=[3, 1])
+    writer = PillowWriter(fps=5)
     says = {"before": "all gates are held open", "window": "the gates train", "after": "closed triplets are gone"}
     shown = [i for i, (row, _) in enumerate(frames) if row["phase"] == "window" or i % 25 == 0]
-    writer = PillowWriter(fps=5)
     with writer.saving(figure, path, dpi=100):
         for i in shown + [len(frames) - 1] * 10:  # the last one stands for two seconds
             row, cells = frames[i]
             figure.suptitle(f"step {row['step']} of {steps[-1]}: {says[row['phase']]}", fontsize=12)
-            curve.set_data(steps[: i + 1], C[: i + 1])
+            for axis in axes.values():
+                axis.clear()
             for block in blocks:
-                images[block].set_data([cells[block, matrix] for matrix in matrices])
-            for place, text in counts.items():
-                text.set_text(f"{sum(cells[place]):.0f}")
+                grid = [cells[block, matrix] for matrix in matrices]
+                draw_gates(axes[block], grid, matrices if block == blocks[0] else [""] * len(grid))
+                axes[block].set_title(f"block {block}", fontsize=11)
+            axes["C"].axvspan(window[0], window[-1], color="tab:orange", alpha=0.15, lw=0)
+            axes["C"].plot(steps[: i + 1], C[: i + 1], color="tab:blue", lw=2)
+            axes["C"].set(xlim=(0, steps[-1]), ylim=(0, 1.08), xlabel="optimizer step", ylabel="density C")
             writer.grab_frame()
+
+
+def draw_gates(axis, grid, names):
+    """A row of squares for each matrix, one a gate, and how many gates are open."""
+    axis.imshow(grid, cmap="YlGnBu", vmin=0, vmax=1.2, aspect="auto")
+    axis.vlines([i + 0.5 for i in range(len(grid[0]) - 1)], -0.5, len(grid) - 0.5, color="white", lw=2)
+    axis.hlines([i + 0.5 for i in range(len(grid) - 1)], -0.5, len(grid[0]) - 0.5, color="white", lw=6)
+    axis.set_xticks([])
+    axis.set_yticks(range(len(grid)), names)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    for i, row in enumerate(grid):
+        axis.text(len(row) - 0.3, i, f"{sum(row):.0f}", va="center", fontsize=11)

@@ -2,22 +2,17 @@
 
     python experiments/real.py --data GLUE --weights MINILM --tune      learning rate of every arm, on seed 100
     python experiments/real.py --data GLUE --weights MINILM             every arm, seeds 0 to 4
-    python experiments/real.py --report                                 the tables of what is there, no training
 
 Official dev sets have 400 to 1,000 rows, which alone is a standard error of .01 to .03: more than ranks can be worth.
 So the official *training* rows are split once and for all into rows to train on, rows to tune on, and rows to score,
 10,000 of SST-2, 3,000 of CoLA and 1,000 of MRPC. A seed draws 2,000 of the first (--rows), for 8 epochs of batches of
-32, the start and the order. Dev rows are not used. All arms have scale 2 (alpha / rank at creation) and the learning
-rate that is best for them on each task. lora-4-found and lora-4-shuffled are fresh LoRAs with the ranks that
-salora-16-to-4 found on the same seed, as they are or shuffled among matrices of one shape (see transplant.py); they
-take the learning rate of lora-4.
+32, the start and the order. Dev rows are not used. All arms have scale 2 (alpha / rank at creation) and their own
+learning rate on each task; lora-4-found and lora-4-shuffled (see transplant.py) have that of lora-4.
 """
 
-import json
 import random
 import sys
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,44 +22,35 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import peers
-from cli.files import rows_with
 from cli.flags import positive
-from experiments import arms, study, tables, transplant
+from experiments import arms, tables
+from experiments.study import TUNE_SEED, Study, fit
+from experiments.transplant import PLACED, place, ranks_for
 from glue.metrics import METRICS
 from glue.tasks import load_task, task_of
 from glue.tokens import batch_of, tokenizer_for
 from hub.roberta import load_pretrained, read_config
-from salora import salora_layers
 from tiny_transformer import SequenceClassifier
 
 SPLIT = {"sst2": (2000, 10_000), "cola": (1000, 3000), "mrpc": (500, 1000)}  # rows to tune on, rows to score
-GIVEN = ["lora-4-found", "lora-4-shuffled"]  # arms whose ranks another run has found
-RIVALS = {
-    "lora-8": [],
-    "lora-4": ["lora-8"],
-    "lora-4-restart": ["lora-4"],
-    "salora-8-to-4-window-.2-.5": ["lora-8", "lora-4"],
-    "salora-8-to-4": ["lora-8", "lora-4", "lora-4-restart", "salora-8-to-4-window-.2-.5"],
-    "salora-16-to-4": ["lora-8", "lora-4", "svd-16-to-4", "salora-8-to-4-window-.2-.5"],
-    "svd-16-to-4": ["lora-8", "lora-4"],
-    "lora-4-found": ["lora-4-shuffled", "lora-4"],
-    "lora-4-shuffled": [],
-}
+WINDOW = "salora-8-to-4-window-.2-.5"
+ARMS = ["lora-8", "lora-4", "lora-4-restart", WINDOW, "salora-8-to-4", "salora-16-to-4", "svd-16-to-4", "lora-4-found",
+        "lora-4-shuffled"]  # fmt: skip
 BATCH, SCALE, LONGEST = 32, 2, 128
 POOL = 8 * BATCH  # rows of similar length within a pool share a batch, which halves the padding
 SAME = 0.005  # two scores that differ by less are called the same
 
 
 @lru_cache(maxsize=2)
-def data_of(task, folder, weights, seed, rows):
-    """(rows to train on, rows to score), encoded: `rows` of the former, and for the tuning seed those to tune on."""
+def data_of(task, folder, weights, seed, n):
+    """(n rows to train on, rows to score), encoded; for the tuning seed the latter are those to tune on."""
     everything, _ = load_task(task, folder)
     everything = random.Random(f"split {task}").sample(everything, len(everything))
     n_tune, n_score = SPLIT[task]
     tune, score, rest = everything[:n_tune], everything[n_tune : n_tune + n_score], everything[n_tune + n_score :]
-    train = random.Random(f"rows {task} {seed}").sample(rest, min(rows, len(rest)))
+    train = random.Random(f"rows {task} {seed}").sample(rest, min(n, len(rest)))
     tokenizer = tokenizer_for(weights, read_config(Path(weights)), mini=False)
-    return tokenizer.encode(train, LONGEST), tokenizer.encode(tune if seed == study.TUNE_SEED else score, LONGEST)
+    return tokenizer.encode(train, LONGEST), tokenizer.encode(tune if seed == TUNE_SEED else score, LONGEST)
 
 
 def batches_of(rows, epochs, seed):
@@ -93,43 +79,30 @@ def score(model, rows, metric, autocast):
     return METRICS[metric](logits.argmax(1).tolist(), labels.tolist()), F.cross_entropy(logits, labels).item()
 
 
-def arm_of(name):
-    """An arm of experiments/arms.py, or one of GIVEN, which has rank 16 until it gets its ranks."""
-    return replace(arms.arm_of("lora-16"), name=name) if name in GIVEN else arms.arm_of(name)
-
-
-def place_found_ranks(model, args, task, arm, seed):
-    """Give a model the ranks that salora-16-to-4 found, or the same shuffled. Raises ValueError where it has not run."""
-    found = rows_with(args.table, task=task, arm="salora-16-to-4", seed=seed)
-    if not found:
-        raise ValueError(f"{arm.name} needs the ranks of salora-16-to-4 on {task}, seed {seed}: run that arm first")
-    ranks = json.loads(found[0]["ranks"])
-    if arm.name == "lora-4-shuffled":
-        shapes = [tuple(layer.base.weight.shape) for layer in salora_layers(model).values()]
-        ranks = transplant.shuffled(ranks, shapes, random.Random(f"shuffle {seed}"))
-    transplant.place(model, ranks)
-
-
 def measure(args, task, arm, seed, trial):
     """One run: its score and loss, its size relative to LoRA r = 8, and its ranks."""
-    train, test = data_of(task, args.data, args.weights, seed, args.rows)
+    rows, test = data_of(task, args.data, args.weights, seed, args.rows)
     with redirect_stdout(None):
         encoder, _ = load_pretrained(args.weights)
     torch.manual_seed(seed)
     model = SequenceClassifier(encoder, task_of(task).num_labels)
     peers.install(model, "lora", arm.start, SCALE * arm.start)
-    if arm.name in GIVEN:
-        place_found_ranks(model, args, task, arm, seed)
-        [lr] = STUDY.trial_for(args, task, arms.arm_of("lora-4"))
-    else:
-        [lr] = trial
-    batches = batches_of(train, args.epochs, seed)
+    if arm.name in PLACED:
+        place(model, ranks_for(args, task, arm, seed, model))
+        trial = STUDY.trial_for(args, task, arms.arm_of("lora-4"))
+    batches = batches_of(rows, args.epochs, seed)
     autocast = torch.autocast("cpu", torch.bfloat16) if args.precision == "bf16" else nullcontext()
-    study.fit(model, batches, arm, lr=lr, seed=seed, steps=len(batches), autocast=autocast,
-              batch_of=lambda batches, model, device: batch_of(batches[0], model, device))  # fmt: skip
+    fit(model, batches, arm, lr=trial[0], seed=seed, steps=len(batches), autocast=autocast,
+        batch_of=lambda batches, model, device: batch_of(batches[0], model, device))  # fmt: skip
     metric, loss = score(model, test, task_of(task).metric, autocast)
     found = {"score": round(metric, 5), "loss": round(loss, 5), "size": round(arms.size_of(model), 4)}
     return {**found, "ranks": arms.ranks_of(model)}
+
+
+def rivals(name, names):
+    """LoRA, and what shows the worth of gates, window or ranks."""
+    found = ["lora-8", "lora-4", "lora-4-restart", "lora-4-shuffled", "svd-16-to-4", WINDOW]
+    return [other for other in found if other in names and other != name]
 
 
 def report(rows):
@@ -138,10 +111,6 @@ def report(rows):
         parts.append(tables.means(rows, "score", task))
         parts.append(tables.differences(tables.values_of(rows, "score", task), rivals, f"{task}: differences", SAME))
     return "\n".join(parts)
-
-
-def rivals(name, names):
-    return [rival for rival in RIVALS.get(name, []) if rival in names]
 
 
 def add_flags(parser):
@@ -157,17 +126,17 @@ def check(args):
         raise ValueError("--data and --weights are needed, the folders of GLUE's files and of the encoder")
 
 
-STUDY = study.Study(
+STUDY = Study(
     doc=__doc__,
     name="real",
     measure=measure,
     columns=["score", "loss", "size", "ranks"],
     tasks=list(SPLIT),
-    arms=list(RIVALS),
+    arms=ARMS,
     lowest=False,
-    trials=lambda args, task, arm: [] if arm.name in GIVEN else [(5e-4,), (1e-3,), (2e-3,)],
+    trials=lambda args, task, arm: [] if arm.name in PLACED else [(5e-4,), (1e-3,), (2e-3,)],
     by_task=True,
-    arm_of=arm_of,
+    arm_of=lambda name: PLACED.get(name) or arms.arm_of(name),
     report=report,
     add_flags=add_flags,
     check=check,

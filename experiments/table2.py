@@ -12,14 +12,13 @@ hundred examples to follow the instructions of glue/instructions.py. What counts
     meaning     how often all words but opinions and "not" are kept, in order
 
 No classifier judges: the grammar does. `untuned` is the decoder as it was pre-trained. A seed draws the sentences, the
-start and the order. Left out: sampling and beam search, a cache of keys and values, perplexity.
+start and the order. Left out: perplexity.
 """
 
 import json
 import random
 import sys
 from contextlib import redirect_stdout
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import mean
@@ -32,13 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import peers
 from cli.flags import positive
 from experiments import arms, study, tables
-from experiments.decoder import batch_of
-from glue.instructions import FAULTS, InstructionTokenizer, answer_to, faults_of, instruction, new_sentence, texts_to_read
-from glue.pretrain import LR, WARMUP, mini_config, train, trained_once
+from glue.decoder import NextWord, batch_of, mini_decoder, write
+from glue.instructions import FAULTS, InstructionTokenizer, answer_to, faults_of, instruction, new_sentence
 from hub.roberta import load_pretrained
-from tiny_transformer import MaskedLM, TinyTransformer
 
-TEXTS, STEPS = 40_000, 6000  # of pre-training
 BATCH, HELD_OUT, LONGEST = 32, 500, 30  # LONGEST: of an answer, in words; the grammar's have at most 23
 SCALE = 2  # alpha / rank at creation
 RATES = [(0.012,), (0.024,), (0.048,)]
@@ -49,66 +45,6 @@ TUNED = {  # the best of them on seed 100, but for lora-8-restart, which has tha
     "salora-8-to-4": (0.024,),
     "salora-16-to-4": (0.012,),
 }
-
-
-# The decoder
-
-
-class NextWord(MaskedLM):
-    """Token ids and a mask of positions, each (batch, seq) -> logits of the word after each position (n, vocab)."""
-
-    def forward(self, ids, positions):
-        return super().forward(self.encoder(ids)[positions])
-
-
-def decoder_config():
-    return replace(mini_config(), vocab_size=InstructionTokenizer().size, max_position_embeddings=72, type_vocab_size=1,
-                   is_decoder=True)  # fmt: skip
-
-
-def pretrain():
-    """Train a new decoder to tell the next word; prints its progress. Returns it in eval mode."""
-    torch.manual_seed(0)
-    lm, tokenizer, rng = NextWord(TinyTransformer(decoder_config())), InstructionTokenizer(), random.Random(0)
-    rows = [(tokenizer.encode_pair(*text, 70)[0], 1) for text in texts_to_read(TEXTS)]
-    rows.sort(key=lambda row: len(row[0]))  # texts of equal length meet in a batch
-    batches = [rows[i : i + BATCH] for i in range(0, TEXTS, BATCH)]
-    order = []
-
-    def draw_loss():
-        if not order:
-            order.extend(rng.sample(batches, len(batches)))
-        inputs, labels = batch_of([order.pop()])
-        return F.cross_entropy(lm(*inputs), labels)
-
-    return train(lm, draw_loss, STEPS, "next-word loss")
-
-
-def mini_decoder():
-    """The folder of the pre-trained decoder, which is trained on first use, in about two minutes on one core."""
-    recipe = (NextWord.__name__, decoder_config(), TEXTS, STEPS, WARMUP, LR, BATCH, texts_to_read(200))
-    return trained_once("decoder", recipe, pretrain)
-
-
-@torch.no_grad()
-def write(model, prompts, stop, most=LONGEST):
-    """Go on from each prompt with the likeliest word, again and again, until `stop`, or `most` words.
-
-    prompts: lists of token ids; they are padded on the left, which moves no position. Returns lists of token ids.
-    """
-    longest, pad = max(map(len, prompts)), model.encoder.config.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])  # (batch, seq)
-    for _ in range(most):
-        last = torch.zeros_like(ids, dtype=torch.bool)
-        last[:, -1] = True
-        ids = torch.cat([ids, model(ids, last).argmax(1, keepdim=True)], 1)
-        if (ids[:, longest:] == stop).any(1).all():
-            break
-    written = ids[:, longest:].tolist()
-    return [words[: words.index(stop)] if stop in words else words for words in written]
-
-
-# The study
 
 
 @lru_cache(maxsize=1)
@@ -131,20 +67,20 @@ def data_of(seed, n):
 def measure(args, task, arm, seed, trial):
     """One run: loss, accuracy, meaning and size; and the first 20 texts that the model writes."""
     asked, held_out, rows = data_of(seed, args.rows)
+    folder = mini_decoder()  # which says what it does
     with redirect_stdout(None):
-        model, _ = load_pretrained(mini_decoder(), NextWord)
+        model, _ = load_pretrained(folder, NextWord)
     torch.manual_seed(seed)
     if arm.start:
         model.lm_head.requires_grad_(False)
         peers.install(model, "lora", arm.start, SCALE * arm.start)
         [lr] = trial
-        study.fit(model, rows, arm, lr=lr, seed=seed, steps=args.steps, batch_size=BATCH,
-                  batch_of=lambda rows, *rest: batch_of([rows]))  # fmt: skip
+        study.fit(model, rows, arm, lr=lr, seed=seed, steps=args.steps, batch_size=BATCH, batch_of=batch_of)
     tokenizer = InstructionTokenizer()
     prompts = [tokenizer.prompt(*each) for each in asked]
-    texts = [" ".join(tokenizer.words[i] for i in ids) for ids in write(model.eval(), prompts, tokenizer.stop)]
+    texts = [" ".join(tokenizer.words[i] for i in ids) for ids in write(model.eval(), prompts, tokenizer.stop, LONGEST)]
     faults = [faults_of(*each, text) for each, text in zip(asked, texts, strict=True)]
-    inputs, labels = batch_of([held_out])
+    inputs, labels = batch_of(held_out)
     with torch.no_grad():
         found = {"loss": F.cross_entropy(model(*inputs), labels).item()}
     for name, fault in zip(("accuracy", "meaning"), FAULTS):
