@@ -161,17 +161,13 @@ class GateSchedule:
     def __init__(self, total_steps, start=0.2, end=0.5):
         check_window(start, end)
         self.T_start, self.T_end = round(start * total_steps), round(end * total_steps)
+        self.window = self.T_end - self.T_start  # how many steps the gates train
 
     def phase(self, step):
         """'before', 'window' or 'after'."""
         if step < self.T_start:
             return "before"
         return "window" if step < self.T_end else "after"
-
-    @property
-    def window(self):
-        """How many steps the gates train."""
-        return self.T_end - self.T_start
 
     def target_at(self, step, budget):
         """The C to aim at: from C_START down to the budget during the window's first half (not in the paper)."""

@@ -56,7 +56,10 @@ class Guard:
         elif any(layer.r < layer.r0 for layer in layers):
             raise ValueError("triplets have been pruned already: call load_state_dict to go on with a run, or adapt a "
                              "fresh model")  # fmt: skip
-        self.check_at_turns(step)
+        schedule = self.allocator.schedule
+        if step in (0, schedule.T_start, schedule.T_end):  # much may have changed since the last look
+            self.check_parts()
+            self.check_processes()
         self.due, self.stepped = "after_backward", False
 
     def after_backward(self):
@@ -91,7 +94,8 @@ class Guard:
         if step != total_steps:
             raise RuntimeError(f"finish() after {step} of {total_steps} steps: run all of them first")
         self.check_gates(step)
-        self.check_at_turns(step)
+        self.check_parts()
+        self.check_processes()
         self.due = "nothing more"
         self.handle.remove()
 
@@ -110,13 +114,6 @@ class Guard:
         return gates
 
     # What the allocator works with
-
-    def check_at_turns(self, step):
-        """At the start, T_start, T_end and the end: much may have changed since the last look."""
-        schedule = self.allocator.schedule
-        if step in (0, schedule.T_start, schedule.T_end, self.allocator.total_steps):
-            self.check_parts()
-            self.check_processes()
 
     def check_parts(self):
         """The model, its adapters and the optimizer."""
@@ -166,7 +163,7 @@ class Guard:
                                "of log_theta too")  # fmt: skip
 
     def check_gates(self, step):
-        """The state that the gates must have before a step, and have."""
+        """Returns the state that the gates must have before a step. Raises ValueError where they are in another."""
         schedule = self.allocator.schedule
         right = "held" if step <= schedule.T_start else "free" if step <= schedule.T_end else "fixed"
         for name, layer in self.allocator.layers.items():

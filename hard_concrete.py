@@ -82,8 +82,8 @@ class HardConcreteGate(nn.Module):
 
     def hold_open(self):
         """All gates are 1 until they are released."""
-        self._stop_training()
-        self.held, self.fixed = torch.ones_like(self.log_theta), None
+        self.fix(torch.ones_like(self.log_theta))
+        self.held, self.fixed = self.fixed, None
 
     def release(self):
         """From here on the gates are random and log_theta trains."""
@@ -92,10 +92,7 @@ class HardConcreteGate(nn.Module):
 
     def fix(self, gates):
         """From here on the gates are these constants (r,), and log_theta does not train."""
-        self._stop_training()
         self.held, self.fixed = None, gates.detach()
-
-    def _stop_training(self):
         self.log_theta.requires_grad_(False)
         self.log_theta.grad = None
 

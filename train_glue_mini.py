@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 from contextlib import nullcontext, redirect_stdout
+from functools import cache
 
 if __name__ == "__main__":
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: the end, no traceback
@@ -117,7 +118,7 @@ def run(settings, folder, model, train, dev, saved=None):
     allocator = allocator_for(settings.method, model, optimizer, total_steps, recipe=settings.decisions,
                               budget=settings.budget, warmup=settings.warmup, seed=seed_of(settings.seed, "gates"),
                               sparse_lambda=settings.sparse_lambda, score=score)  # fmt: skip
-    journal = Journal(total_steps, folder, fingerprint(settings, model, train), bool(settings.trace))
+    journal = Journal(total_steps, folder, cache(lambda: fingerprint(settings, model, train)), bool(settings.trace))
     if saved:
         journal.restore(saved, optimizer, allocator)
     report.announce(settings, folder, model, train, dev, allocator)

@@ -100,7 +100,7 @@ def build_parser():
     )
     g.add_argument(
         "--sparse-lambda", type=above_zero, metavar="X",
-        help="sora: its lambda, at the highest of its levels; the larger, the more triplets go (default 0.6)",
+        help="sora: its lambda at the highest level; the larger it is, the more triplets are removed (default 0.6)",
     )
     g.add_argument(
         "--recipe", choices=["ours", "paper"],

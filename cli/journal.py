@@ -29,12 +29,12 @@ def trace_of(step, layers):
 class Journal:
     """A log row for every 1/200 of the steps, a status line for every tenth row, and a checkpoint at every epoch.
 
-    folder: where the checkpoint goes; without one there is none. fingerprint: a dict of what a resumed run must have in
-    common with the interrupted one. rows: the log, dicts with the keys report.COLUMNS. trace: what trace_of says at the
-    same steps; it stays empty unless `tracing`.
+    folder: where the checkpoint goes; without one there is none. fingerprint() returns what a resumed run must have in
+    common with the interrupted one, a dict. rows: the log, dicts with the keys report.COLUMNS. trace: what trace_of
+    says at the same steps; it stays empty unless `tracing`.
     """
 
-    def __init__(self, total_steps, folder=None, fingerprint=None, tracing=False):
+    def __init__(self, total_steps, folder=None, fingerprint=dict, tracing=False):
         self.total_steps, self.folder, self.fingerprint, self.rows = total_steps, folder, fingerprint, []
         self.tracing, self.trace = tracing, []
         self.every = max(1, total_steps // 200)
@@ -57,7 +57,7 @@ class Journal:
             raise FloatingPointError(f"weights are not finite at step {step}: try a smaller --lr")
         state = {
             "format": CHECKPOINT,
-            "fingerprint": self.fingerprint,
+            "fingerprint": self.fingerprint(),
             "adapter": adapter_state(model),
             "optimizer": optimizer.state_dict(),
             "allocator": allocator.state_dict(),
@@ -71,7 +71,7 @@ class Journal:
 
         Raises ValueError, before anything changes, where the interrupted run had another fingerprint.
         """
-        for name, value in (self.fingerprint or {}).items():
+        for name, value in self.fingerprint().items():
             if saved["fingerprint"].get(name) != value:
                 before = f"the interrupted run had {name} {saved['fingerprint'].get(name)}, but now it is {value}"
                 raise ValueError(f"{before}: put it back, or start a new run")

@@ -2,7 +2,7 @@
 
 import re
 
-FEW_STEPS = 50  # of a window: in fewer, a gate moves by more than 14 / 50 of log theta a step, and ranks are chance
+FEW_STEPS = 50  # of a window: in fewer, log theta moves by more than 14 / 50 per step, and ranks are chance
 
 
 def split_name(name):

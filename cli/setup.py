@@ -26,7 +26,12 @@ def build(settings):
     hidden, attention = settings.dropout
     rates = dict(hidden_dropout_prob=hidden, attention_probs_dropout_prob=attention)
     encoder, config = load_pretrained(settings.weights, **rates)
-    check_rank(settings, config.hidden_size)
+    width = config.hidden_size
+    if METHODS[settings.method].low_rank and settings.rank > width:
+        raise ValueError(f"--rank {settings.rank} is above {width}, the width of the encoder: "
+                         "more triplets than that add nothing")  # fmt: skip
+    if settings.rank and settings.rank > 4 * width:
+        raise ValueError(f"--rank {settings.rank} is above {4 * width}, four times the encoder's width")
     encoder.recompute = settings.recompute
     tokenizer = tokenizer_for(settings.weights, config, settings.task in MINI_TASKS)
 
@@ -40,15 +45,6 @@ def build(settings):
     if length < LEAST_LENGTH:
         raise ValueError(f"--rank {settings.rank} leaves room for {length} tokens of a row: take a shorter prompt")
     return model.to(settings.device), lambda rows: tokenizer.encode(rows, length)
-
-
-def check_rank(settings, width):
-    """Raises ValueError for a rank that makes no sense in an encoder of this width."""
-    if METHODS[settings.method].low_rank and settings.rank > width:
-        raise ValueError(f"--rank {settings.rank} is above {width}, the width of the encoder: "
-                         "more triplets than that add nothing")  # fmt: skip
-    if settings.rank and settings.rank > 4 * width:
-        raise ValueError(f"--rank {settings.rank} is above {4 * width}, four times the encoder's width")
 
 
 def prepare(settings):

@@ -12,38 +12,32 @@ START is the rank at creation, or how many units or vectors an adapter, a prefix
 
 import argparse
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peers import METHODS, allocator_for
 from rank_allocator import Recipe
 from salora import salora_layers
 
 WARMUP = Recipe.ours().warmup
-VARIANTS = {  # of SaLoRA, "" being the default recipe; and two that only take part of it
+VARIANTS = {  # of SaLoRA, "" being the default recipe
     "": Recipe.ours(),
-    "paper": Recipe.paper(),
-    "quadratic": Recipe.ours(controller="quadratic"),
-    "window-.2-.5": Recipe.ours(window=(0.2, 0.5)),
-    "window-.48-.5": Recipe.ours(window=(0.48, 0.5)),
+    "-paper": Recipe.paper(),
+    "-quadratic": Recipe.ours(controller="quadratic"),
+    "-window-.2-.5": Recipe.ours(window=(0.2, 0.5)),
+    "-window-.48-.5": Recipe.ours(window=(0.48, 0.5)),
 }
-RESTART = Recipe.ours(window=(0.5, 0.5), canonical=False, spread=0.0)  # with a budget of 1 nothing is cut
 SVD = Recipe.ours(window=(0.5, 0.5))  # there is no step in which gates train
+RESTART = replace(SVD, canonical=False, spread=0.0)  # with a budget of 1 nothing is cut
 
 
 @dataclass(frozen=True)
 class Arm:
     name: str
+    family: str  # the name without its size: lora, lora-restart, salora-16, salora-8-paper, svd-16, adapter-h, bitfit
     method: str  # of peers.METHODS
     start: int | None = None  # None: a method without a size
     size: float = 0  # that of LoRA of this rank, or START of what has no triplets
     recipe: Recipe | None = None
-
-    @property
-    def family(self):
-        """The name without its size: lora, lora-restart, salora-16, salora-8-paper, svd-16, adapter-h, bitfit ..."""
-        if self.is_cut:
-            return re.sub(r"-to-[\d.]+", "", self.name)
-        return re.sub(r"-\d+", "", self.name, count=1)
 
     @property
     def is_cut(self):
@@ -64,17 +58,19 @@ class Arm:
 def arm_of(name):
     """salora-16-to-4 -> its Arm. Raises ArgumentTypeError for a name that means nothing."""
     if name in METHODS and not METHODS[name].sized:
-        return Arm(name, name)
-    parts = re.fullmatch(r"(?P<method>.+?)-(?P<start>[1-9]\d*)(-to-(?P<size>\d*\.?\d+))?(-(?P<variant>.+))?", name)
-    word, start, size, variant = parts.group("method", "start", "size", "variant") if parts else 4 * [None]
-    recipes = {"salora": VARIANTS, "svd": {"": SVD}, "lora": {"": None, "restart": RESTART}}.get(word, {"": None})
-    recipe = recipes.get(variant or "")
-    method = METHODS.get("salora" if recipe else word)
-    known = method and method.sized and (variant or "") in recipes
-    if not known or (size and not (method.budgeted and 0 < float(size) <= int(start))):
+        return Arm(name, name, name)
+    parts = re.fullmatch(r"(?P<word>.+?)-(?P<start>[1-9]\d*)(-to-(?P<size>\d*\.?\d+))?(?P<variant>-.+)?", name)
+    word, start, size, variant = parts.group("word", "start", "size", "variant") if parts else 4 * [""]
+    recipes = {"salora": VARIANTS, "svd": {"": SVD}, "lora": {"": None, "-restart": RESTART}}.get(word, {"": None})
+    variant = variant or ""
+    recipe = recipes.get(variant)
+    method = "salora" if recipe else word
+    known = variant in recipes and method in METHODS and METHODS[method].sized
+    if not known or (size and not (METHODS[method].budgeted and 0 < float(size) <= int(start))):
         raise argparse.ArgumentTypeError(f"{name!r} is not an arm, such as lora-4, salora-16-to-4 or bitfit; methods "
                                          f"are {', '.join(METHODS)} and svd")  # fmt: skip
-    return Arm(name, "salora" if recipe else word, int(start), float(size or start), recipe)
+    family = (f"{word}-{start}" if size else word) + variant
+    return Arm(name, family, method, int(start), float(size or start), recipe)
 
 
 def nearest(arm, table):

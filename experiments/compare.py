@@ -1,252 +1,191 @@
 """SaLoRA beside its peers: what trains, what is left in the end, the score, and what a step costs.
 
-    python experiments/compare.py --tune                     learning rates, every method on three generated tasks
-    python experiments/compare.py --seeds 0 1 2 3 4          with the best of them, on the eight generated tasks
-    python experiments/compare.py --memory                   peak memory of every method, for the table
-    ... --tasks words reverse --out runs/compare-shift       the same three for the losses of experiments/shift.py
-    ... --tasks mrpc cola --data GLUE --weights MODEL --out runs/compare-glue      other flags go to the main job
+    python experiments/compare.py --tune --tasks mini-cola mini-mrpc mini-rte      learning rates of all arms
+    python experiments/compare.py                            with the best of them, on the eight generated tasks
+    ... --tasks words reverse --out runs/compare-shift       the same two for the losses of experiments/shift.py
 
-experiments/methods.py says which methods, at what size, and how SoRA gets there. All get as many trials, with seed 100,
-which no report uses: half of the main job's default learning rate, the default and its double, on generated tasks 4 and
-8 times it as well; on a shift ten, see WIDE in experiments/arms.py. Tuning and reports score different rows. An
-official task is tuned on a tenth of its training rows, on which that run does not train, and reports are about dev
-rows; a generated task is tuned on dev rows, and reports are about rows that were generated after them. A report takes
-the trial with the best mean over the tasks of tune.csv, and without one the default, which the table marks.
+Arms that have a size end at about that of LoRA with r = 4. Prefix and prompt have 8 vectors, since more made the tiny
+encoder worse; BitFit's and (IA)^3's sizes follow from the encoder, and SoRA's from its lambda: see REACH. All get as
+many trials on seed 100: on generated tasks half of the main job's default learning rate, the default, 2, 4 and 8 times
+that; on a shift ten. Generated tasks are tuned on dev rows, and a report is about rows that were generated after them.
+An arm that was not tuned takes the default. Other flags go to the main job.
 
-Rows go to tune.csv, compare.csv and memory.csv in --out. A run that is there is not done again, so a study can be
-stopped, continued, and split over processes. Rows are told apart by method, task, seed and trial alone: a study with
-other flags needs another --out. A run that diverges is the worst of trials, and no row of a report. compare.png shows
-the score against the final number of parameters. On GLUE the time of a step has its share of scoring the dev rows.
-Intervals are 95 % bootstrap intervals over seeds.
+compare.png shows the score against the final number of parameters.
 """
 
-import argparse
 import sys
-import tempfile
-from math import inf
+from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from unittest.mock import patch
+from time import time_ns
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_glue_mini
-from cli.files import append, has_row, make_folder, read_table
-from cli.flags import positive
-from cli.runs import STUDY, errors_as_lines
-from experiments import cost, plots, shift
-from experiments.arms import TUNE_SEED
-from experiments.intervals import interval
-from experiments.methods import METHODS, default_trial, hold_out, kind_of, run, trials
+from cli.afterwards import predict, reopen
+from cli.files import claimed
+from cli.flags import build_parser
+from cli.journal import Journal
+from cli.runs import runs_of
+from cli.settings import read_settings
+from cli.setup import prepare
+from experiments import plots, shift
+from experiments.arms import WARMUP
+from experiments.study import TUNE_SEED, Study
+from experiments.tables import distinct, values_of
+from glue.metrics import METRICS
 from glue.mini import TASKS as MINI_TASKS
-from glue.pretrain import mini_encoder
-from glue.tasks import NAMES
-from hub.checkpoints import write_atomically
-from train_glue_mini import fine_tune
+from glue.mini import examples
+from glue.tasks import DEV_ROWS, TRAIN_ROWS
+from peers import METHODS
+from peers.sora import lambda_at
+from rank_allocator import lr_factor
 
-TUNING_TASKS = ["mini-cola", "mini-mrpc", "mini-rte"]
-OWN = {"--lr", "--method", "--seed", "--task"}  # flags of the main job that are not the user's to give here
-
-
-def in_order(rows, key):
-    return list(dict.fromkeys(row[key] for row in rows))
-
-
-def text_of(trial):
-    """(0.006, 2.0) -> 0.006:2, and 0.006 alone where the scale is the main job's own."""
-    return ":".join(f"{number:g}" for number in trial if number != "")
-
-
-# Tuning
+ARMS = ["salora-8-to-4", "salora-16-to-4", "lora-8", "lora-4", "adalora-8-to-4", "sora-8", "alora-8-to-4", "rm-lora-4",
+        "adapter-h-16", "adapter-p-35", "prefix-8", "prompt-8", "bitfit", "ia3", "full", "head"]  # fmt: skip
+# What SoRA's thresholds add up to over a run: a gate ends at 0 if it starts closer to 0 and no gradient moves it. By
+# size alone, on seed 100: of LoRA r = 8, .58 and .34 stayed with .7 and 1.2 on mini-cola, .51 with 2 on words.
+REACH = {"tasks": 0.8, "shift": 2.0}
+WIDE = [(lr, scale) for lr in (6e-3, 1.2e-2, 2.4e-2, 4.8e-2) for scale in (1, 2, 4, 8) if lr * scale <= 4.8e-2]
+COSTS = ["trained", "final", "ms"]  # parameters that train, and that are left; milliseconds a step
+FRESH_ROWS = 4000  # of a generated task, for reports
+OWN = {"--lr", "--method", "--rank", "--alpha", "--budget", "--sparse-lambda"}  # flags of the main job that this study chooses itself
 
 
-def tune(args):
-    """Try what is not yet in tune.csv, with the seed that no report uses. Returns all of its rows."""
-    path = args.out / "tune.csv"
-    if kind_of(args.tasks[0]) == "official":
-        for task in args.tasks:
-            hold_out(task, args.data, args.out / "tuning-data")
-        args.data = args.out / "tuning-data"
-    for task in args.tasks:
-        for method in args.methods:
-            for trial in trials(method, task):
-                lr, scale = trial
-                key = {"method": method, "task": task, "lr": lr, "scale": scale, "seed": TUNE_SEED}
-                if has_row(path, **key):
-                    continue
-                try:
-                    score, _, final, *_ = run(method, task, TUNE_SEED, trial, args)
-                except FloatingPointError:
-                    score, final = (inf if kind_of(task) == "shift" else -inf), 0
-                append(path, {**key, "score": score, "final": final})
-                print(f"{method}, {task}, {text_of(trial)}: {score:.4f}, {final:,} parameters", flush=True)
-    return read_table(path)
+def lambda_of(reach, lr, steps):
+    """SoRA's highest lambda with which all thresholds eta_t lambda_t of a run add up to `reach`."""
+    total = sum(lr * lr_factor(step, steps, WARMUP) * lambda_at(step, steps, 1.0) for step in range(steps))
+    return reach / total
 
 
-def ranking(rows, method, kind):
-    """[(mean over the tasks of this kind, trial)] of a method, the best first; without trials that lack a task."""
-    rows = [row for row in rows if kind_of(row["task"]) == kind]
-    tasks, scores = in_order(rows, "task"), {}
-    for row in rows:
-        if row["method"] == method:
-            trial = float(row["lr"]), float(row["scale"]) if row["scale"] else ""
-            scores.setdefault(trial, {})[row["task"]] = float(row["score"])
-    means = [(mean(found.values()), trial) for trial, found in scores.items() if len(found) == len(tasks)]
-    return sorted(means, key=lambda pair: pair[0], reverse=kind != "shift")
+def measure(args, task, arm, seed, trial):
+    """One run of the main job."""
+    [lr], out = trial, args.out / f"{arm.name}-{task}-s{seed}-{time_ns()}"
+    flags = flags_of(arm) + ["--task", task, "--seed", seed, "--lr", lr, "--steps", args.steps, "--out", out]
+    if arm.method == "sora":
+        flags += ["--sparse-lambda", lambda_of(REACH["tasks"], lr, args.steps)]
+    summary = main_job([*args.flags, *(str(flag) for flag in flags)])
+    score = summary["score"] if seed == TUNE_SEED else score_on(fresh_rows(task), out, summary)
+    trained, final = sizes(torch.load(out / "adapter.pt", map_location="cpu", weights_only=True))
+    return {"score": score, "trained": trained, "final": final, "ms": 1000 * summary["seconds"] / summary["steps"]}
 
 
-# Reports
+def main_job(flags):
+    """The summary of a run of the main job, in silence."""
+    parser = build_parser()
+    args = parser.parse_args(flags)
+    args.command = " ".join(flags)
+    [(settings, folder, _)] = runs_of(args, parser)
+    with redirect_stdout(None), claimed(folder, new=True):
+        return train_glue_mini.run(settings, folder, *prepare(settings))
 
 
-def compare(args):
-    """Every method on every task and seed, with its best trial."""
-    path, tuned = args.out / "compare.csv", read_table(args.out / "tune.csv")
-    for seed in args.seeds:
-        for task in args.tasks:
-            for method in args.methods:
-                key = {"method": method, "task": task, "seed": seed}
-                if has_row(path, **key):
-                    continue
-                found = ranking(tuned, method, kind_of(task))
-                trial = found[0][1] if found else default_trial(method, task)
-                try:
-                    score, trained, final, seconds, device = run(method, task, seed, trial, args)
-                except FloatingPointError as error:
-                    print(f"{method}, {task}, seed {seed}: {error}", flush=True)
-                    continue
-                row = {**key, "score": score, "trained": trained, "final": final, "trial": text_of(trial)}
-                row |= {"tuned": "yes" if found else "no", "seconds_per_step": seconds, "device": device}
-                append(path, row)
-                print(f"{method}, {task}, seed {seed}: {score:.4f}", flush=True)
+def flags_of(arm):
+    """The flags of the main job that make an arm."""
+    flags = ["--method", arm.method]
+    if arm.start:
+        flags += ["--rank", arm.start]
+    if arm.has_triplets:
+        flags += ["--alpha", max(16, 2 * arm.start)]
+    if METHODS[arm.method].budgeted:
+        flags += ["--budget", arm.size / arm.start]
+    return flags
 
 
-def peak_memory(method, task, args):
-    """(the peak of this process in MiB, device) in ten steps of training, without scores and pictures after them."""
-    peaks = []
-
-    def measured(model, *rest, **options):
-        journal = fine_tune(model, *rest, **options)
-        peaks.append(cost.peak_of_process(next(model.parameters()).device.type))
-        return journal
-
-    with tempfile.TemporaryDirectory() as folder:
-        short = argparse.Namespace(**{**vars(args), "out": Path(folder), "steps": 10})
-        with patch.object(train_glue_mini, "fine_tune", measured), patch.object(shift, "fine_tune", measured):
-            *_, device = run(method, task, 0, default_trial(method, task), short)
-    return peaks[0], device
+def fresh_rows(task):
+    """Rows of a generated task that come after its training and dev rows, and differ from all of them."""
+    return examples(task, TRAIN_ROWS + DEV_ROWS + FRESH_ROWS)[TRAIN_ROWS + DEV_ROWS :]
 
 
-def measure_memory(args):
-    """A row of memory.csv for every method, on the first task."""
-    path, task = args.out / "memory.csv", args.tasks[0]
-    if kind_of(task) != "official" and "--weights" not in args.flags:
-        mini_encoder()  # pre-training is not what is measured
-    for method in args.methods:
-        if not has_row(path, method=method, task=task):
-            [(MiB, device)] = cost.in_processes(peak_memory, [(method, task, args)])
-            append(path, {"method": method, "task": task, "device": device, "MiB": round(MiB, 1)})
-            print(f"{method}, {task}: {MiB:.1f} MiB", flush=True)
+def score_on(rows, folder, summary):
+    """The score of a finished run on other rows than its own."""
+    settings = read_settings(folder, summary["device"])
+    model, encode = reopen(settings, folder, summary)
+    return METRICS[summary["metric"]](predict(model, encode(rows), settings.device), [row[2] for row in rows])
 
 
-def seed_means(rows, method, tasks):
-    """The mean score over the tasks of every seed that has run on all of them."""
-    scores = {}
-    for row in rows:
-        if row["method"] == method:
-            scores.setdefault(row["seed"], {})[row["task"]] = float(row["score"])
-    return [mean(found.values()) for found in scores.values() if len(found) == len(tasks)]
+def sizes(adapter):
+    """(parameters that train, parameters in the end) of a saved adapter: its triplets, and all but the classifier."""
+    layers = adapter["layers"].values()
+    others = sum(p.numel() for name, p in adapter["others"].items() if not name.startswith("classifier."))
+    final = sum(layer["A"].numel() + layer["B"].numel() for layer in layers)
+    trained = sum(layer["r0"] * (layer["A"].shape[1] + layer["B"].shape[0]) for layer in layers)
+    return trained + others, final + others
 
 
-def average(rows, method, column):
-    return mean(float(row[column]) for row in rows if row["method"] == method)
+def measure_on_shift(args, task, arm, seed, trial):
+    lr, scale = trial
+    data, model, journal = shift.data_of(task, seed, args.texts), shift.model_of(arm, scale, seed), Journal(args.steps)
+    options = {"sparse_lambda": lambda_of(REACH["shift"], lr, args.steps)} if arm.method == "sora" else {}
+    trained = shift.parameters_of(model)
+    shift.train(model, data, arm, lr, seed, args.steps, journal=journal, **options)
+    ms = 1000 * journal.seconds / args.steps
+    return {"loss": data.loss(model), "trained": trained, "final": shift.parameters_of(model), "ms": ms}
 
 
-def table(rows, memory=()):
-    """A line a method: parameters that train and that are left, scores, their mean with its interval, and the cost."""
-    tasks = in_order(rows, "task")
-    head = f"{'':<10}{'trial':>11}{'trained':>10}{'final':>10}"
-    head += "".join(f"{task.removeprefix('mini-'):>8}" for task in tasks)
-    lines = [head + f"{'mean':>9}{'95 % interval':>19}{'seeds':>7}{'s/step':>9}{'MiB':>8}"]
-    for method in in_order(rows, "method"):
-        mine = [row for row in rows if row["method"] == method]
-        used = dict.fromkeys(row["trial"] + ("" if row["tuned"] == "yes" else "*") for row in mine)
-        line = f"{method:<10}{' '.join(used):>11}"
-        line += f"{average(rows, method, 'trained'):>10,.0f}{average(rows, method, 'final'):>10,.0f}"
-        for task in tasks:
-            cell = [float(row["score"]) for row in mine if row["task"] == task]
-            line += f"{mean(cell):>8.3f}" if cell else f"{'-':>8}"
-        means = seed_means(rows, method, tasks)
-        line += f"{mean(means):>9.4f}" if means else f"{'-':>9}"
-        bounds = "[{:.4f}, {:.4f}]".format(*interval(means)) if len(means) > 1 else "-"
-        line += f"{bounds:>19}{len(means):>7}{average(rows, method, 'seconds_per_step'):>9.4f}"
-        known = any(row["method"] == method for row in memory)
-        lines.append(line + (f"{average(memory, method, 'MiB'):>8.1f}" if known else f"{'-':>8}"))
-    notes = ["*: the default, not tuned"] if any(row["tuned"] == "no" for row in rows) else []
-    return "\n".join(lines + notes)
+def trials(args, task, arm):
+    middle, _ = METHODS[arm.method].lr
+    return [(float(f"{factor * middle:g}"),) for factor in (0.5, 1, 2, 4, 8)]
 
 
-def draw(rows, path):
+def draw(rows):
     """The mean over tasks and seeds, with its interval, against the parameters in the end."""
-    tasks, points = in_order(rows, "task"), []
-    for method in in_order(rows, "method"):
-        means = seed_means(rows, method, tasks)
-        if means:  # it has run on all tasks
-            points.append((method, average(rows, method, "final"), *plots.mean_and_bars(means)))
-    lower = kind_of(tasks[0]) == "shift"
-    label = "loss (nats; lower is better)" if lower else "score"
+    score, tasks, points = "loss" if "loss" in rows[0] else "score", distinct(rows, "task"), []
+    for arm, values in values_of(rows, score, *tasks).items():
+        final = mean(float(row["final"]) for row in rows if row["arm"] == arm)
+        points.append((arm, final, *plots.mean_and_bars(list(values.values()))))
+    label = "loss (nats; lower is better)" if score == "loss" else "score"
     over = tasks[0] if len(tasks) == 1 else f"mean of {len(tasks)} tasks"
-    plots.methods(points, f"{label}, {over}", lower, path)
+    return plots.methods(points, f"{label}, {over}", score == "loss") if points else None
+
+
+def rivals(name, names):
+    return [other for other in ("lora-4", "lora-8") if other in names and not name.startswith("lora")]
+
+
+def check(args):
+    for flag in args.flags:
+        if flag.split("=")[0] in OWN:
+            raise ValueError(f"{flag.split('=')[0]} is what this study chooses itself")
+
+
+STUDY = Study(
+    doc=__doc__,
+    name="compare",
+    measure=measure,
+    columns=["score", *COSTS],
+    more=COSTS,
+    tasks=list(MINI_TASKS),
+    arms=ARMS,
+    steps=1500,
+    lowest=False,
+    trials=trials,
+    default=lambda args, task, arm: trials(args, task, arm)[1],
+    rivals=rivals,
+    draw=draw,
+    check=check,
+    for_main_job=True,
+)
+ON_SHIFT = replace(
+    shift.STUDY,
+    doc=__doc__,
+    name="compare",
+    measure=measure_on_shift,
+    columns=["loss", *COSTS],
+    more=COSTS,
+    arms=ARMS,
+    trials=lambda args, task, arm: shift.trials(args, task, arm, WIDE),
+    rivals=rivals,
+    draw=draw,
+)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M",
-                        help=f"of {', '.join(METHODS)} (default: all)")  # fmt: skip
-    parser.add_argument("--tasks", nargs="+", choices=[*NAMES, *shift.KINDS], metavar="T", help="all generated, all "
-                        "official, or kinds of shift (default: all generated ones; with --tune "
-                        f"{' '.join(TUNING_TASKS)})")  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], metavar="S", help="default 0 1")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--tune", action="store_true", help=f"try learning rates, on seed {TUNE_SEED}")
-    instead.add_argument("--memory", action="store_true", help="measure peak memory, on the first of --tasks")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="GLUE's official files, for official tasks")
-    parser.add_argument("--steps", type=positive, metavar="N", help="default: the main job's; 1000 on a shift")
-    parser.add_argument("--texts", type=positive, default=8000, metavar="N", help="of a shift (default 8000)")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="DIR", help="default runs/compare")
-    args, args.flags = parser.parse_known_args(argv)  # the rest goes to the main job
-    args.tasks = args.tasks or (TUNING_TASKS if args.tune else list(MINI_TASKS))
-    if len(set(map(kind_of, args.tasks))) > 1:
-        parser.error(f"--tasks {' '.join(args.tasks)} are not of one kind: their mean would mean nothing")
-    kind = kind_of(args.tasks[0])
-    if kind == "official" and args.data is None:
-        parser.error("official tasks need --data DIR, the folder of GLUE's official files")
-    if kind == "shift" and args.flags:
-        parser.error(f"{args.flags[0]}: on a shift no flag goes to the main job; see --help for those that there are")
-    for flag in args.flags:
-        if flag.split("=")[0] in OWN:
-            parser.error(f"{flag.split('=')[0]} is what this study chooses itself")
-    if TUNE_SEED in args.seeds:
-        parser.error(f"--seeds: {TUNE_SEED} is the seed for tuning")
-    with errors_as_lines(parser, hint=STUDY):
-        make_folder(args.out)
-        if args.tune:
-            rows = tune(args)
-            for method in in_order(rows, "method"):
-                found = ranking(rows, method, kind)
-                trials = ", ".join(f"{score:.4f} ({text_of(trial)})" for score, trial in found)
-                print(f"{method:<10} {trials or 'no trial has run on every task of tune.csv'}")
-            return rows
-        if args.memory:
-            measure_memory(args)
-            return read_table(args.out / "memory.csv")
-        compare(args)
-        rows = read_table(args.out / "compare.csv")
-        rows = [row for row in rows if row["task"] in args.tasks and int(row["seed"]) in args.seeds]
-        memory = [row for row in read_table(args.out / "memory.csv") if kind_of(row["task"]) == kind]
-        print(table(rows, memory))
-        write_atomically(args.out / "compare.png", lambda path: draw(rows, path))
-        print(f"see {args.out / 'compare.csv'} and {args.out / 'compare.png'}")
-        return rows
+    argv = sys.argv[1:] if argv is None else argv
+    return (ON_SHIFT if set(argv) & set(ON_SHIFT.tasks) else STUDY).main(argv)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python experiments/shift.py --tune                    learning rate and scale of every arm
     python experiments/shift.py --tasks words --arms lora-8 lora-4 salora-16-to-4 --seeds 0 1
     python experiments/shift.py --report                  tables and a picture, no training
+    python experiments/shift.py --arms salora-16-to-4 lora-4-found lora-4-shuffled lora-4-uniform       is it the ranks?
 
 The tiny encoder has read one language; now it reads another, and only adapters train, on 8,000 new texts, 1,000 steps
 of 32. What counts is the loss on 3,000 further texts of the same grammar, of which .4 % are among those trained on.
@@ -11,17 +12,14 @@ repeats within about 0.01. The tasks:
 
     words      all 100 content words change places
     reverse    the same, and every sentence runs backwards
-    synonyms   a new set of synonyms: the second word of each concept moves to another concept of its class
-    chance     negative control: the words to be guessed are drawn at random from all words of the texts. What can be
-               learned is how frequent each word is, one constant for all places, and any matrix can say that as well as
-               another. All placements of rank should tie; an arm that wins here wins by something other than structure.
+    chance     negative control: the words to be guessed are drawn at random from all words of the texts. All that can
+               be learned is how frequent each word is, for which any matrix will do, so all placements of rank should
+               tie: an arm that wins here wins by something other than structure.
 
-Arms are those of experiments/arms.py. `full` trains all of the encoder, with its embeddings, which the head of the
-masked LM shares; `head` trains the rest of that head, which no other arm trains and no size counts.
-
-A seed draws the shift, the texts, the start and the order; arms of one seed share all of it, so they are compared in
-pairs. An arm that has not been tuned in --out takes the learning rate and scale of TUNED. Left out: training the head
-or the embeddings beside adapters.
+Arms are those of experiments/arms.py and transplant.py. `full` trains all of the encoder, with its embeddings, which
+the head of the masked LM shares; `head` trains the rest of that head, which no other arm trains and no size counts.
+A seed draws the shift, the texts, the start and the order. An arm that has not been tuned in --out takes the learning
+rate and scale of TUNED. Left out: training the head or the embeddings beside adapters.
 """
 
 import random
@@ -40,7 +38,8 @@ from cli.flags import positive
 from experiments import plots
 from experiments.arms import arm_of, nearest, ranks_of
 from experiments.study import Study, fit
-from experiments.tables import distinct, interval, paired, share_closed, values_of
+from experiments.tables import distinct, interval, paired, values_of
+from experiments.transplant import PLACED, place, ranks_for
 from glue import mini
 from glue.pretrain import corrupt, mini_encoder
 from glue.tokens import MiniTokenizer, collate
@@ -70,29 +69,15 @@ TUNED = {name: trial for trial, names in BEST.items() for name in names.split()}
 def permute_words(texts, rng):
     old = mini.vocabulary()[len(mini.GLUE_WORDS) :]
     new = rng.sample(old, len(old))
-    return translate(texts, dict(zip(new, new[1:] + new[:1])))
+    words = dict(zip(new, new[1:] + new[:1]))
+    return [tuple(s and " ".join(words.get(word, word) for word in s.split()) for s in text) for text in texts]
 
 
 def reverse(texts, rng):
     return [tuple(s and " ".join(s.split()[::-1]) for s in text) for text in permute_words(texts, rng)]
 
 
-def new_synonyms(texts, rng):
-    words = {}
-    for concepts in (mini.NOUNS, mini.VERBS, mini.QUALITIES, mini.PLACES):
-        second = [concept.split()[1] for concept in concepts]
-        rng.shuffle(second)
-        for old, new in zip(second, second[1:] + second[:1]):
-            words |= {old: new, old + "s": new + "s", mini.past(old): mini.past(new)}  # with plurals and verb forms
-    return translate(texts, words)
-
-
-def translate(texts, words):
-    """Every word that has an entry in `words` is replaced by it."""
-    return [tuple(s and " ".join(words.get(word, word) for word in s.split()) for s in text) for text in texts]
-
-
-SHIFTS = {"words": permute_words, "reverse": reverse, "synonyms": new_synonyms, "chance": lambda texts, rng: texts}
+SHIFTS = {"words": permute_words, "reverse": reverse, "chance": lambda texts, rng: texts}
 
 
 class HiddenWords(MaskedLM):
@@ -192,22 +177,17 @@ def parameters_of(model):
     return sum(p.numel() for p in model.encoder.parameters() if p.requires_grad)
 
 
-def parameters_of_lora(config, rank):
-    """Those of LoRA in the six matrices of every layer."""
-    d, m = config.hidden_size, config.intermediate_size
-    return rank * config.num_hidden_layers * (4 * (d + d) + 2 * (d + m))
-
-
 def measure(args, task, arm, seed, trial):
+    """One run: its loss, its size relative to LoRA r = 8, and its ranks."""
     lr, scale = trial
     data, model = data_of(task, seed, args.texts), model_of(arm, scale, seed)
+    if arm.name in PLACED:
+        place(model, ranks_for(args, task, arm, seed, model))
     train(model, data, arm, lr, seed, args.steps)
-    return result_of(model, data)
-
-
-def result_of(model, data):
-    """Of a run: its loss, its size relative to LoRA r = 8, and its ranks."""
-    size = parameters_of(model) / parameters_of_lora(model.encoder.config, 8)
+    config = model.encoder.config
+    d, m = config.hidden_size, config.intermediate_size
+    lora_8 = 8 * config.num_hidden_layers * (4 * (d + d) + 2 * (d + m))
+    size = parameters_of(model) / lora_8
     return {"loss": round(data.loss(model), 4), "size": round(size, 4), "ranks": ranks_of(model)}
 
 
@@ -224,36 +204,24 @@ def default_trial(args, task, arm):
     return nearest(arm, TUNED) if arm.has_triplets else trials(args, task, arm)[3]
 
 
+def shift_arm(name):
+    return PLACED.get(name) or arm_of(name)
+
+
 def rank_of(name):
     """The size of an arm as the rank of LoRA. Arms without triplets stand beside rank 4: most are as large."""
-    arm = arm_of(name)
+    arm = shift_arm(name)
     return arm.size if arm.has_triplets else 4
 
 
 def rivals(name, names):
     """LoRA of an arm's size and of twice its size (r = 1 at least), both restarted too, and a cut without gates."""
     if name.startswith("lora"):
-        return []
+        return [other for other in names if other in PLACED and other != name] if name == "lora-4-found" else []
     rank = rank_of(name)
     same, double = f"{max(1, rank):g}", f"{max(1, 2 * rank):g}"
     found = [f"lora-{same}", f"lora-{same}-restart", f"lora-{double}", f"lora-{double}-restart", f"svd-16-to-{rank:g}"]
     return [other for other in dict.fromkeys(found) if other in names and other != name]
-
-
-def report(rows):
-    """Means and differences, and how much of the gap from r = 4 to r = 8 is closed at the size of r = 4."""
-    rows = sorted(rows, key=lambda row: -rank_of(row["arm"]))
-    parts = [STUDY.means_and_differences(rows)]
-    for task in distinct(rows, "task"):
-        losses = values_of(rows, "loss", task)
-        for name in losses:
-            if arm_of(name).is_cut and rank_of(name) == 4 and {"lora-4", "lora-8"} <= set(losses):
-                some = paired(losses, "lora-4", "lora-8", name)
-                if len(some[0]) > 1:
-                    share, (low, high) = share_closed(*some)
-                    gap = f"{task}, of the gap from lora-4 to lora-8"
-                    parts.append(f"{gap}: {name} closes {share:.2f} [{low:.2f}, {high:.2f}]")
-    return "\n".join(parts)
 
 
 def draw(rows):
@@ -284,14 +252,15 @@ STUDY = Study(
     name="shift",
     measure=measure,
     columns=["loss", "size", "ranks"],
+    more=["size"],
     tasks=list(SHIFTS),
     default_tasks=["words", "reverse"],
     arms=list(TUNED),
     steps=1000,
     trials=trials,
     default=default_trial,
+    arm_of=shift_arm,
     rivals=rivals,
-    report=report,
     draw=draw,
     add_flags=add_flags,
     same=("steps", "texts"),

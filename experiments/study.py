@@ -12,6 +12,7 @@ flags, tuning, runs that are skipped once they are done, runs that diverge, diff
         name="noise",                                   # runs/noise/noise.csv
         measure=measure,
         columns=["loss", "size"],                       # what measure returns, the score first
+        more=["size"],                                  # what a report shows beside the score
         tasks=["little", "much"],
         arms=["lora-8", "lora-4", "salora-8-to-4"],     # see experiments/arms.py
         trials=lambda args, task, arm: [(6e-3, 1), (6e-3, 2)],      # learning rates and scales that --tune tries
@@ -28,53 +29,37 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from math import inf, isfinite
 from pathlib import Path
 from statistics import mean
 
 import torch
 
-import train_glue_mini
 from cli.files import append, has_row, make_folder, read_table
 from cli.flags import Parser, positive
 from cli.runs import STUDY, errors_as_lines
 from experiments.arms import arm_of
-from experiments.tables import differences, distinct, means, values_of
+from experiments.tables import differences, distinct, gaps_closed, means, values_of
 from hub.checkpoints import write_atomically
 from train_glue_mini import fine_tune
 
 TUNE_SEED = 100
 
 
-def fit(model, batches, arm, *, lr, seed, steps, batch_of, journal=None, autocast=nullcontext(), **options):
-    """Train what requires gradients, in place, on ready-made batches. Returns the arm's allocator.
+def fit(model, rows, arm, *, lr, seed, steps, batch_of, batch_size=1, journal=None, autocast=nullcontext(), **options):
+    """Train what requires gradients, in place. Returns the arm's allocator.
 
-    batch_of([batch], model, device) -> (inputs, labels). options: of the allocator. Raises FloatingPointError.
+    rows: to train on; or, with batch_size 1, ready-made batches. batch_of(rows, model, device) -> (inputs, labels).
+    options: of the allocator. Raises FloatingPointError for a loss that is not finite.
     """
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
     allocator = arm.allocator(model, optimizer, steps, seed, **options)
     with redirect_stdout(None):
-        fine_tune(model, batches, optimizer, allocator, lr=lr, batch_size=1, seed=seed, batch_of=batch_of,
+        fine_tune(model, rows, optimizer, allocator, lr=lr, batch_size=batch_size, seed=seed, batch_of=batch_of,
                   journal=journal, autocast=autocast)  # fmt: skip
     return allocator
-
-
-def main_job(flags):
-    """The summary of a run of the main job, in silence.
-
-    Raises what it would end with: KeyboardInterrupt, FloatingPointError for a loss that is not finite, or ValueError.
-    """
-    try:
-        with redirect_stdout(None), redirect_stderr(StringIO()) as said:
-            return train_glue_mini.main(flags)
-    except SystemExit as stopped:  # after one line that says why
-        if stopped.code == 130:
-            raise KeyboardInterrupt from None
-        why = said.getvalue().strip()
-        raise (FloatingPointError if "not finite" in why else ValueError)(why.partition("error: ")[2] or why) from None
 
 
 # Trials: (learning rate,) or (learning rate, scale), in tables and on the command line 0.006 or 0.006:2
@@ -106,6 +91,7 @@ class Study:
     name: str  # of its table, its picture and its folder in runs/
     measure: Callable  # measure(args, task, arm, seed, trial) -> {column: value} of one run
     columns: list  # what it returns, the score first
+    more: list  # those of the columns whose means a report shows beside the score's
     tasks: list  # that there are
     arms: list  # names of those that run by default
     default_tasks: list | None = None  # None: all
@@ -253,10 +239,13 @@ class Study:
         return rows
 
     def means_and_differences(self, rows):
-        """For every task, means over seeds and differences from rivals."""
-        parts, score = [], self.columns[0]
-        for task in distinct(rows, "task"):
-            parts.append(means(rows, score, task))
-            title = f"{task}: differences over shared seeds"
-            parts.append(differences(values_of(rows, score, task), self.rivals, title))
+        """For every task and their mean: means over seeds, differences from rivals, shares of the gap between LoRAs."""
+        parts, tasks = [], distinct(rows, "task")
+        for some in [[task] for task in tasks] + ([tasks] if len(tasks) > 1 else []):
+            name = some[0] if len(some) == 1 else f"mean of {' and '.join(some)}"
+            values = values_of(rows, self.columns[0], *some)
+            more = {column: values_of(rows, column, *some) for column in self.more}
+            parts.append(means(values, f"{name}: {self.columns[0]}", more))
+            parts.append(differences(values, self.rivals, f"{name}: differences over shared seeds"))
+            parts.append(gaps_closed(values, f"{name}: of the gap from lora-4 to lora-8"))
         return "\n".join(filter(None, parts))

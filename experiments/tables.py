@@ -21,15 +21,6 @@ def interval(values, level=0.95):
     return means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
 
 
-def share_closed(low, high, ours):
-    """(share, its 95 % bootstrap interval) of the gap between the losses `low` and `high` that `ours` closes."""
-    low, high, ours = (torch.tensor(some, dtype=torch.float64) for some in (low, high, ours))
-    index = resamples(len(low))
-    shares = (low - ours)[index].mean(1) / (low - high)[index].mean(1)
-    bounds = shares.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return ((low - ours).mean() / (low - high).mean()).item(), bounds
-
-
 def paired(values, *arms):
     """The values {arm: {seed: value}} of these arms, a list each, over the seeds that all of them have."""
     seeds = sorted(set.intersection(*(set(values[arm]) for arm in arms)))
@@ -41,23 +32,15 @@ def distinct(rows, column):
     return list(dict.fromkeys(row[column] for row in rows))
 
 
-def values_of(rows, column, task):
-    """{arm: {seed: value}} of a column on one task."""
-    found = defaultdict(dict)
+def values_of(rows, column, *tasks):
+    """{arm: {seed: value}} of a column, as the mean over the tasks, of what has run on all of them."""
+    found = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row["task"] == task:
-            found[row["arm"]][int(row["seed"])] = float(row[column])
-    return dict(found)
-
-
-def means_over(rows, column, tasks):
-    """{arm: {seed: mean over the tasks}}, of seeds that have run on all of them."""
-    found = {task: values_of(rows, column, task) for task in tasks}
-    means = {}
-    for arm in distinct(rows, "arm"):
-        seeds = set.intersection(*(set(found[task].get(arm, ())) for task in tasks))
-        means[arm] = {seed: mean(found[task][arm][seed] for task in tasks) for seed in sorted(seeds)}
-    return means
+        if row["task"] in tasks:
+            found[row["arm"]][int(row["seed"])].append(float(row[column]))
+    whole = {arm: {seed: mean(some) for seed, some in seeds.items() if len(some) == len(tasks)}
+             for arm, seeds in found.items()}  # fmt: skip
+    return {arm: seeds for arm, seeds in whole.items() if seeds}
 
 
 def in_columns(lines):
@@ -69,33 +52,66 @@ def in_columns(lines):
     return "\n".join(text.rstrip() for text in texts)
 
 
-def means(rows, column, task):
-    """A line an arm: its size, how many seeds, and the mean and standard deviation over them."""
-    sizes = values_of(rows, "size", task)
-    lines = [[f"{task}: {column}, means over seeds", "size", "seeds", "mean", "s.d."]]
-    for arm, found in values_of(rows, column, task).items():
-        values, size = list(found.values()), mean(sizes[arm].values())
-        deviation = f"{stdev(values):.4f}" if len(values) > 1 else "-"
-        lines.append([f"  {arm}", f"{size:.4f}", f"{len(values)}", f"{mean(values):.4f}", deviation])
+def number(x):
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.4f}"
+
+
+def means(values, title, more):
+    """A line an arm: how many seeds, the mean over them, its standard deviation and interval, and the means of more.
+
+    values: {arm: {seed: value}}. more: {column: its values, like those}.
+    """
+    lines = [[title, *more, "seeds", "mean", "s.d.", "95 % interval"]]
+    for arm, found in values.items():
+        some = list(found.values())
+        line = [f"  {arm}", *(number(mean(others[arm].values())) for others in more.values())]
+        line += [str(len(some)), f"{mean(some):.4f}"]
+        if len(some) > 1:
+            line += [f"{stdev(some):.4f}", "[{:.4f}, {:.4f}]".format(*interval(some))]
+        else:
+            line += ["-", "-"]
+        lines.append(line)
     return in_columns(lines)
 
 
 def differences(values, rivals, title, same=None):
-    """A line an arm and rival that share two seeds or more: the mean difference, and its interval over these seeds.
+    """A line an arm and rival that share two seeds or more: the mean difference, its standard error and interval.
 
-    values: {arm: {seed: value}}. same: a difference whose 90 % interval lies within +- same is called that, which is
-    two one-sided tests at 5 %.
+    same: a difference whose 90 % interval lies within +- same is called that, which is two one-sided tests at 5 %.
     """
-    lines = [[title, "mean", "95 % interval", "below 0"]]
+    lines = [[title, "mean", "s.e.", "95 % interval", "below 0"]]
     for arm in values:
         for rival in rivals(arm, list(values)):
             gaps = [a - b for a, b in zip(*paired(values, arm, rival))]
             if len(gaps) < 2:
                 continue
-            low, high = interval(gaps)
+            error = stdev(gaps) / len(gaps) ** 0.5
+            bounds = "[{:+.4f}, {:+.4f}]".format(*interval(gaps))
             below = f"{sum(gap < 0 for gap in gaps)} of {len(gaps)}"
             least, most = interval(gaps, 0.9)
             if same is not None and -same < least and most < same:
                 below += ", same"
-            lines.append([f"  {arm} - {rival}", f"{mean(gaps):+.4f}", f"[{low:+.4f}, {high:+.4f}]", below])
+            lines.append([f"  {arm} - {rival}", f"{mean(gaps):+.4f}", f"{error:.4f}", bounds, below])
     return in_columns(lines) if len(lines) > 1 else ""
+
+
+def gaps_closed(losses, title, low="lora-4", high="lora-8"):
+    """A line an arm that is cut to the size of `low`: the share that it closes of the gap from `low` to `high`."""
+    lines = [[title, "share", "95 % interval"]]
+    for arm in losses:
+        if "-to-4" in arm and {low, high} <= set(losses):
+            share, bounds = share_closed(*paired(losses, low, high, arm))
+            lines.append([f"  {arm}", f"{share:.2f}", bounds])
+    return in_columns(lines) if len(lines) > 1 else ""
+
+
+def share_closed(low, high, ours):
+    """(share, its interval as text) of the gap between the losses `low` and `high` that `ours` closes."""
+    low, high, ours = (torch.tensor(some, dtype=torch.float64) for some in (low, high, ours))
+    share = (low - ours).mean() / (low - high).mean()
+    if len(low) < 2:
+        return share, "-"
+    index = resamples(len(low))
+    shares = (low - ours)[index].mean(1) / (low - high)[index].mean(1)
+    bounds = shares.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return share, "[{:.2f}, {:.2f}]".format(*bounds)

@@ -1,1 +1,1 @@
-"""What the main job eats: tasks, tokens, metrics, and the small encoder that the generated tasks are meant for."""
+"""Data: tasks, tokens, metrics, and the small encoder that the generated tasks are meant for."""

@@ -1,6 +1,6 @@
 """The tasks: what each is scored by, what its labels are called, and how to read its official files.
 
-Official GLUE files are UTF-8 with one row a line, tab-separated, without quoting. Columns are found by name in the
+Official GLUE files are UTF-8 with one row per line, tab-separated, without quoting. Columns are found by name in the
 header line; CoLA's train and dev files alone have no header. A byte-order mark and Windows line ends are accepted.
 """
 
@@ -17,7 +17,7 @@ class Task:
     folder: str
     sentences: tuple  # names of the columns with the one or two sentences
     label: str  # name of the label's column
-    labels: tuple  # the labels as they stand in the file, in the order of their numbers; empty for a score 0 to 5
+    labels: tuple  # the labels as they stand in the file, in the order of their class indices; empty for a score 0 to 5
     metric: str  # what `score` reports
     also: str = ""  # a second metric that GLUE reports
     dev: str = "dev.tsv"

@@ -23,18 +23,10 @@ def read_tensors(folder):
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         path, index = folder / name, folder / f"{name}.index.json"
-        if path.exists():
-            return _read_files([path])
-        if index.exists():
-            return _read_files([folder / shard for shard in read_index(index)])
+        if path.exists() or index.exists():
+            paths = [path] if path.exists() else [folder / shard for shard in read_index(index)]
+            return {name: (tensor, file) for file in paths for name, tensor in read_named_tensors(file).items()}
     raise FileNotFoundError(f"no model.safetensors or pytorch_model.bin, nor an index of their shards, in {folder}")
-
-
-def _read_files(paths):
-    tensors = {}
-    for path in paths:
-        tensors |= {name: (tensor, path) for name, tensor in read_named_tensors(path).items()}
-    return tensors
 
 
 def read_index(path):

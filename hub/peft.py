@@ -28,7 +28,7 @@ PREFIX = "base_model.model."  # of every tensor's name: what PEFT calls the mode
 def export_peft(model, folder, rename=str, pad=False, base_model=None, task_type=None):
     """Write the adapter as PEFT's LoRA: adapter_config.json and adapter_model.safetensors, .bin without that package.
 
-    rename:     our name of a module -> its name in the model that PEFT will wrap (tiny_transformer's `hub_name`)
+    rename:     our name of a module -> its name in the model that PEFT will wrap (`hub_name` of hub/roberta.py)
     pad:        False: rank_pattern and alpha_pattern tell each matrix's rank;
                 True: every matrix has the largest rank, filled up with zeros, for engines that know no patterns
     base_model: folder or name of the model underneath, and
@@ -80,7 +80,7 @@ def finished_layers(model):
         raise ValueError(f"finish the RankAllocator first: the ranks of {unfinished[0]} are not decided yet")
     names = [name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, SaLoRALinear)]
     if len(names) > len(layers):
-        raise ValueError(f"PEFT's files hold one name a layer, but two of these are one layer: {', '.join(names)}")
+        raise ValueError(f"PEFT's files hold one name per layer, but two of these are one layer: {', '.join(names)}")
     if "" in layers:
         raise ValueError("the model is itself an adapted layer and has no name there: put it into a module")
     layers = {name: layer for name, layer in layers.items() if layer.gate.settled().any()}

@@ -118,7 +118,7 @@ def read_config(folder):
 
 
 POSITIONS = "embeddings.position_embeddings.weight"
-SECOND_NAMES = {  # a published MaskedLM may hold its word scores once more, as a decoder
+SECOND_NAMES = {  # a published MaskedLM may hold its word scores a second time, as a decoder
     "lm_head.decoder.weight": "embeddings.word_embeddings.weight",
     "lm_head.decoder.bias": "lm_head.bias",
     "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
@@ -131,9 +131,9 @@ def load_pretrained(folder, head=None, **changes):
     """Read config.json and the weights of a RoBERTa- or BERT-family model.
 
     head: None, or what to build around the encoder and fill as well: MaskedLM, partial(SequenceClassifier, ...).
-    changes: fields of TransformerConfig that shall differ from the file, such as hidden_dropout_prob=0.0.
-    Returns (encoder or head(encoder), config), in float32 and eval mode. Prints which tensors it had no use for, except
-    for the heads of pre-training, which most tasks leave behind.
+    changes: fields of TransformerConfig that should differ from the file, such as hidden_dropout_prob=0.0.
+    Returns (encoder or head(encoder), config), in float32 and eval mode. Prints the names of tensors that were not
+    used, except for the heads of pre-training, which most tasks leave behind.
     Raises FileNotFoundError for a missing file and ValueError for a foreign architecture or a tensor that is missing,
     has another shape than config.json says, or does not hold finite floating-point numbers.
     """

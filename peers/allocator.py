@@ -66,7 +66,7 @@ class Allocator(FixedRanks):
             raise RuntimeError(f"before_step({step}) where step {self.step} is due: each step comes once, in order")
 
     def masks(self):
-        """Which triplets are in use: a bool mask (r,) a layer."""
+        """Which triplets are in use: a bool mask (r,) per layer."""
         return [layer.gate.settled() != 0 for layer in self.layers.values()]
 
     def moments(self, p):
