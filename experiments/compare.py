@@ -52,7 +52,7 @@ REACH = {"tasks": 0.8, "shift": 2.0}
 WIDE = [(lr, scale) for lr in (6e-3, 1.2e-2, 2.4e-2, 4.8e-2) for scale in (1, 2, 4, 8) if lr * scale <= 4.8e-2]
 COSTS = ["trained", "final", "ms"]  # parameters that train, and that are left; milliseconds a step
 FRESH_ROWS = 4000  # of a generated task, for reports
-OWN = {"--lr", "--method", "--rank", "--alpha", "--budget", "--sparse-lambda"}  # flags of the main job that this study chooses itself
+OWN = {"--lr", "--method", "--rank", "--alpha", "--budget", "--sparse-lambda"}  # flags that this study chooses itself
 
 
 def lambda_of(reach, lr, steps):

@@ -224,14 +224,15 @@ class Study:
         """Print the report about the tasks and seeds asked for, and draw the picture. Returns their rows."""
         rows = [row for row in read_table(args.table) if row["task"] in args.tasks]
         rows = [row for row in rows if args.seeds is None or int(row["seed"]) in args.seeds]
-        done = [row for row in rows if isfinite(float(row[self.columns[0]]))]
-        if not done:
+        if not rows:
             raise ValueError(f"no such runs in {args.table}")
-        print((self.report or self.means_and_differences)(done))
+        done = [row for row in rows if isfinite(float(row[self.columns[0]]))]
         lost = [f"{row['arm']} on {row['task']}, seed {row['seed']}" for row in rows if row not in done]
+        if done:
+            print((self.report or self.means_and_differences)(done))
         if lost:
             print(f"diverged, and in no mean: {'; '.join(lost)}")
-        figure = self.draw(done) if self.draw else None
+        figure = self.draw(done) if self.draw and done else None
         if figure is not None:
             path = args.table.with_suffix(".png")
             write_atomically(path, lambda part: figure.savefig(part, format="png", dpi=110))

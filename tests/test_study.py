@@ -1,0 +1,287 @@
+"""The engine of the studies: no run is done twice, tuning keeps to itself, and what reports say is right."""
+
+import csv
+from argparse import ArgumentTypeError
+from dataclasses import replace
+from math import inf
+from statistics import mean, stdev
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from experiments import tables
+from experiments.arms import arm_of, nearest
+from experiments.study import TUNE_SEED, Study
+from peers import METHODS
+from peers.alora import ALoRA
+from peers.fixed_ranks import FixedRanks
+from rank_allocator import RankAllocator, Recipe
+from salora import adapt
+
+DIVERGES = 0.4  # a learning rate
+
+
+class Runs:
+    """What a study asks to be measured. The loss is ten times the distance of the learning rate from 0.2, on task b
+    from 0.3, plus a hundredth of the seed."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, args, task, arm, seed, trial):
+        self.asked.append((task, arm.name, seed, *trial))
+        if trial[0] == DIVERGES:
+            raise FloatingPointError("the loss is nan at step 1, not finite")
+        return {"loss": 10 * abs(trial[0] - {"a": 0.2, "b": 0.3}[task]) + seed / 100, "size": 0.5}
+
+
+@pytest.fixture
+def runs():
+    return Runs()
+
+
+@pytest.fixture
+def study(runs):
+    return Study(
+        doc="Nothing is trained.",
+        name="fake",
+        measure=runs,
+        columns=["loss", "size"],
+        more=["size"],
+        tasks=["a", "b"],
+        arms=["lora-4", "salora-8-to-4"],
+        seeds=range(2),
+        steps=10,
+        trials=lambda args, task, arm: [(0.1,), (0.2,), (0.35,), (DIVERGES,)],
+        default=lambda args, task, arm: (0.1,),
+        rivals=lambda name, names: [other for other in names if other != name],
+    )
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_run_is_a_row_and_none_is_done_twice(study, runs, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "new" / "folder")]
+    study.main([*out, "--seeds", "1"])
+    rows = study.main(out)
+    assert runs.asked == [(task, arm, seed, 0.1) for seed in (1, 0) for task in "ab" for arm in study.arms]
+    assert rows == rows_of(tmp_path / "new" / "folder" / "fake.csv") and len(rows) == 8
+    assert list(rows[0]) == ["task", "arm", "seed", "trial", "loss", "size", "steps", "seconds"]
+    assert study.main([*out, "--report"]) == rows and len(runs.asked) == 8
+    assert "b, salora-8-to-4, 0: 2.0000" in capsys.readouterr().out, "each run says how it went"
+
+
+def test_tuning_has_a_seed_of_its_own_and_runs_take_the_best_mean_over_its_tasks(study, runs, tmp_path, capsys):
+    out = ["--out", str(tmp_path)]
+    rows = study.main(["--tune", *out])
+    assert {seed for _, _, seed, _ in runs.asked} == {TUNE_SEED} and len(rows) == 2 * 2 * 4
+    assert study.main(["--tune", *out]) == rows and len(runs.asked) == 16, "no trial is run twice"
+    assert not (tmp_path / "fake.csv").exists(), "a report knows nothing of tuning"
+    assert "lora-4 on a and b: 1.5000 (0.2), 2.0000 (0.35)" in capsys.readouterr().out
+    runs.asked.clear()
+    study.main(out)
+    assert {trial for *_, trial in runs.asked} == {0.2}
+    replace(study, by_task=True).main([*out, "--seeds", "2"])
+    assert {(task, trial) for task, _, seed, trial in runs.asked if seed == 2} == {("a", 0.2), ("b", 0.35)}
+    out[1] += "/highest"
+    replace(study, lowest=False).main(["--tune", *out])
+    replace(study, lowest=False).main([*out, "--seeds", "3"])
+    assert {trial for _, _, seed, trial in runs.asked if seed == 3} == {0.1}, "where the highest score is the best"
+
+
+def test_a_trial_that_has_not_run_on_every_task_does_not_count(study, runs, tmp_path):
+    study.main(["--tune", "--out", str(tmp_path)])
+    study.main(["--tune", "--tasks", "a", "--grid", ".21", "--out", str(tmp_path)])
+    runs.asked.clear()
+    study.main(["--out", str(tmp_path)])
+    assert {trial for *_, trial in runs.asked} == {0.2}
+
+
+def test_a_run_that_diverges_is_noted_not_repeated_and_part_of_no_mean(study, runs, tmp_path, capsys):
+    broken = replace(study, default=lambda args, task, arm: (DIVERGES if arm.name == "lora-4" else 0.2,))
+    for _ in range(2):
+        rows = broken.main(["--tasks", "a", "--out", str(tmp_path)])
+    assert len(rows) == len(runs.asked) == 4
+    assert [(float(row["loss"]), row["size"]) for row in rows[:2]] == [(inf, ""), (0.0, "0.5")]
+    said = capsys.readouterr().out
+    assert "a, lora-4, 0: inf (the loss is nan at step 1, not finite)" in said
+    assert "diverged, and in no mean: lora-4 on a, seed 0; lora-4 on a, seed 1" in said
+    assert "lora-4  " not in said, "no line of the table"
+    assert replace(broken, lowest=False).main(["--seeds", "5", "--out", str(tmp_path)])[0]["loss"] == "-inf"
+
+
+def test_a_report_is_about_the_tasks_and_seeds_asked_for(study, tmp_path, capsys):
+    out = ["--out", str(tmp_path)]
+    study.main(out)
+    rows = study.main(["--tasks", "a", "--seeds", "1", "2", *out])
+    assert {(row["task"], row["seed"]) for row in rows} == {("a", "1"), ("a", "2")}
+    assert {row["seed"] for row in study.main(["--tasks", "a", "--report", *out])} == {"0", "1", "2"}
+    assert "mean of a and b: loss" in capsys.readouterr().out
+
+
+def test_a_picture_is_drawn_where_there_is_one_to_draw(study, tmp_path):
+    replace(study, draw=lambda rows: None).main(["--out", str(tmp_path)])
+    assert not list(tmp_path.glob("*.png"))
+    replace(study, draw=lambda rows: Figure()).main(["--report", "--out", str(tmp_path)])
+    assert (tmp_path / "fake.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--seeds", "0", "100"], "--seeds: 100 is the seed for tuning"),
+    (["--arms", "best-4"], "'best-4' is not an arm"),
+    (["--tasks", "c"], "invalid choice: 'c'"),
+    (["--grid", "fast"], "'fast' is not LR or LR:SCALE, such as 0.006:2"),
+    (["--tune", "--report"], "not allowed with"),
+    (["--precision", "bf16"], "unrecognized arguments: --precision bf16"),
+    (["--steps", "0"], "expected a whole number above 0"),
+    (["--report"], "no such runs in"),
+    (["--steps", "11"], "has runs with another --steps: choose another --out"),
+    (["--out", "{}/file"], "is a file, or inside of one"),
+    (["--out", "{}/file/inside"], "is a file, or inside of one"),
+])  # fmt: skip
+def test_bad_input_is_one_line(study, flags, said, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    if "--steps" in flags:
+        study.main(["--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        study.main(["--out", str(tmp_path), *(flag.format(tmp_path) for flag in flags)])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and said in error and error.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error, status, said", [
+    (KeyboardInterrupt(), 130, "the same command goes on with this run"),
+    (ValueError("no data"), 2, "no data"),
+    (None, 2, "lora-4 has not been tuned: first run with --tune and the same --out"),
+])  # fmt: skip
+def test_a_study_that_stops_ends_with_one_line(study, error, status, said, tmp_path, capsys):
+    def stopped(*_):
+        raise error
+
+    study = replace(study, measure=stopped) if error else replace(study, default=None)
+    with pytest.raises(SystemExit) as ended:
+        study.main(["--out", str(tmp_path)])
+    assert ended.value.code == status and said in capsys.readouterr().err
+
+
+# What reports say
+
+
+def naive_interval(values, level=0.95):
+    means = sorted(mean(values[i] for i in draw) for draw in tables.resamples(len(values)).tolist())
+    bounds = []
+    for share in ((1 - level) / 2, (1 + level) / 2):
+        place = share * (len(means) - 1)
+        below = int(place)
+        bounds.append(means[below] + (place - below) * (means[min(below + 1, len(means) - 1)] - means[below]))
+    return bounds
+
+
+def test_intervals_are_quantiles_of_the_means_of_resampled_seeds():
+    values = [1.2, 0.7, 1.9, 1.1, 0.4]
+    assert tables.interval(values) == pytest.approx(naive_interval(values))
+    assert tables.interval(values, 0.9) == pytest.approx(naive_interval(values, 0.9))
+    draws = tables.resamples(4)
+    assert draws.shape == (10_000, 4) and set(draws.flatten().tolist()) == {0, 1, 2, 3}
+    assert torch.equal(draws, tables.resamples(4)), "the same in every call"
+
+
+def cells(table, name):
+    [line] = [line for line in table.splitlines() if line.strip().startswith(name + "  ")]
+    return line.removeprefix(f"  {name}").split()
+
+
+def test_differences_are_over_the_seeds_that_both_arms_have():
+    values = {"lora-4": {0: 2.0, 1: 3.0, 2: 5.0, 7: 100.0}, "salora-8-to-4": {0: 1.5, 2: 4.9, 1: 2.8, 9: -100.0}}
+    gaps = [1.5 - 2.0, 2.8 - 3.0, 4.9 - 5.0]
+    low, high = naive_interval(gaps)
+    table = tables.differences(values, lambda name, names: ["lora-4"] if name != "lora-4" else [], "title")
+    expected = f"{mean(gaps):+.4f} {stdev(gaps) / 3**0.5:.4f} [{low:+.4f}, {high:+.4f}] 3 of 3"
+    assert " ".join(cells(table, "salora-8-to-4 - lora-4")) == expected
+    assert tables.differences({"a": {0: 1.0}, "b": {0: 2.0}}, lambda *_: ["b"], "") == "", "one seed has no interval"
+
+
+@pytest.mark.parametrize("spread, same", [(0.004, True), (0.02, False)])
+def test_two_arms_are_the_same_where_the_90_percent_interval_lies_within_the_margin(spread, same):
+    values = {"a": dict(enumerate([spread, -spread, 0.0, 0.001, -0.001])), "b": dict.fromkeys(range(5), 0.0)}
+    table = tables.differences(values, lambda name, names: ["b"] if name == "a" else [], "", same=0.005)
+    assert table.endswith(", same") == same
+
+
+def row(task, arm, seed, loss):
+    return {"task": task, "arm": arm, "seed": str(seed), "loss": str(loss)}
+
+
+def test_means_over_tasks_are_of_seeds_that_have_run_on_all_of_them():
+    rows = [row("a", "x", 0, 1), row("a", "x", 1, 2), row("b", "x", 1, 4), row("b", "y", 1, 9)]
+    assert tables.values_of(rows, "loss", "a", "b") == {"x": {1: 3}}
+    assert tables.values_of(rows, "loss", "b") == {"x": {1: 4}, "y": {1: 9}}
+    table = tables.means({"x": {0: 1.0, 1: 2.0}, "y": {0: 5.0}}, "title", {"final": {"x": {0: 13790}, "y": {0: 0.5}}})
+    low, high = naive_interval([1.0, 2.0])
+    assert " ".join(cells(table, "x")) == f"13,790 2 1.5000 {stdev([1, 2]):.4f} [{low:.4f}, {high:.4f}]"
+    assert cells(table, "y") == ["0.5000", "1", "5.0000", "-", "-"]
+
+
+def test_the_share_of_a_gap_is_that_of_paired_seeds():
+    losses = {"lora-4": {0: 2.0, 1: 3.0}, "lora-8": {0: 1.0, 1: 2.0}, "svd-16-to-4": {0: 1.25, 1: 2.25, 2: 9.0}}
+    assert cells(tables.gaps_closed(losses, "title"), "svd-16-to-4") == ["0.75", "[0.75,", "0.75]"]
+    assert tables.gaps_closed({"lora-4": {0: 1.0}, "svd-16-to-4": {0: 1.0}}, "") == "", "without lora-8 there is no gap"
+
+
+# Arms
+
+
+@pytest.mark.parametrize("name, family, method, start, size", [
+    ("lora-4", "lora", "lora", 4, 4),
+    ("lora-4-restart", "lora-restart", "salora", 4, 4),
+    ("salora-16-to-.5", "salora-16", "salora", 16, 0.5),
+    ("salora-8-to-4-paper", "salora-8-paper", "salora", 8, 4),
+    ("svd-16-to-4", "svd-16", "salora", 16, 4),
+    ("alora-8-to-4", "alora-8", "alora", 8, 4),
+    ("adapter-h-16", "adapter-h", "adapter-h", 16, 16),
+    ("bitfit", "bitfit", "bitfit", None, 0),
+])  # fmt: skip
+def test_a_name_says_what_an_arm_is(name, family, method, start, size):
+    arm = arm_of(name)
+    assert (arm.name, arm.family, arm.method, arm.start, arm.size) == (name, family, method, start, size)
+
+
+WRONG = ("", "salora", "svd", "lora-.5", "lora-0", "lora-8-to-4", "salora-16-to-17", "salora-8-to-0", "best-4")
+WRONG += ("full-3", "adapter-h", "lora-4-paper", "svd-16-to-4-paper", "salora-8-to-4-better", "sora-8-to-4")
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_name_that_means_nothing_is_refused(name):
+    with pytest.raises(ArgumentTypeError, match="is not an arm"):
+        arm_of(name)
+
+
+def test_an_arm_has_the_allocator_recipe_and_budget_of_its_name():
+    def allocator(name, **options):
+        model = adapt(nn.Sequential(nn.Linear(6, 8)), ["0"], arm_of(name).start, alpha=8)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        return arm_of(name).allocator(model, optimizer, 100, 0, **options)
+
+    names = ("salora-8-to-4", "svd-16-to-4", "salora-8-to-2-paper", "lora-4-restart")
+    found = {name: allocator(name) for name in names}
+    assert all(type(some) is RankAllocator for some in found.values())
+    assert [some.budget for some in found.values()] == [0.5, 0.25, 0.25, 1]
+    assert found["salora-8-to-4"].recipe == Recipe.ours() and found["salora-8-to-2-paper"].recipe == Recipe.paper()
+    assert found["svd-16-to-4"].schedule.window == found["lora-4-restart"].schedule.window == 0, "no gate trains"
+    lora, alora = allocator("lora-4"), allocator("alora-8-to-4", score=lambda: 0.0)
+    assert type(lora) is FixedRanks and type(alora) is ALoRA and alora.budget == 0.5
+    assert lora.lr_factor(0) == alora.lr_factor(0) < 0.5, "all of them warm up"
+    assert {name for name, method in METHODS.items() if not method.sized} == {"full", "head", "bitfit", "ia3"}
+
+
+def test_an_arm_that_is_not_in_a_table_takes_the_nearest_of_its_family_or_of_its_kind():
+    table = {"lora-8": 8, "lora-1": 1, "salora-16-to-4": 164, "salora-16-to-1": 161, "salora-8-to-4": 84}
+    wanted = {"lora-2": 1, "salora-8-to-1": 84, "salora-16-to-3": 164, "adalora-8-to-2": 161, "lora-8-restart": 8}
+    assert {name: nearest(arm_of(name), table) for name in wanted} == wanted
+    assert nearest(arm_of("lora-4"), {}) is None
