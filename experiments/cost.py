@@ -10,7 +10,7 @@ Random weights, random tokens, sequences of 64. Every arm starts at rank 8 in al
     salora-8-to-4          SaLoRA's phases (before, window, and after, where all ranks are 4), and a whole run: the
                            phases weighted by their share of the steps, and the largest memory of them
     salora-8-to-4-paper    the same for the published recipe
-    peft-lora-8, peft-adalora-8-to-4      if PEFT can be imported: its LoRA, and its AdaLoRA without its penalty
+    peft-lora-8            if PEFT can be imported: its LoRA
 
 Peak memory is that of a process of its own for each arm: on CUDA what torch allocated at most; on a CPU, for which it
 needs Linux, the peak resident size, Python and torch included. Times are medians over rounds that take one step of
@@ -46,22 +46,9 @@ FOREVER = 100_000  # steps: no phase ends while it is measured
 RECIPES = {"salora-8-to-4": Recipe.ours, "salora-8-to-4-paper": Recipe.paper}
 PHASES = {"before": (0.9, 1.0), "window": (0.0, 1.0), "after": (0.0, 0.0)}  # a window that keeps a run in this phase
 ARMS = ["frozen", "lora-8", *(f"{recipe} {phase}" for recipe in RECIPES for phase in PHASES)]
-PEFT = ["peft-lora-8", "peft-adalora-8-to-4"] if find_spec("peft") else []
+PEFT = ["peft-lora-8"] if find_spec("peft") else []
 # Or glibc keeps freed memory for later, how much depends on luck, and the same run peaks 20 MiB higher or lower.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
-
-
-def with_peft(arm, encoder):
-    """Put PEFT's adapters into an encoder. Returns what is to be called with the index of every step after it."""
-    from peft import AdaLoraConfig, AdaLoraModel, LoraConfig, inject_adapter_in_model
-
-    shared = {"lora_alpha": 2 * R, "target_modules": peers.TARGETS}
-    if arm == "peft-lora-8":
-        inject_adapter_in_model(LoraConfig(r=R, **shared), encoder)
-        return None
-    schedule = {"tinit": 0, "tfinal": FOREVER // 2, "deltaT": 1, "total_step": FOREVER}
-    config = AdaLoraConfig(init_r=R, target_r=R // 2, **schedule, **shared)
-    return AdaLoraModel(encoder, {"default": config}, "default").update_and_allocate
 
 
 class Stepper:
@@ -72,10 +59,12 @@ class Stepper:
         d, layers, heads = SHAPES[shape]
         config = TransformerConfig(vocab_size=WORDS, hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads,
                                    intermediate_size=4 * d)  # fmt: skip
-        self.model, self.step, self.update = SequenceClassifier(TinyTransformer(config), 2), 0, None
+        self.model, self.step = SequenceClassifier(TinyTransformer(config), 2), 0
         recipe, _, phase = arm.partition(" ")
         if arm in PEFT:
-            self.update = with_peft(arm, self.model.encoder)
+            from peft import LoraConfig, inject_adapter_in_model
+
+            inject_adapter_in_model(LoraConfig(r=R, lora_alpha=2 * R, target_modules=peers.TARGETS), self.model.encoder)
         else:
             peers.install(self.model, "head" if arm == "frozen" else "lora", R, 2 * R)
         self.model.to(device).train()
@@ -97,8 +86,6 @@ class Stepper:
         self.allocator.after_backward()
         self.optimizer.step()
         self.allocator.after_step()
-        if self.update:
-            self.update(self.step)
         self.optimizer.zero_grad()
         self.step += 1
 

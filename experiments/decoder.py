@@ -133,6 +133,7 @@ STUDY = study.Study(
     name="decoder",
     measure=measure,
     columns=["loss", "size", "ranks"],
+    more=["size"],
     tasks=["sentences"],
     arms=["lora-8", "lora-4", "lora-2", "lora-1", "lora-4-restart", "salora-8-to-4", "salora-16-to-4"],
     seeds=range(3),

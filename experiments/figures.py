@@ -30,7 +30,7 @@ from cli.files import make_folder, read_table
 from cli.flags import Parser
 from cli.pictures import split_name
 from cli.runs import STUDY, errors_as_lines
-from experiments import arms, plots, shift, study, tables
+from experiments import arms, plots, shift, study
 from hard_concrete import GAMMA, TAU, ZETA, prob_above, prob_one, prob_open, sample_gate
 from salora import salora_layers
 
@@ -100,14 +100,10 @@ def draw_fig5(rows):
     return plots.curves(rows, lambda arm, some: mean(float(row["size"]) for row in some), label)
 
 
-def report_table3(rows):
-    return ITEMS["table3"].means_and_differences(rows) + "\n" + tables.averages(rows, ["C"])
-
-
 def item(name, arm_names, draw, **more):
-    options = {"tasks": ["words"], "columns": ["loss", "size", "C", "ranks"], "same": ("steps", "texts"), **more}
-    return study.Study(doc=ABOUT[name], name=name, measure=measure, arms=arm_names, draw=draw, steps=1000,
-                       arm_of=arm_of, add_flags=shift.add_flags, **options)  # fmt: skip
+    options = {"doc": ABOUT[name], "name": name, "arms": arm_names, "draw": draw, "tasks": ["words"], **more}
+    return replace(shift.STUDY, measure=measure, columns=["loss", "size", "C", "ranks"], more=["size", "C"],
+                   arm_of=arm_of, trials=study.no_trials, default=None, **options)  # fmt: skip
 
 
 LORAS = ["lora-1", "lora-2", "lora-4", "lora-8"]
@@ -122,9 +118,8 @@ ITEMS = {
     "fig4": item("fig4", [*LORAS[1:], "lora-16", *STARTS], draw_fig4, rivals=lora_of_size),
     "fig5": item("fig5", [*LORAS, "lora-6", *SIZES], draw_fig5, rivals=lora_of_size),
     "fig7": item("fig7", HALF, plots.ranks),
-    "table3": item("table3", ABLATION, plots.ablation, tasks=["words", "reverse"], rivals=published,
-                   report=report_table3),
-}  # fmt: skip
+    "table3": item("table3", ABLATION, None, tasks=["words", "reverse"], rivals=published),
+}
 
 
 # The items that do not

@@ -11,7 +11,7 @@ many parameters as the teacher's updates need. Arms:
     lora-8-svd                  LoRA of rank 8, cut by singular values to the same budget after training
     lora                        LoRA of one rank in all matrices, the largest that fits the budget
 
-and, if --arms names them, salora-8 with one decision taken differently.
+and, if --arms names them, salora-8 with one decision taken differently, and the rungs of experiments/ladder.py.
 """
 
 import argparse
@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import peers
 from budget import freeze_gates
-from experiments import plots, tables
+from experiments import plots
+from experiments.ladder import RUNGS
 from experiments.study import Study
 from glue.metrics import spearman
 from glue.pretrain import mini_encoder
@@ -54,6 +55,7 @@ ARMS = {  # name -> recipe; without one it is LoRA
     "salora-8-no-restart": Recipe.ours(restart=False),
     "salora-8-window-.5-.8": Recipe.ours(window=(0.5, 0.8)),
 }
+ARMS |= {name.replace("-to-4", ""): arm.recipe for name, arm in RUNGS.items() if arm.start == RANK}
 
 
 class Maps(nn.ModuleList):
@@ -165,13 +167,13 @@ STUDY = Study(
     name="planted",
     measure=measure,
     columns=["right", "correlation", "share", "loss", "planted", "learned"],
+    more=["correlation", "share", "loss"],
     tasks=list(TASKS),
     default_tasks=["maps-.1", "maps-1"],
     arms=list(ARMS)[:4],
     seeds=range(20),
     lowest=False,
     arm_of=arm_of,
-    report=lambda rows: tables.averages(rows, ["right", "correlation", "share", "loss"]),
     draw=lambda rows: plots.planted(rows, RANK),
 )
 main = STUDY.main

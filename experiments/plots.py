@@ -49,17 +49,6 @@ def mean_and_bars(values):
     return middle, max(0, middle - low), max(0, high - middle)
 
 
-def dots(axis, groups, color):
-    """The mean of every group {name: values} with its interval and, in gray, its values."""
-    for x, values in enumerate(groups.values()):
-        middle, below, above = mean_and_bars(values)
-        axis.errorbar(x, middle, [[below], [above]], fmt="o", ms=9, lw=2, capsize=5, color=color)
-        axis.plot([x + 0.2] * len(values), values, "o", ms=4, color="gray")
-    axis.set_xticks(range(len(groups)), groups)
-    axis.set_xlim(-0.5, len(groups) - 0.5)
-    axis.grid(alpha=0.3, axis="y")
-
-
 def line(axis, points, label, color, marker, style="-"):
     """Means with their intervals, joined. points: [(x, y, bar below it, bar above it)]."""
     x, y, below, above = zip(*sorted(points))
@@ -69,18 +58,20 @@ def line(axis, points, label, color, marker, style="-"):
 
 def places(rows):
     """Figure 1: the loss of LoRA in one kind of matrix, in one block, and with one rank in all matrices."""
+    titles = {"lora-8-in-": "r = 8 in one kind of matrix", "lora-8-in-block-": "r = 8 in one block",
+              "lora-": "one rank in all matrices"}  # fmt: skip
     figure, axes = panels(1, 3, 14, 4.6)
-    titles = ["r = 8 in one kind of matrix", "r = 8 in one block", "one rank in all matrices"]
-    groups = {title: {} for title in titles}
-    for arm in distinct(rows, "arm"):
-        lora, _, place = arm.partition("-in-")
-        title = titles[2] if not place else titles[1] if place.startswith("block") else titles[0]
-        groups[title][place or lora] = [float(row["loss"]) for row in rows if row["arm"] == arm]
-    for axis, title in zip(axes, titles):
-        axis.set_title(title)
+    for axis, (start, title) in zip(axes, titles.items()):
         if axis is not axes[0]:
             axis.sharey(axes[0])
-        dots(axis, groups[title], BLUE)
+        for arm in distinct(rows, "arm"):
+            if max((other for other in titles if arm.startswith(other)), key=len) == start:
+                middle, below, above = mean_and_bars([float(row["loss"]) for row in rows if row["arm"] == arm])
+                name = arm.removeprefix("lora-8-in-")
+                axis.errorbar(name, middle, [[below], [above]], fmt="o", ms=9, lw=2, capsize=5, color=BLUE)
+        axis.set_title(title)
+        axis.margins(x=0.15)
+        axis.grid(alpha=0.3, axis="y")
     axes[0].set_ylabel(LOSS)
     return figure
 
@@ -141,26 +132,8 @@ def planted(rows, most):
         if grid[i][j] != grid[i][0]:
             text.set(color="tab:red", weight="bold")
     about = "{task}, seed {seed}".format(**first[0])
+    axis.tick_params("x", rotation=15)
     axis.set(ylabel="matrix", title=f"ranks, planted and found (wrong ones red)\n{about}")
-    return figure
-
-
-def ablation(rows):
-    """Table 3: loss and C of every arm, a column of panels for every task."""
-    tasks, arms = distinct(rows, "task"), distinct(rows, "arm")
-    figure, axes = panels(2, len(tasks), 6.5 * len(tasks), 7)
-    for axis, (column, task) in zip(axes, [(column, task) for column in ("loss", "C") for task in tasks]):
-        groups = {}
-        for arm in arms:
-            some = [float(row[column]) for row in rows if (row["task"], row["arm"]) == (task, arm)]
-            groups[arm.removeprefix("salora-8-to-4-")] = some
-        dots(axis, groups, ORANGE)
-        if column == "loss":
-            axis.set(ylabel=LOSS, title=task)
-        else:
-            axis.set(ylabel="expected density C at T_end", ylim=(0, 1))
-            axis.axhline(0.5, color="gray", lw=1, label="budget b = 0.5")
-            axis.legend(fontsize=12)
     return figure
 
 

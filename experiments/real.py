@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import peers
 from cli.flags import positive
-from experiments import arms, tables
+from experiments import arms
 from experiments.study import TUNE_SEED, Study, fit
 from experiments.transplant import PLACED, place, ranks_for
 from glue.metrics import METRICS
@@ -38,7 +38,6 @@ ARMS = ["lora-8", "lora-4", "lora-4-restart", WINDOW, "salora-8-to-4", "salora-1
         "lora-4-shuffled"]  # fmt: skip
 BATCH, SCALE, LONGEST = 32, 2, 128
 POOL = 8 * BATCH  # rows of similar length within a pool share a batch, which halves the padding
-SAME = 0.005  # two scores that differ by less are called the same
 
 
 @lru_cache(maxsize=2)
@@ -105,14 +104,6 @@ def rivals(name, names):
     return [other for other in found if other in names and other != name]
 
 
-def report(rows):
-    parts = []
-    for task in tables.distinct(rows, "task"):
-        parts.append(tables.means(rows, "score", task))
-        parts.append(tables.differences(tables.values_of(rows, "score", task), rivals, f"{task}: differences", SAME))
-    return "\n".join(parts)
-
-
 def add_flags(parser):
     parser.add_argument("--data", metavar="DIR", help="folder with GLUE's official files")
     parser.add_argument("--weights", metavar="DIR", help="checkpoint folder of the encoder")
@@ -131,13 +122,14 @@ STUDY = Study(
     name="real",
     measure=measure,
     columns=["score", "loss", "size", "ranks"],
+    more=["size"],
     tasks=list(SPLIT),
     arms=ARMS,
     lowest=False,
     trials=lambda args, task, arm: [] if arm.name in PLACED else [(5e-4,), (1e-3,), (2e-3,)],
     by_task=True,
     arm_of=lambda name: PLACED.get(name) or arms.arm_of(name),
-    report=report,
+    equal=0.005,
     add_flags=add_flags,
     check=check,
     same=("rows", "epochs", "precision"),

@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import peers
 from cli.flags import positive
-from experiments import arms, study, tables
+from experiments import arms, study
 from glue.decoder import NextWord, batch_of, mini_decoder, write
-from glue.instructions import FAULTS, InstructionTokenizer, answer_to, faults_of, instruction, new_sentence
+from glue.instructions import FAULTS, InstructionTokenizer, answer_to, faults_of, new_sentence
 from hub.roberta import load_pretrained
 
 BATCH, HELD_OUT, LONGEST = 32, 500, 30  # LONGEST: of an answer, in words; the grammar's have at most 23
@@ -91,20 +91,7 @@ def measure(args, task, arm, seed, trial):
 
 
 def arm_of(name):
-    return arms.Arm(name, name) if name == "untuned" else arms.arm_of(name)
-
-
-def report(rows):
-    """Means over seeds, and for every arm one sentence of each kind that it wrote."""
-    lines = [tables.averages(rows, ["size", "loss", "accuracy", "meaning"])]
-    for arm in tables.distinct(rows, "arm"):
-        found = {}
-        for row in rows:
-            for sentence, praise, text in json.loads(row["written"]) if row["arm"] == arm else []:
-                verdict = " and ".join(faults_of(sentence, praise, text)) or "good"
-                found.setdefault(verdict, f"  {instruction(sentence, praise)}\n  {text}")
-        lines += [f"{arm}, {verdict}\n{text}" for verdict, text in sorted(found.items())]
-    return "\n".join(lines)
+    return arms.Arm(name, name, "head") if name == "untuned" else arms.arm_of(name)
 
 
 def add_flags(parser):
@@ -116,13 +103,13 @@ STUDY = study.Study(
     name="table2",
     measure=measure,
     columns=["loss", "accuracy", "meaning", "size", "written"],
+    more=["accuracy", "meaning", "size"],
     tasks=["sentiment"],
     arms=["untuned", *TUNED],
     steps=300,
     trials=lambda args, task, arm: RATES if arm.start else [],
     default=lambda args, task, arm: arms.nearest(arm, TUNED),
     arm_of=arm_of,
-    report=report,
     add_flags=add_flags,
     same=("steps", "rows"),
 )
