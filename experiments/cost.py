@@ -1,65 +1,54 @@
-"""Table 4 in miniature: what one training step costs in memory and time. Use `python experiments/figures.py table4`.
+"""Table 4 in miniature: what one training step costs in memory and time.
+
+    python experiments/cost.py                                       two shapes, on a CPU: ten minutes
+    python experiments/cost.py --device cuda --batches 32 256 --shapes tiny minilm roberta-base
 
 Random weights, random tokens, sequences of 64. Every arm starts at rank 8 in all six matrices:
 
-    frozen          the encoder and no adapter: only the head trains, so nothing goes back through the encoder
-    lora            LoRA
-    paper open, paper window, paper pruned      the phases of SaLoRA as published; pruned has rank 4 everywhere
-    ours open, ours window, ours pruned         those of the default recipe
-    paper, ours     whole runs: the phases weighted by their share of the steps; their memory is the largest
-    peft-lora       if PEFT can be imported: its LoRA
-    peft-adalora    the same: its AdaLoRA, with its scores of importance in every step, without its penalty
+    frozen                 only the head trains, so nothing goes back through the encoder
+    lora-8                 LoRA
+    salora-8-to-4          SaLoRA's phases (before, window, and after, where all ranks are 4), and a whole run: the
+                           phases weighted by their share of the steps, and the largest memory of them
+    salora-8-to-4-paper    the same for the published recipe
+    peft-lora-8            if PEFT can be imported: its LoRA
 
-Peak memory comes from a process of its own for each arm: on CUDA what torch allocated at most; on a CPU, for which it
+Peak memory is that of a process of its own for each arm: on CUDA what torch allocated at most; on a CPU, for which it
 needs Linux, the peak resident size, Python and torch included. Times are medians over rounds that take one step of
 each arm in turn, so that a busy machine disturbs all of them alike.
 """
 
+import argparse
 import os
+import sys
 import time
-from contextlib import contextmanager
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 
-from budget import FixedRanks, RankAllocator, Recipe
-from cli.files import append, has_row, read_table
-from cli.flags import positive
-from cli.setup import TARGETS
-from experiments import plots
-from salora import adapt
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import peers
+from cli.files import append, has_row, make_folder, read_table
+from cli.flags import Parser, device_of, positive
+from cli.runs import STUDY, errors_as_lines
+from experiments.tables import in_columns
+from rank_allocator import Recipe
 from tiny_transformer import SequenceClassifier, TinyTransformer, TransformerConfig
 
-SHAPES = {  # hidden size, layers, heads
-    "tiny": (64, 3, 4),
-    "minilm": (384, 6, 12),
-    "roberta-base": (768, 12, 12),
-}
+SHAPES = {"tiny": (64, 3, 4), "minilm": (384, 6, 12), "roberta-base": (768, 12, 12)}  # hidden size, layers, heads
 LENGTH, WORDS, R = 64, 1000, 8
 FOREVER = 100_000  # steps: no phase ends while it is measured
-RECIPES = {"paper": Recipe.paper, "ours": Recipe.ours}
-PHASES = {"open": (0.9, 1.0), "window": (0.0, 1.0), "pruned": (0.0, 0.0)}  # a window that keeps a run in this phase
+RECIPES = {"salora-8-to-4": Recipe.ours, "salora-8-to-4-paper": Recipe.paper}
+PHASES = {"before": (0.9, 1.0), "window": (0.0, 1.0), "after": (0.0, 0.0)}  # a window that keeps a run in this phase
+ARMS = ["frozen", "lora-8", *(f"{recipe} {phase}" for recipe in RECIPES for phase in PHASES)]
+PEFT = ["peft-lora-8"] if find_spec("peft") else []
 # Or glibc keeps freed memory for later, how much depends on luck, and the same run peaks 20 MiB higher or lower.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
-
-
-def add_flags(parser):
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, metavar="S", help=f"of table4: {', '.join(SHAPES)} "
-                        "(default tiny minilm)")  # fmt: skip
-    parser.add_argument("--batches", type=positive, nargs="+", default=[8, 32], metavar="N", help="batch sizes of "
-                        "table4 (default 8 32)")  # fmt: skip
-    parser.add_argument("--rounds", type=positive, default=10, metavar="N", help="of table4 (default 10)")
-    parser.add_argument("--device", default="cpu", help="of table4: cpu (default) or cuda")
-
-
-def arms():
-    """The names of what can be measured here: all arms but whole runs."""
-    names = ["frozen", "lora", *(f"{recipe} {phase}" for recipe in RECIPES for phase in PHASES)]
-    return names + (["peft-lora", "peft-adalora"] if find_spec("peft") else [])
 
 
 class Stepper:
@@ -70,42 +59,26 @@ class Stepper:
         d, layers, heads = SHAPES[shape]
         config = TransformerConfig(vocab_size=WORDS, hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads,
                                    intermediate_size=4 * d)  # fmt: skip
-        model = SequenceClassifier(TinyTransformer(config), 2)
-        model, self.after = self.with_adapters(arm, model)
-        self.model = model.to(device).train()
-        for name, p in self.model.named_parameters():
-            if "classifier" in name:
-                p.requires_grad_(True)
-        optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
-        self.optimizer, self.step = optimizer, 0
+        self.model, self.step = SequenceClassifier(TinyTransformer(config), 2), 0
         recipe, _, phase = arm.partition(" ")
-        if recipe in RECIPES:
-            decisions = RECIPES[recipe](window=PHASES[phase], spread=0.0)  # B is 0: no size could inform the gates
-            self.allocator = RankAllocator(self.model, optimizer, FOREVER, 0.5, decisions)
-            if phase == "pruned":
-                for layer in self.allocator.layers.values():
-                    layer.gate.log_theta.data[R // 2 :] = -5.0  # these are closed: rank 4 everywhere
+        if arm in PEFT:
+            from peft import LoraConfig, inject_adapter_in_model
+
+            inject_adapter_in_model(LoraConfig(r=R, lora_alpha=2 * R, target_modules=peers.TARGETS), self.model.encoder)
         else:
-            self.allocator = FixedRanks(self.model, FOREVER)
+            peers.install(self.model, "head" if arm == "frozen" else "lora", R, 2 * R)
+        self.model.to(device).train()
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
+        options = {}
+        if recipe in RECIPES:  # B is 0, so no size could inform the gates
+            options = {"budget": 0.5, "recipe": RECIPES[recipe](window=PHASES[phase], spread=0.0)}
+        method = "salora" if options else "lora"
+        self.allocator = peers.allocator_for(method, self.model, self.optimizer, FOREVER, **options)
+        if phase == "after":
+            for layer in self.allocator.layers.values():
+                layer.gate.log_theta.data[R // 2 :] = -5.0  # these are closed: rank 4 everywhere
         self.ids = torch.randint(5, WORDS, (batch_size, LENGTH), device=device)
         self.labels = torch.randint(0, 2, (batch_size,), device=device)
-
-    @staticmethod
-    def with_adapters(arm, model):
-        """(the model with the adapters of this arm, what is called with the index of a step after it)."""
-        if arm == "lora" or arm.split()[0] in RECIPES:
-            return adapt(model, TARGETS, R, 2 * R), None
-        model.requires_grad_(False)
-        if arm == "frozen":
-            return model, None
-        from peft import AdaLoraConfig, AdaLoraModel, LoraConfig, inject_adapter_in_model
-
-        if arm == "peft-lora":
-            return inject_adapter_in_model(LoraConfig(r=R, lora_alpha=2 * R, target_modules=TARGETS), model), None
-        config = AdaLoraConfig(init_r=R, target_r=R // 2, lora_alpha=2 * R, target_modules=TARGETS, tinit=0,
-                               tfinal=FOREVER // 2, deltaT=1, total_step=FOREVER)  # fmt: skip
-        adalora = AdaLoraModel(model, {"default": config}, "default")
-        return adalora, adalora.update_and_allocate
 
     def __call__(self):
         self.allocator.before_step(self.step)
@@ -113,24 +86,8 @@ class Stepper:
         self.allocator.after_backward()
         self.optimizer.step()
         self.allocator.after_step()
-        if self.after:
-            self.after(self.step)
         self.optimizer.zero_grad()
         self.step += 1
-
-
-def seconds_of(step, device):
-    """The time of one call."""
-    if device.startswith("cuda"):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
 
 
 def peak_of_process(device):
@@ -149,77 +106,74 @@ def peak_memory(arm, shape, batch_size, device):
     return peak_of_process(device)
 
 
-@contextmanager
-def environment(values):
-    """These variables for processes that start meanwhile."""
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 def in_processes(function, calls):
     """[function(*arguments) for arguments in calls], each in a new process, which gives memory back once it is free."""
     processes = min(len(calls), os.cpu_count())
-    with environment(GIVE_BACK), get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+    with patch.dict(os.environ, GIVE_BACK), get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
         return pool.starmap(function, calls, chunksize=1)
 
 
-def memory_of(names, *arguments):
-    """{arm: `peak_memory`}."""
-    return dict(zip(names, in_processes(peak_memory, [(name, *arguments) for name in names]), strict=True))
-
-
 def times_of(names, shape, batch_size, rounds, device):
-    """{arm: median seconds per step}, from interleaved rounds after two that do not count."""
-    steppers = {name: Stepper(name, shape, batch_size, device) for name in names}
-    times = {name: [] for name in names}
-    for index in range(rounds + 2):
-        for name, step in steppers.items():
-            seconds = seconds_of(step, device)
-            if index >= 2:
-                times[name].append(seconds)
-    return {name: median(values) for name, values in times.items()}
+    """[median seconds per step] of the arms, from interleaved rounds after two that do not count."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    steppers = [Stepper(name, shape, batch_size, device) for name in names]
+    times = [[] for _ in names]
+    for _ in range(rounds + 2):
+        for step, found in zip(steppers, times):
+            wait()
+            started = time.perf_counter()
+            step()
+            wait()
+            found.append(time.perf_counter() - started)
+    return [median(found[2:]) for found in times]
 
 
-def with_whole_runs(values, combine):
-    """The arms `paper` and `ours` are added to {arm: value}."""
-    runs = {}
-    for recipe, make in RECIPES.items():
-        start, end = make().window
-        runs[recipe] = combine([values[f"{recipe} {phase}"] for phase in PHASES], (start, end - start, 1 - end))
-    return values | runs
+def whole_run(phases, window):
+    """(seconds per step, MiB) of a run, from those of its three phases."""
+    start, end = window
+    shares = (start, end - start, 1 - end)
+    return sum(share * seconds for share, (seconds, _) in zip(shares, phases)), max(peak for _, peak in phases)
 
 
-def weighted(values, shares):
-    return sum(value * share for value, share in zip(values, shares, strict=True))
+def measure(args, shape, batch_size):
+    """The rows of all arms at one shape and batch size."""
+    names = ARMS + PEFT
+    times = times_of(names, shape, batch_size, args.rounds, args.device)
+    peaks = in_processes(peak_memory, [(name, shape, batch_size, args.device) for name in names])
+    found = dict(zip(names, zip(times, peaks)))
+    for name, recipe in RECIPES.items():
+        found[name] = whole_run([found[f"{name} {phase}"] for phase in PHASES], recipe().window)
+    for name, (seconds, peak) in found.items():
+        row = {"shape": shape, "batch_size": batch_size, "device": args.device, "arm": name, "rounds": args.rounds}
+        row |= {"ms": round(1000 * seconds, 3), "of lora-8's ms": round(seconds / found["lora-8"][0], 3)}
+        yield row | {"MiB": round(peak, 1), "of lora-8's MiB": round(peak / found["lora-8"][1], 3)}
 
 
-def largest(values, shares):
-    return max(values)
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["tiny", "minilm"], metavar="SHAPE",
+                        help=f"of {', '.join(SHAPES)} (default tiny minilm)")  # fmt: skip
+    parser.add_argument("--batches", type=positive, nargs="+", default=[8, 32], metavar="N",
+                        help="batch sizes (default 8 32)")  # fmt: skip
+    parser.add_argument("--rounds", type=positive, default=10, metavar="N", help="default 10")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--out", type=Path, default=Path("runs/cost"), metavar="DIR", help="default runs/cost")
+    args = parser.parse_args(argv)
+    path = args.out / "cost.csv"
+    with errors_as_lines(parser, hint=STUDY):
+        args.device = device_of(args.device)
+        make_folder(args.out)
+        for shape in args.shapes:
+            for batch_size in args.batches:
+                if has_row(path, shape=shape, batch_size=batch_size, device=args.device):
+                    continue
+                print(f"{shape}, batch {batch_size} ...", flush=True)
+                for row in list(measure(args, shape, batch_size)):
+                    append(path, row)
+        rows = read_table(path)
+        print(in_columns([list(rows[0]), *(list(row.values()) for row in rows)]))
+    return rows
 
 
-def compare(args, path):
-    """Adds the rows that are missing, and prints all."""
-    shapes = args.shapes or (list(SHAPES) if args.full else ["tiny", "minilm"])
-    for shape in shapes:
-        for batch_size in args.batches:
-            group = {"shape": shape, "batch_size": batch_size, "device": args.device}
-            if all(has_row(path, **group, arm=arm) for arm in [*arms(), *RECIPES]):
-                continue
-            times = with_whole_runs(times_of(arms(), shape, batch_size, args.rounds, args.device), weighted)
-            memory = with_whole_runs(memory_of(arms(), shape, batch_size, args.device), largest)
-            for name in times:
-                row = {**group, "arm": name, "rounds": args.rounds}
-                row |= {"ms": round(1000 * times[name], 3), "MiB": round(memory[name], 1)}
-                ratios = {"time_ratio": times[name] / times["lora"], "memory_ratio": memory[name] / memory["lora"]}
-                append(path, row | {name: round(ratio, 3) for name, ratio in ratios.items()})
-    print(f"{'shape':<14}{'batch':>6}  {'arm':<14}{'ms/step':>9}{'/ lora':>8}{'MiB':>9}{'/ lora':>8}")
-    latest = {(row["shape"], row["batch_size"], row["device"], row["arm"]): row for row in read_table(path)}
-    for row in latest.values():
-        start = f"{row['shape']:<14}{row['batch_size']:>6}  {row['arm']:<14}"
-        print(f"{start}{row['ms']:>9}{row['time_ratio']:>8}{row['MiB']:>9}{row['memory_ratio']:>8}")
-    plots.costs(list(latest.values()), path.with_suffix(".png"))
+if __name__ == "__main__":
+    main()
