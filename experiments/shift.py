@@ -219,9 +219,10 @@ def rivals(name, names):
     if name.startswith("lora"):
         return [other for other in names if other in PLACED and other != name] if name == "lora-4-found" else []
     rank = rank_of(name)
-    same, double = f"{max(1, rank):g}", f"{max(1, 2 * rank):g}"
-    found = [f"lora-{same}", f"lora-{same}-restart", f"lora-{double}", f"lora-{double}-restart", f"svd-16-to-{rank:g}"]
-    return [other for other in dict.fromkeys(found) if other in names and other != name]
+    same, double = max(1, rank), max(1, 2 * rank)
+    wanted = [("lora", same), ("lora-restart", same), ("lora", double), ("lora-restart", double), ("svd-16", rank)]
+    arms = {(arm.family, arm.size): arm.name for arm in map(shift_arm, names) if arm.name not in PLACED}
+    return [arms[key] for key in dict.fromkeys(wanted) if arms.get(key, name) != name]
 
 
 def draw(rows):
