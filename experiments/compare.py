@@ -8,7 +8,7 @@ Arms that have a size end at about that of LoRA with r = 4. Prefix and prompt ha
 encoder worse; BitFit's and (IA)^3's sizes follow from the encoder, and SoRA's from its lambda: see REACH. All get as
 many trials on seed 100: on generated tasks half of the main job's default learning rate, the default, 2, 4 and 8 times
 that; on a shift ten. Generated tasks are tuned on dev rows, and a report is about rows that were generated after them.
-An arm that was not tuned takes the default. Other flags go to the main job.
+An arm that was not tuned takes the default.
 
 compare.png shows the score against the final number of parameters.
 """
@@ -18,31 +18,31 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from time import time_ns
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train_glue_mini
-from cli.afterwards import predict, reopen
-from cli.files import claimed
-from cli.flags import build_parser
+from cli.afterwards import predict
+from cli.flags import positive
 from cli.journal import Journal
-from cli.runs import runs_of
-from cli.settings import read_settings
-from cli.setup import prepare
+from cli.setup import seed_of
 from experiments import plots, shift
 from experiments.arms import WARMUP
 from experiments.study import TUNE_SEED, Study
 from experiments.tables import distinct, values_of
 from glue.metrics import METRICS
-from glue.mini import TASKS as MINI_TASKS
-from glue.mini import examples
-from glue.tasks import DEV_ROWS, TRAIN_ROWS
-from peers import METHODS
+from glue.mini import TASKS, examples
+from glue.pretrain import mini_encoder
+from glue.tasks import DEV_ROWS, TRAIN_ROWS, load_task, task_of
+from glue.tokens import MiniTokenizer
+from hub.roberta import load_pretrained
+from peers import METHODS, install
+from peers.alora import hold_out
 from peers.sora import lambda_at
 from rank_allocator import lr_factor
+from tiny_transformer import SequenceClassifier
+from train_glue_mini import fine_tune, loss_of
 
 ARMS = ["salora-8-to-4", "salora-16-to-4", "lora-8", "lora-4", "adalora-8-to-4", "sora-8", "alora-8-to-4", "rm-lora-4",
         "adapter-h-16", "adapter-p-35", "prefix-8", "prompt-8", "bitfit", "ia3", "full", "head"]  # fmt: skip
@@ -52,7 +52,7 @@ REACH = {"tasks": 0.8, "shift": 2.0}
 WIDE = [(lr, scale) for lr in (6e-3, 1.2e-2, 2.4e-2, 4.8e-2) for scale in (1, 2, 4, 8) if lr * scale <= 4.8e-2]
 COSTS = ["trained", "final", "ms"]  # parameters that train, and that are left; milliseconds a step
 FRESH_ROWS = 4000  # of a generated task, for reports
-OWN = {"--lr", "--method", "--rank", "--alpha", "--budget", "--sparse-lambda"}  # flags that this study chooses itself
+BATCH = 32
 
 
 def lambda_of(reach, lr, steps):
@@ -62,58 +62,41 @@ def lambda_of(reach, lr, steps):
 
 
 def measure(args, task, arm, seed, trial):
-    """One run of the main job."""
-    [lr], out = trial, args.out / f"{arm.name}-{task}-s{seed}-{time_ns()}"
-    flags = flags_of(arm) + ["--task", task, "--seed", seed, "--lr", lr, "--steps", args.steps, "--out", out]
+    """One run on a generated task, with the seeds and the steps of the main job."""
+    [lr], metric = trial, METRICS[task_of(task).metric]
+    train, dev = load_task(task)
+    scored = dev if seed == TUNE_SEED else fresh_rows(task)
+    model, encode = model_of(arm, task, seed)
+    train, options = encode(train[: args.rows]), {}
+    if arm.method == "alora":
+        train, held_out = hold_out(train, BATCH)
+        options["score"] = lambda: -loss_of(model, held_out)
     if arm.method == "sora":
-        flags += ["--sparse-lambda", lambda_of(REACH["tasks"], lr, args.steps)]
-    summary = main_job([*args.flags, *(str(flag) for flag in flags)])
-    score = summary["score"] if seed == TUNE_SEED else score_on(fresh_rows(task), out, summary)
-    trained, final = sizes(torch.load(out / "adapter.pt", map_location="cpu", weights_only=True))
-    return {"score": score, "trained": trained, "final": final, "ms": 1000 * summary["seconds"] / summary["steps"]}
+        options["sparse_lambda"] = lambda_of(REACH["tasks"], lr, args.steps)
+    trained, journal = shift.parameters_of(model), Journal(args.steps)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    allocator = arm.allocator(model, optimizer, args.steps, seed_of(seed, "gates"), **options)
+    with redirect_stdout(None):
+        fine_tune(model, train, optimizer, allocator, lr=lr, batch_size=BATCH, seed=seed, journal=journal)
+    ms = 1000 * journal.seconds / args.steps
+    score = metric(predict(model, encode(scored), "cpu"), [row[2] for row in scored])
+    return {"score": score, "trained": trained, "final": shift.parameters_of(model), "ms": ms}
 
 
-def main_job(flags):
-    """The summary of a run of the main job, in silence."""
-    parser = build_parser()
-    args = parser.parse_args(flags)
-    args.command = " ".join(flags)
-    [(settings, folder, _)] = runs_of(args, parser)
-    with redirect_stdout(None), claimed(folder, new=True):
-        return train_glue_mini.run(settings, folder, *prepare(settings))
-
-
-def flags_of(arm):
-    """The flags of the main job that make an arm."""
-    flags = ["--method", arm.method]
-    if arm.start:
-        flags += ["--rank", arm.start]
-    if arm.has_triplets:
-        flags += ["--alpha", max(16, 2 * arm.start)]
-    if METHODS[arm.method].budgeted:
-        flags += ["--budget", arm.size / arm.start]
-    return flags
+def model_of(arm, task, seed):
+    """(the tiny encoder with a new head and what an arm trains, rows of sentences -> rows of token ids)"""
+    with redirect_stdout(None):
+        folder = mini_encoder()
+    encoder, _ = load_pretrained(folder)
+    torch.manual_seed(seed_of(seed, "weights"))
+    model = SequenceClassifier(encoder, task_of(task).num_labels)
+    install(model, arm.method, arm.start, max(16, 2 * (arm.start or 0)))
+    return model, lambda rows: MiniTokenizer().encode(rows, model.encoder.config.max_length)
 
 
 def fresh_rows(task):
     """Rows of a generated task that come after its training and dev rows, and differ from all of them."""
     return examples(task, TRAIN_ROWS + DEV_ROWS + FRESH_ROWS)[TRAIN_ROWS + DEV_ROWS :]
-
-
-def score_on(rows, folder, summary):
-    """The score of a finished run on other rows than its own."""
-    settings = read_settings(folder, summary["device"])
-    model, encode = reopen(settings, folder, summary)
-    return METRICS[summary["metric"]](predict(model, encode(rows), settings.device), [row[2] for row in rows])
-
-
-def sizes(adapter):
-    """(parameters that train, parameters in the end) of a saved adapter: its triplets, and all but the classifier."""
-    layers = adapter["layers"].values()
-    others = sum(p.numel() for name, p in adapter["others"].items() if not name.startswith("classifier."))
-    final = sum(layer["A"].numel() + layer["B"].numel() for layer in layers)
-    trained = sum(layer["r0"] * (layer["A"].shape[1] + layer["B"].shape[0]) for layer in layers)
-    return trained + others, final + others
 
 
 def measure_on_shift(args, task, arm, seed, trial):
@@ -146,10 +129,8 @@ def rivals(name, names):
     return [other for other in ("lora-4", "lora-8") if other in names and not name.startswith("lora")]
 
 
-def check(args):
-    for flag in args.flags:
-        if flag.split("=")[0] in OWN:
-            raise ValueError(f"{flag.split('=')[0]} is what this study chooses itself")
+def add_flags(parser):
+    parser.add_argument("--rows", type=positive, metavar="N", help=f"to train on (default {TRAIN_ROWS})")
 
 
 STUDY = Study(
@@ -158,7 +139,7 @@ STUDY = Study(
     measure=measure,
     columns=["score", *COSTS],
     more=COSTS,
-    tasks=list(MINI_TASKS),
+    tasks=list(TASKS),
     arms=ARMS,
     steps=1500,
     lowest=False,
@@ -166,8 +147,8 @@ STUDY = Study(
     default=lambda args, task, arm: trials(args, task, arm)[1],
     rivals=rivals,
     draw=draw,
-    check=check,
-    for_main_job=True,
+    add_flags=add_flags,
+    same=("steps", "rows"),
 )
 ON_SHIFT = replace(
     shift.STUDY,

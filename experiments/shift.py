@@ -235,7 +235,7 @@ def draw(rows):
         base, points = mean(losses["lora-8"].values()), {}
         for name in losses:
             gaps = [a - b for a, b in zip(*paired(losses, name, "lora-8"))]
-            if gaps:
+            if gaps and name not in PLACED:
                 points[name] = (mean(sizes[name].values()), base, mean(gaps), *interval(gaps))
         plots.draw_panel(axis, points, task)
     axes[0].set_ylabel("masked-word loss (nats)", fontsize=13)

@@ -41,7 +41,7 @@ from cli.files import append, has_row, make_folder, read_table
 from cli.flags import Parser, positive
 from cli.runs import STUDY, errors_as_lines
 from experiments.arms import arm_of
-from experiments.tables import differences, distinct, gaps_closed, means, values_of
+from experiments.tables import differences, distinct, gaps_closed, groups, means, values_of
 from hub.checkpoints import write_atomically
 from train_glue_mini import fine_tune
 
@@ -108,7 +108,6 @@ class Study:
     add_flags: Callable | None = None  # add_flags(parser)
     check: Callable | None = None  # check(args) raises ValueError for flags that do not go together
     same: tuple = ("steps",)  # flags that all rows of a table share: other values need another --out
-    for_main_job: bool = False  # whether other flags go to the main job, as args.flags
 
     def parser(self):
         parser = Parser(description=self.doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,9 +133,7 @@ class Study:
     def main(self, argv=None):
         """The program of a study: tune, or run and report. Returns the rows of the table."""
         parser = self.parser()
-        args, args.flags = parser.parse_known_args(argv)
-        if args.flags and not self.for_main_job:
-            parser.error(f"unrecognized arguments: {' '.join(args.flags)}")
+        args = parser.parse_args(argv)
         if TUNE_SEED in (args.seeds or []):
             parser.error(f"--seeds: {TUNE_SEED} is the seed for tuning")
         args.tasks = args.tasks or list(self.default_tasks or self.tasks)
@@ -164,7 +161,7 @@ class Study:
         rows = read_table(path)
         print(f"{self.columns[0]} (trial), best first")
         for arm in distinct(rows, "arm"):
-            for tasks in [*([task] for task in distinct(rows, "task")), distinct(rows, "task")]:
+            for tasks in groups(rows):
                 best = [f"{score:.4f} ({text_of(trial)})" for score, trial in self.ranking(rows, arm, tasks)]
                 print(f"{arm} on {' and '.join(tasks)}: {', '.join(best) or 'no trial has run on all of them'}")
         return rows
@@ -241,11 +238,11 @@ class Study:
 
     def means_and_differences(self, rows):
         """For every task and their mean: means over seeds, differences from rivals, shares of the gap between LoRAs."""
-        parts, tasks = [], distinct(rows, "task")
-        for some in [[task] for task in tasks] + ([tasks] if len(tasks) > 1 else []):
-            name = some[0] if len(some) == 1 else f"mean of {' and '.join(some)}"
-            values = values_of(rows, self.columns[0], *some)
-            more = {column: values_of(rows, column, *some) for column in self.more}
+        parts = []
+        for tasks in groups(rows):
+            name = tasks[0] if len(tasks) == 1 else f"mean of {' and '.join(tasks)}"
+            values = values_of(rows, self.columns[0], *tasks)
+            more = {column: values_of(rows, column, *tasks) for column in self.more}
             parts.append(means(values, f"{name}: {self.columns[0]}", more))
             parts.append(differences(values, self.rivals, f"{name}: differences over shared seeds"))
             parts.append(gaps_closed(values, f"{name}: of the gap from lora-4 to lora-8"))

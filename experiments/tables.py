@@ -32,6 +32,12 @@ def distinct(rows, column):
     return list(dict.fromkeys(row[column] for row in rows))
 
 
+def groups(rows):
+    """What a report is about: every task, and where there are several, all of them together."""
+    tasks = distinct(rows, "task")
+    return [[task] for task in tasks] + ([tasks] if len(tasks) > 1 else [])
+
+
 def values_of(rows, column, *tasks):
     """{arm: {seed: value}} of a column, as the mean over the tasks, of what has run on all of them."""
     found = defaultdict(lambda: defaultdict(list))

@@ -1,0 +1,220 @@
+"""The studies on a language that shifts, and SaLoRA beside its peers: data, arms and what is measured."""
+
+import json
+import random
+from argparse import Namespace
+from dataclasses import asdict
+
+import pytest
+import torch
+from strategies import installed_parameters
+
+from experiments import compare, ladder, plots, shift, transplant
+from experiments.arms import arm_of
+from experiments.study import TUNE_SEED
+from glue.tasks import load_task
+from peers import METHODS
+from peers.sora import SoRA
+from rank_allocator import Recipe
+from salora import salora_layers
+
+D, M, LAYERS, WORDS, POSITIONS = 16, 32, 2, 130, 48  # of the small masked LM
+LORA_1 = LAYERS * (4 * 2 * D + 2 * (D + M))  # parameters
+BLOCK = 4 * (D * D + D) + 2 * D * M + M + D + 2 * 2 * D
+CLOSED_FORMS = {
+    "lora-4": 4 * LORA_1,
+    "adapter-h-5": installed_parameters("adapter-h", 5, LAYERS, D, M),
+    "adapter-p-5": installed_parameters("adapter-p", 5, LAYERS, D, M),
+    "prefix-3": installed_parameters("prefix", 3, LAYERS, D, M),
+    "prompt-3": installed_parameters("prompt", 3, LAYERS, D, M),
+    "bitfit": installed_parameters("bitfit", 0, LAYERS, D, M),
+    "ia3": installed_parameters("ia3", 0, LAYERS, D, M),
+    "full": LAYERS * BLOCK + (WORDS + POSITIONS + 2) * D + 2 * D,
+    "head": 0,
+}
+
+
+def test_shifts_are_permutations_of_the_words():
+    texts = shift.mini.corpus(200, "test")
+    for task, shifted in shift.SHIFTS.items():
+        new = shifted(texts, random.Random(0))
+        sentences = [(a.split(), b.split()) for old, text in zip(texts, new) for a, b in zip(old, text) if a]
+        pairs = {pair for a, b in sentences for pair in zip(a, b[::-1] if task == "reverse" else b, strict=True)}
+        assert len({a for a, _ in pairs}) == len({b for _, b in pairs}) == len(pairs), "one word for each word"
+        assert (new == texts) == (task == "chance")
+    assert shift.reverse(texts, random.Random(0))[0][0].startswith((".", "?"))
+
+
+@pytest.mark.parametrize("name", CLOSED_FORMS)
+def test_every_arm_trains_what_it_says_and_only_one_the_head_of_the_masked_lm(name, tiny_lm):
+    model = shift.model_of(arm_of(name), 1, 0)
+    assert shift.parameters_of(model) == CLOSED_FORMS[name]
+    assert sum(p.numel() for p in model.encoder.parameters() if p.requires_grad) == CLOSED_FORMS[name]
+    assert {p.requires_grad for p in model.lm_head.parameters()} == {name == "head"}
+
+
+def test_runs_end_at_their_size_and_are_drawn_against_it(tiny_lm, tmp_path):
+    sizes = {"lora-8": 1, "lora-4": 0.5, "salora-16-to-4": 0.5, "svd-16-to-1": 1 / 8}
+    sizes["bitfit"] = CLOSED_FORMS["bitfit"] / (8 * LORA_1)
+    rows = shift.main(["--tasks", "words", "--arms", *sizes, "--seeds", "0", "1", *tiny_lm])
+    assert [(row["arm"], row["seed"]) for row in rows] == [(arm, seed) for seed in "01" for arm in sizes]
+    slack = {arm: 0.02 if "-to-" in arm else 1e-4 for arm in sizes}  # less than a triplet of this small model
+    assert all(-slack[row["arm"]] <= float(row["size"]) - sizes[row["arm"]] <= 1e-4 for row in rows)
+    assert len({row["loss"] for row in rows}) == len(rows), "seeds and arms differ"
+    assert [row["trial"] for row in rows[:2]] == ["0.006:4", "0.012:2"], "the tuned ones"
+    assert (tmp_path / "out" / "shift.png").stat().st_size > 5000
+    assert shift.draw([row for row in rows if row["arm"] != "lora-8"]) is None, "there is nothing to compare with"
+
+
+def test_every_arm_has_as_many_trials_and_a_default_among_them():
+    grids = {name: shift.trials(None, "words", arm_of(name)) for name in [*shift.TUNED, *CLOSED_FORMS, "alora-8-to-4"]}
+    assert {len(set(grid)) for grid in grids.values()} == {6} and set(shift.GRID) < set(compare.WIDE)
+    assert all(shift.default_trial(None, "words", arm_of(name)) in grid for name, grid in grids.items())
+
+
+def test_arms_of_one_size_are_compared_with_lora_of_that_size_and_of_twice_that():
+    names = [*shift.TUNED, *transplant.PLACED, "bitfit"]
+    wanted = ["lora-4", "lora-4-restart", "lora-8", "lora-8-restart", "svd-16-to-4"]
+    assert shift.rivals("salora-8-to-4", names) == shift.rivals("bitfit", names) == wanted
+    assert shift.rivals("salora-16-to-.5", names) == ["lora-1", "lora-1-restart", "svd-16-to-.5"]
+    assert shift.rivals("lora-4", names) == shift.rivals("lora-4-uniform", names) == []
+    assert shift.rivals("lora-4-found", names) == ["lora-4-shuffled", "lora-4-uniform"]
+
+
+def test_alora_scores_ranks_on_texts_that_it_does_not_train_on_the_same_in_every_run(tiny_lm, monkeypatch):
+    arm, scored, seen, hidden = arm_of("alora-8-to-4"), [], [], []
+    score_on = shift.score_on
+
+    def look(batches, data, model):
+        state = data.generator.get_state()
+        hidden.append(data.batch_of(batches)[1])
+        data.generator.set_state(state)
+        scored.extend(batches)
+        score = score_on(batches, data, model)
+        assert score() == score() < 0 and model.training
+        monkeypatch.setattr(data, "batch_of", lambda some, *rest: seen.extend(some) or type(data).batch_of(data, some))
+        return score
+
+    monkeypatch.setattr(shift, "score_on", look)
+    for drawn_before in (0, 3):
+        data = shift.Data("words", 0, 96)
+        for _ in range(drawn_before):
+            data.batch_of(data.train[:1])
+        model = shift.model_of(arm, 2, 0)
+        shift.train(model, data, arm, 0.01, 0, 8)
+        assert scored[-1] == data.train[-1] and {id(batch) for batch in seen} == {id(b) for b in data.train[:-1]}
+        assert sum(layer.r for layer in salora_layers(model).values()) == 4 * 6 * LAYERS
+        seen.clear()
+    assert torch.equal(*hidden), "the same words are hidden"
+
+
+# Is it the ranks?
+
+
+def test_shuffled_ranks_stay_among_matrices_of_one_shape():
+    shapes = ["square"] * 6 + ["wide"] * 4
+    ranks = [*range(6), 10, 11, 12, 13]
+    new = transplant.shuffled(ranks, shapes, random.Random(0))
+    assert sorted(new[:6]) == ranks[:6] and sorted(new[6:]) == ranks[6:] and new != ranks
+
+
+def test_transplanted_ranks_are_those_of_salora_on_the_same_seed(tiny_lm, capsys):
+    flags = ["--tasks", "words", "--seeds", "0", "1", *tiny_lm]
+    with pytest.raises(SystemExit):
+        shift.main(["--arms", "lora-4-found", *flags])
+    assert "lora-4-found needs the ranks of salora-16-to-4 on words, seed 0: run that arm" in capsys.readouterr().err
+    rows = shift.main(["--arms", "salora-16-to-4", *transplant.PLACED, *flags])
+    for seed in "01":
+        source, found, shuffled, uniform = (json.loads(row["ranks"]) for row in rows if row["seed"] == seed)
+        assert found == source and sorted(shuffled) == sorted(source) and set(uniform) == {4}
+    assert {row["trial"] for row in rows[1:4]} == {"0.012:2"}, "that of lora-4"
+
+
+# The ladder
+
+
+def test_the_ladder_leads_from_the_papers_recipe_to_ours_by_one_change_a_rung():
+    rungs = ladder.RUNGS
+    assert rungs["salora-8-to-4-paper"].recipe == Recipe.paper() and rungs["salora-8-to-4"].recipe == Recipe.ours()
+    changed = {}
+    for name in list(rungs)[1:]:
+        [above] = ladder.above(name, rungs)
+        one, other = ({**asdict(rungs[arm].recipe), "start": rungs[arm].start} for arm in (above, name))
+        changed[name] = {key for key in one if one[key] != other[key]}
+    assert changed.pop("salora-8-to-4-until-budget-rule") == {"rule", "survivors"}
+    assert changed.pop("salora-8-to-4-window-.2-.5") == {"restart", "dropout"}, "there is no dropout to leave out"
+    assert all(len(keys) == 1 for keys in changed.values()), changed
+    assert {rung.size for rung in rungs.values()} == {4}
+    assert ladder.above("svd-16-to-4", rungs) == ladder.above("salora-16-to-4-quadratic", rungs) == ["salora-16-to-4"]
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--arms", "lora-4"], "'lora-4' is not a rung"),
+    (["--arms", "salora-16-to-4"], "salora-16-to-4 has not been tuned"),
+])  # fmt: skip
+def test_the_ladder_refuses_what_is_no_rung_or_not_tuned(flags, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        ladder.main([*flags, "--out", str(tmp_path)])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+# SaLoRA beside its peers
+
+
+def test_the_comparison_has_every_method_with_as_many_trials():
+    arms = [arm_of(name) for name in compare.ARMS]
+    assert {arm.method for arm in arms} == set(METHODS)
+    for study, count in ((compare.STUDY, 5), (compare.ON_SHIFT, 10)):
+        grids = {arm.name: study.trials(None, study.tasks[0], arm) for arm in arms}
+        assert {len(set(grid)) for grid in grids.values()} == {count}
+        assert all(study.default(None, study.tasks[0], arm) in grids[arm.name] for arm in arms if arm.method != "full")
+
+
+def test_soras_thresholds_add_up_to_its_reach(tiny_lm):
+    lam, lr, total = compare.lambda_of(0.8, 0.01, 70), 0.01, 0.0
+    model = shift.model_of(arm_of("sora-8"), 1, 0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+    sora = arm_of("sora-8").allocator(model, optimizer, 70, 0, sparse_lambda=lam)
+    for step in range(70):
+        sora.step = step + 1
+        total += lr * sora.lr_factor(step) * sora.lam
+    assert isinstance(sora, SoRA) and total == pytest.approx(0.8)
+
+
+@pytest.fixture
+def tiny_task(tiny_weights, monkeypatch):
+    monkeypatch.setattr(compare, "mini_encoder", lambda: tiny_weights)
+    return ["--tasks", "mini-rte", "--rows", "32", "--steps", "8"]
+
+
+def test_the_comparison_counts_parameters_without_heads_and_draws_scores_against_them(tiny_task, tmp_path):
+    arms = ["salora-8-to-4", "lora-4", "alora-8-to-4", "sora-8", "ia3", "head"]
+    rows = compare.main(["--arms", *arms, "--seeds", "0", *tiny_task, "--out", str(tmp_path)])
+    found = {row["arm"]: (int(row["trained"]), int(row["final"])) for row in rows}
+    assert found["lora-4"] == (4 * LORA_1, 4 * LORA_1) and found["head"] == (0, 0)
+    assert found["ia3"] == 2 * (CLOSED_FORMS["ia3"],)
+    assert found["salora-8-to-4"][0] == 8 * LORA_1 and 4 * LORA_1 - D - M < found["salora-8-to-4"][1] <= 4 * LORA_1
+    assert rows[1]["trial"] == "0.002" and (tmp_path / "compare.png").stat().st_size > 5000
+
+
+def test_generated_tasks_are_tuned_on_dev_rows_and_reported_on_rows_after_them(tiny_task, monkeypatch):
+    parts = [*load_task("mini-rte"), compare.fresh_rows("mini-rte")]
+    rows = [row[:2] for part in parts for row in part]
+    assert len(set(rows)) == len(rows) == 4000 + 1000 + compare.FRESH_ROWS
+    monkeypatch.setattr(compare, "fresh_rows", lambda task: [("the dog", "the cat", 1)] * 8)
+    reported, tuned = (
+        compare.measure(Namespace(rows=32, steps=4), "mini-rte", arm_of("lora-4"), seed, (0.002,))["score"]
+        for seed in (0, TUNE_SEED)
+    )
+    assert reported in (0, 1), "all fresh rows are alike here"
+    assert 0.2 < tuned < 0.8, "dev rows have both labels"
+
+
+def test_the_comparison_on_a_shift_is_by_loss(tiny_lm, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "methods", lambda points, label, lower: drawn.append((points, label, lower)))
+    arms = ["salora-8-to-4", "sora-8"]
+    rows = compare.main(["--tasks", "words", "reverse", "--arms", *arms, "--seeds", "0", *tiny_lm])
+    assert [row["trained"] for row in rows] == 4 * [str(8 * LORA_1)] and "loss" in rows[0]
+    [(points, label, lower)] = drawn
+    assert [arm for arm, *_ in points] == arms and lower and label.endswith("mean of 2 tasks")
