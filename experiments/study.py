@@ -107,6 +107,7 @@ class Study:
     draw: Callable | None = None  # draw(rows) -> a matplotlib figure, or None where there is nothing to show yet
     add_flags: Callable | None = None  # add_flags(parser)
     check: Callable | None = None  # check(args) raises ValueError for flags that do not go together
+    equal: float | None = None  # scores that differ by less are called the same
     same: tuple = ("steps",)  # flags that all rows of a table share: other values need another --out
 
     def parser(self):
@@ -155,7 +156,8 @@ class Study:
         path = args.out / "tune.csv"
         for task in args.tasks:
             for arm in args.arms:
-                for trial in args.grid or self.trials(args, task, arm):
+                trials = self.trials(args, task, arm)
+                for trial in (args.grid or trials) if trials else []:
                     key = {"task": task, "arm": arm.name, "trial": text_of(trial), "seed": TUNE_SEED}
                     self.run(args, path, key, task, arm, TUNE_SEED, trial)
         rows = read_table(path)
@@ -244,6 +246,6 @@ class Study:
             values = values_of(rows, self.columns[0], *tasks)
             more = {column: values_of(rows, column, *tasks) for column in self.more}
             parts.append(means(values, f"{name}: {self.columns[0]}", more))
-            parts.append(differences(values, self.rivals, f"{name}: differences over shared seeds"))
+            parts.append(differences(values, self.rivals, f"{name}: differences over shared seeds", self.equal))
             parts.append(gaps_closed(values, f"{name}: of the gap from lora-4 to lora-8"))
         return "\n".join(filter(None, parts))

@@ -1,0 +1,54 @@
+"""Planted ranks: the teacher has them, SaLoRA finds them, and all methods keep to one budget."""
+
+import copy
+import json
+
+import pytest
+import torch
+from strategies import make_layer
+
+from experiments import planted_ranks
+from salora import salora_layers
+
+
+def test_planted_ranks_are_found(tmp_path):
+    """16 maps of 32 x 32 with updates of rank 0 to 8 and noisy outputs: each learned rank is the planted one."""
+    flags = ["--steps", "600", "--seeds", "0", "--tasks", "maps-.1", "--arms", "salora-8", "--out", str(tmp_path)]
+    [row] = planted_ranks.main(flags)
+    assert float(row["right"]) == 1 and row["learned"] == row["planted"], "every matrix gets the rank it deserves"
+    assert float(row["share"]) == 1 and float(row["loss"]) < 0.001, "within the budget, and the teacher is matched"
+    assert (tmp_path / "planted.png").stat().st_size > 5000
+
+
+def test_what_salora_is_compared_with_keeps_to_the_same_budget(tmp_path):
+    flags = ["--steps", "20", "--seeds", "0", "--tasks", "maps-1", "--arms", "lora-8-svd", "lora", "--out", str(tmp_path)]
+    rows = planted_ranks.main(flags)
+    svd, uniform = (json.loads(row["learned"]) for row in rows)
+    needed = sum(json.loads(rows[0]["planted"]))
+    assert sum(svd) == needed, "triplets of equal cost: the cut spends the whole budget"
+    assert uniform == [needed // 16] * 16, "one rank for all 16 matrices, the largest that fits"
+
+
+def test_a_cut_by_svd_keeps_the_largest_singular_values_of_all_layers():
+    layers = [make_layer(6, 5, 4, seed=i, dtype=torch.float32) for i in range(3)]
+    values = [torch.linalg.svdvals(layer.B @ layer.A)[:4].tolist() for layer in layers]
+    sixth = sorted(sum(values, []), reverse=True)[5]
+    planted_ranks.cut_by_svd(layers, 0.5)
+    assert [layer.r for layer in layers] == [sum(value >= sixth for value in some) for some in values]
+
+
+def test_planted_updates_have_the_ranks_that_are_said(monkeypatch, tiny_weights):
+    monkeypatch.setattr(planted_ranks, "mini_encoder", lambda: tiny_weights)
+    network, targets, inputs = planted_ranks.transformer(0, 4)
+    teacher = copy.deepcopy(network)
+    ranks = planted_ranks.plant(teacher, targets, torch.Generator().manual_seed(0))
+    assert len(ranks) == 12 and not torch.equal(teacher(inputs), network(inputs))
+    for rank, layer in zip(ranks, salora_layers(teacher).values(), strict=True):
+        values = torch.linalg.svdvals(layer.delta())
+        assert int((values > 0.4).sum()) == int((values > 1e-4).sum()) == rank
+
+
+def test_an_arm_of_another_study_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        planted_ranks.main(["--arms", "salora-16-to-4"])
+    assert stopped.value.code == 2 and "is not an arm of this study: salora-8, " in capsys.readouterr().err

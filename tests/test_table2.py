@@ -1,0 +1,118 @@
+"""Instructions in miniature: the grammar judges, the decoder writes word by word, and adapters learn."""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from experiments import table2
+from glue import decoder, mini
+from glue.instructions import FAULTS, InstructionTokenizer, answer_to, faults_of, new_sentence, sentiment, texts_to_read
+from hub.roberta import save_pretrained
+from tiny_transformer import TinyTransformer
+
+
+def test_the_judge_finds_the_sentiment_that_the_world_means():
+    rng = random.Random(0)
+    for _ in range(1000):
+        opinion, _, praise = mini.sst2(rng)
+        assert sentiment(opinion) is bool(praise), opinion
+
+
+def test_the_judge_accepts_the_grammars_answers_alone():
+    rng = random.Random(0)
+    known = [new_sentence(rng) for _ in range(300)]
+    for (sentence, praise), (other, _) in zip(known, known[1:]):
+        words = answer_to(sentence).split()
+        assert faults_of(sentence, not praise, answer_to(sentence)) == [] and answer_to(" ".join(words)) == sentence
+        assert faults_of(sentence, not praise, sentence) == [FAULTS[0]]
+        assert FAULTS[1] in faults_of(sentence, not praise, answer_to(other))
+        assert faults_of(sentence, not praise, " ".join(words[:-1])) == FAULTS
+        assert faults_of(sentence, not praise, " ".join(rng.sample(words, len(words)))) == FAULTS
+
+
+@pytest.mark.parametrize("text, praise", [
+    ("the film was not good .", False),
+    ("the film was good and the song was not bad .", True),
+    ("the film was good and the song was bad .", None),
+    ("the film was good but the song was bad .", False),
+    ("the film was bad although the song was good .", False),
+    ("although the film was bad the song was good .", True),
+    ("although the film was bad .", None),
+    ("the film was good the song was good .", None),
+    ("the film was good", None),
+    ("the dog was good .", None),
+])  # fmt: skip
+def test_sentiment_of(text, praise):
+    assert sentiment(text) is praise
+    assert sentiment(f"the old dog chased the sad cat in the yard . {text}") is praise
+
+
+def test_a_decoder_reads_nothing_of_the_instructions_but_their_words():
+    tokenizer, texts = InstructionTokenizer(), texts_to_read(500)
+    assert not any("more" in text.split() for pair in texts for text in pair if text)
+    assert all(tokenizer.unknown not in tokenizer.encode_pair(*pair, 70)[0] for pair in texts)
+    ids = tokenizer.prompt("the film was bad .", True)
+    assert [tokenizer.words[i] for i in ids] == "<s> more positive : the film was bad . </s>".split()
+
+
+def test_a_batch_asks_for_every_word_of_the_answer_and_for_no_other():
+    rows = [([0, 7, 8, 2, 9, 10, 2], 4), ([0, 7, 2, 11, 2], 3), ([0, 7, 8, 2, 12, 2], 1)]
+    (ids, positions), labels = decoder.batch_of(rows)
+    expected = [(i, t - 1, words[t]) for i, (words, start) in enumerate(rows) for t in range(start, len(words))]
+    assert [[i, t] for i, t, _ in expected] == positions.nonzero().tolist()
+    assert [word for *_, word in expected] == labels.tolist() and ids.shape == positions.shape == (3, 7)
+
+
+def small_decoder():
+    return decoder.NextWord(TinyTransformer(replace(decoder.decoder_config(), num_hidden_layers=2))).eval()
+
+
+@torch.no_grad()
+def step_by_step(model, prompt, stop, most):
+    """The likeliest next word of one unpadded text, again and again."""
+    written = []
+    while len(written) < most and stop not in written:
+        ids = torch.tensor([prompt + written])
+        written.append(int(model(ids, torch.ones_like(ids, dtype=torch.bool))[-1].argmax()))
+    return written[: written.index(stop)] if stop in written else written
+
+
+def test_what_is_written_in_a_batch_is_what_is_written_alone_word_by_word():
+    model, rng = small_decoder(), random.Random(0)
+    prompts = [[0, *(rng.randrange(5, 100) for _ in range(n)), 2] for n in (3, 9, 5, 14, 3, 7)]
+    never = -1  # a word that no decoder writes
+    free = [step_by_step(model, prompt, never, 12) for prompt in prompts]
+    assert len(set(map(tuple, free))) == len(free) and len(set(sum(free, []))) > 3, "texts that differ"
+    for stop in (never, free[0][0], free[1][4], free[3][8]):
+        assert decoder.write(model, prompts, stop, 12) == [step_by_step(model, p, stop, 12) for p in prompts]
+
+
+def test_held_out_sentences_are_asked_for_the_other_sentiment_and_are_not_trained_on(monkeypatch):
+    monkeypatch.setattr(table2, "HELD_OUT", 50)
+    table2.data_of.cache_clear()
+    asked, held_out, train = table2.data_of(0, 100)
+    table2.data_of.cache_clear()
+    words = InstructionTokenizer().words
+    texts = [" ".join(words[i] for i in ids) for ids, _ in held_out + train]
+    assert len(asked) == len(held_out) == 50 and len(train) == 100 and len(set(texts)) == 150
+    for (sentence, praise), text in zip(asked, texts):
+        prompt = f"<s> more {'positive' if praise else 'negative'} : {sentence} </s>"
+        assert text == f"{prompt} {answer_to(sentence)} </s>" and sentiment(sentence) is not praise
+
+
+def test_adapters_keep_to_their_size_and_lower_the_loss_of_held_out_answers(tmp_path, monkeypatch):
+    save_pretrained(small_decoder(), tmp_path / "lm")
+    monkeypatch.setattr(table2, "mini_decoder", lambda: tmp_path / "lm")
+    monkeypatch.setattr(table2, "HELD_OUT", 20)
+    monkeypatch.setattr(table2, "LONGEST", 6)
+    table2.data_of.cache_clear()
+    rows = table2.main(["--seeds", "0", "--steps", "10", "--rows", "64", "--out", str(tmp_path / "out")])
+    table2.data_of.cache_clear()
+    found = {row["arm"]: row for row in rows}
+    sizes = [float(found[arm]["size"]) for arm in ("untuned", "lora-8", "lora-8-restart", "lora-4")]
+    assert sizes == [0, 1, 1, 0.5] and all(0.47 < float(found[f"salora-{r}-to-4"]["size"]) <= 0.5 for r in (8, 16))
+    assert float(found["lora-8"]["loss"]) < float(found["untuned"]["loss"]) - 0.5
+    assert len(json.loads(found["lora-4"]["written"])) == 20
