@@ -59,7 +59,7 @@ def in_columns(lines):
 
 
 def number(x):
-    return f"{x:,.0f}" if x >= 1000 else f"{x:.4f}" if x == 0 or abs(x) >= 0.001 else f"{x:.1e}"
+    return f"{x:,.0f}" if x >= 100 else f"{x:.4f}" if x == 0 or abs(x) >= 0.001 else f"{x:.1e}"
 
 
 def means(values, title, more):
