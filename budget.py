@@ -1,11 +1,11 @@
-"""The parameter budget: how many triplets are expected, how many stay, and what drives the one to the other.
+"""The parameter budget: how many triplets are expected to stay, how many do, and what keeps both to it.
 
     C = sum_i E||G_i||_0 (d_i + k_i) / sum_i r_i (d_i + k_i)        Eq. (11), over matrices i of rank r_i at creation
     min over A, B, Theta, max over lambda >= 0 of   loss + beta R_orth + lambda (C - b)^2        Eq. (12)
 
 b is the budget; what is measured is a density, either expected (C) or kept. C = b holds in expectation only; which
-triplets are kept is decided once, at T_end, by `freeze_gates` (section 3.5). First come functions over layers, then
-the schedule and the Lagrangian. Left out: when each of them is called, which is Algorithm 1 (rank_allocator.py).
+triplets are kept is decided once, at T_end, by `freeze_gates` (section 3.5). Left out: when each of these functions is
+called, which is Algorithm 1 (rank_allocator.py).
 """
 
 from math import floor
@@ -24,12 +24,12 @@ RULES, SURVIVORS = ("budget", "median"), ("one", "median")  # of freeze_gates
 
 def expected_density(layers):
     """Eq. (11): C, a scalar in [0, 1] with a gradient for log_theta. A fixed gate counts as the 0 or 1 it is."""
-    layers = _some(layers)
+    layers = _nonempty(layers)
     spent = sum(layer.gate.open_probability().sum() * layer.triplet_size for layer in layers)
     return spent / total_parameters(layers)
 
 
-def _some(layers):
+def _nonempty(layers):
     layers = layer_list(layers)
     if not layers:
         raise ValueError("no SaLoRA layers, so there is no density: call adapt(model, targets) first")
@@ -37,13 +37,13 @@ def _some(layers):
 
 
 def total_parameters(layers):
-    """How many adapter parameters there were at creation, the 1 of every density: an int."""
+    """How many adapter parameters there were at creation: an int, the denominator of every density."""
     return sum(layer.r0 * layer.triplet_size for layer in layer_list(layers))
 
 
 def kept_density(layers):
-    """What is there of it: the share of parameters in triplets whose settled gate is open, a float."""
-    layers = _some(layers)
+    """The share of the adapter parameters that is in triplets whose settled gate is open, a float."""
+    layers = _nonempty(layers)
     kept = sum(int((layer.gate.settled() > 0).sum()) * layer.triplet_size for layer in layers)
     return kept / total_parameters(layers)
 
@@ -65,7 +65,7 @@ def resample(layers, generator=None):
 def start_gates(layers, spread):
     """Give gates better odds where triplets are worth more (not in the paper): log_theta = spread log(s) + constant.
 
-    s = |B[:, i]| |A[i, :]| / sqrt(d + k), at least 1e-6: in canonical layers, s squared is the energy per parameter.
+    s = |B[:, i]| |A[i, :]| / sqrt(d + k), at least 1e-6: in canonical layers, s^2 is the energy per parameter.
     The constant makes C = 11/12, its value in the paper, where all gates start at log_theta = 0.
     """
     layers = layer_list(layers)
@@ -85,7 +85,7 @@ def project(layers, density):
     layers = layer_list(layers)
     log_theta = torch.cat([layer.gate.log_theta for layer in layers])  # (n,)
     cost = torch.cat([torch.full_like(layer.gate.log_theta, layer.triplet_size) for layer in layers])  # (n,)
-    low, high = -log_theta.max() - 30, -log_theta.min() + 30  # all gates closed, all gates open
+    low, high = -log_theta.max() - 30, -log_theta.min() + 30  # all closed, all open: sigmoid(-30) is 1e-13
     grid = torch.linspace(0, 1, GRID, device=log_theta.device)
     for _ in range(5):
         shifts = low + (high - low) * grid  # (GRID,)

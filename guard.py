@@ -15,7 +15,8 @@ from budget import check_budget, kept_density
 from salora import salora_layers
 
 NO_SCALER = "a GradScaler scales the loss but not the penalty: use bf16, which needs none"
-ORDER = "before_step, after_backward, optimizer.step, after_step, and finish at the end"
+ORDER = ("each step is before_step, loss.backward, after_backward, optimizer.step, after_step, zero_grad; "
+         "finish comes once, at the end")  # fmt: skip
 
 
 class Guard:
@@ -39,15 +40,19 @@ class Guard:
 
     def expect(self, due, called=None):
         """Raises RuntimeError unless this hook is due. called: the name to blame, if it is not that of the hook."""
+        if self.due == "nothing more":
+            raise RuntimeError(f"{called or due} was called after finish(): this allocator is done")
         if self.due != due:
             step = self.allocator.step
-            raise RuntimeError(f"{called or due} was called where {self.due} is due at step {step}: {ORDER}")
+            raise RuntimeError(f"{called or due} was called where {self.due} is due, at step {step}: {ORDER}")
 
     def before_step(self, step):
         due, layers = self.allocator.step, self.allocator.layers.values()
         self.expect("before_step")
         if step != due:
-            hint = "call load_state_dict to go on with a run" if due == 0 else "each step comes once, in order"
+            hint = "steps are counted through all epochs, each once and in order"
+            if due == 0:
+                hint = "call load_state_dict to go on with a run"
             raise RuntimeError(f"before_step({step}) where step {due} is due: {hint}")
         if step >= self.allocator.total_steps:
             raise RuntimeError(f"before_step({step}), but there are {self.allocator.total_steps} steps: call finish()")
@@ -177,7 +182,7 @@ class Guard:
         kept, expected = kept_density(self.allocator.layers), 1.0 if kept_end is None else kept_end
         if kept != expected:
             raise ValueError(f"the model keeps {kept:.4f} of its adapter parameters where {expected:.4f} is right: its "
-                             "weights are those of another phase")  # fmt: skip
+                             "weights come from another phase of training")  # fmt: skip
 
     def check_moments(self):
         """Adam's moments have the shape of their parameter and can be cut with it; what Adafactor keeps cannot."""

@@ -5,8 +5,8 @@ becomes a sigmoid sample on (0, 1), which is stretched to (GAMMA, ZETA) and clam
 
     s = sigmoid((logit(u) + log_theta) / tau) (zeta - gamma) + gamma,     g = clamp(s, 0, 1)                Eq. (7)
 
-s grows with u, so every question about g is a question about u, and all answers but the mean are one line long.
-First come pure functions of (log_theta, u), elementwise and for any shape; then one module that holds log_theta.
+log_theta is the one trainable number of a gate. s grows with u, so every question about g is a question about u. The
+functions are elementwise, in any shape; the module at the end holds log_theta.
 Left out: how gates are trained toward a budget (budget.py) and what they multiply (salora.py).
 """
 
@@ -59,7 +59,7 @@ class HardConcreteGate(nn.Module):
     state "free"   sampled in train mode, the median in eval mode; log_theta trains. `release` begins it.
     state "fixed"  constants for good. `fix` begins it.
 
-    log_theta  (r,) parameter, 0 at the start, where P(g > 0) = 11/12: Fig. 6 starts there
+    log_theta  (r,) parameter, 0 at the start, where P(g > 0) = 11/12: the paper's Fig. 6 starts there
     u          (r,) noise in (0, 1), the same until `budget.resample` draws it anew; 1/2 (the median) until then
     held       (r,) ones while the gates are held, otherwise None
     fixed      (r,) the constants once the gates are fixed, otherwise None
@@ -75,7 +75,7 @@ class HardConcreteGate(nn.Module):
 
     @property
     def state(self):
-        """"held", "free" or "fixed"."""
+        """The state of all r gates: "held", "free" or "fixed"."""
         if self.held is not None:
             return "held"
         return "free" if self.fixed is None else "fixed"

@@ -32,7 +32,7 @@ TRAVEL = 14  # how far log_theta must be able to go: from P(g > 0) = 11/12 to 1e
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every decision that Algorithm 1 leaves open, or that measured better otherwise; the defaults are `ours`."""
+    """Every decision that Algorithm 1 leaves open, or where another choice measured better; the defaults are `ours`."""
 
     # The gates train between these fractions of all steps. App. B has (0.2, 0.5).
     window: tuple = (0.4, 0.5)
@@ -45,21 +45,23 @@ class Recipe:
     gate_lr: float | None = None
     # Weight of Eq. (9). App. B has 0.1, which holds the norm of every column of B and every row of A at 1.
     beta: float = 0.0
-    # At T_start, rotate the triplets into their singular basis: independent by construction.
+    # At T_start, rotate the triplets into their singular basis: orthogonal by construction.
     canonical: bool = True
     # log_theta starts at spread log(size) + constant; 0: all start alike. With 8, triplets whose sizes differ by a
-    # factor of 1.5 start 3 apart in log_theta. Few gates are then undecided, which matters because the noise of an
-    # undecided gate halves and perturbs the update.
+    # factor of 1.5 start 3 apart in log_theta, so that few gates are undecided. An undecided gate is noisy and 1/2 on
+    # average, which disturbs and weakens the update.
     spread: float = 8.0
     # Which triplets stay. "budget": the best that fit b; "median": all whose median gate is positive.
     rule: str = "budget"
     # What the gate of a kept triplet becomes. "one": 1, a plain LoRA triplet; "median": its median.
     survivors: str = "one"
-    # The learning rate rises over this share of all steps: at the start, at T_start and at T_end.
+    # The learning rate rises over this share of all steps: at the start, at T_start, where the moments of rotated
+    # triplets are dropped, and at T_end. The loop applies it, as `lr_factor`.
     warmup: float = 0.05
-    # At T_end the learning rate returns to its top, and from there falls to 0.
+    # At T_end the learning rate returns to its top, and from there falls to 0. This, too, is `lr_factor`'s.
     restart: bool = True
-    # Of the encoder while adapters train; None: what the checkpoint says. Adapters underfit, so 0 does better.
+    # The encoder's dropout while adapters train; None: what the checkpoint says. Adapters underfit, so 0 does better.
+    # Whoever loads the encoder applies it.
     dropout: float | None = 0.0
 
     @classmethod
@@ -124,7 +126,7 @@ class RankAllocator:
 
     @property
     def phase(self):
-        """Of this step: 'before', 'window' or 'after'."""
+        """The phase of this step: 'before', 'window' or 'after'."""
         return self.schedule.phase(self.step)
 
     def lr_factor(self, step):
@@ -169,7 +171,7 @@ class RankAllocator:
         self.step += 1
 
     def finish(self):
-        """After the last step. Without it the adapter refuses to be saved or exported as finished."""
+        """After the last step. Without it the adapter cannot be merged, saved or exported."""
         self.guard.finish()
         self._enter_phase()
         self.guard.check_kept(self.kept_end)
@@ -210,7 +212,7 @@ class RankAllocator:
                         self.optimizer.state[p][key] = value.index_select(axis, kept)
 
     def status(self):
-        """What a log shows of the step that is done; reading it waits for the device."""
+        """What a log shows of the step that is done. It synchronizes the GPU."""
         return status_of(self.layers, self.schedule.phase(self.step - 1), self.lagrangian.lam.item())
 
     def decisions(self):

@@ -39,11 +39,11 @@ class SaLoRALinear(nn.Module):
             raise ValueError(f"rank must be a whole number above 0, got {r!r}")
         d, k = base.weight.shape
         self.base = base.requires_grad_(False)
-        self.A = nn.Parameter(torch.randn(r, k).to(base.weight) / k**0.5)  # drawn on the CPU: one seed, one start
+        self.A = nn.Parameter(torch.randn(r, k).to(base.weight) / k**0.5)  # drawn on the CPU: one A per seed, anywhere
         self.B = nn.Parameter(base.weight.new_zeros(d, r))
         self.gate = HardConcreteGate(r).to(base.weight.device)
         self.r0, self.alpha = r, alpha
-        self.allocating = False  # while a RankAllocator is still to decide which triplets stay
+        self.allocating = False  # True from the making of a RankAllocator until its finish()
 
     @property
     def r(self):
@@ -92,10 +92,11 @@ class SaLoRALinear(nn.Module):
 
 
 def adapt(model, targets, r=8, alpha=16):
-    """Freeze the model, and replace, in place, every nn.Linear that a target names by a SaLoRALinear.
+    """Freeze the model, and replace, in place, every nn.Linear that a target names with a SaLoRALinear.
 
     targets: names or name suffixes ("query", "layers.0.query"), or regular expressions for the whole name.
-    What should train beside them, such as a classifier head or earlier adapters, is to be unfrozen afterwards.
+    What should train beside them, such as a classifier head or earlier adapters, must be unfrozen afterwards, and
+    before the optimizer is made.
     Returns the model. Raises ValueError for a target without a match or with none but other kinds of module.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
@@ -115,8 +116,8 @@ def adapt(model, targets, r=8, alpha=16):
     for parent in model.modules():
         skips = isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled()
         if skips and any(id(child) in chosen for child in parent.children()):
-            raise ValueError("in eval mode nn.TransformerEncoderLayer reads the weights of its linear layers past "
-                             "their forward: call torch.backends.mha.set_fastpath_enabled(False) first")  # fmt: skip
+            raise ValueError("in eval mode nn.TransformerEncoderLayer bypasses the forward of its linear "
+                             "layers: call torch.backends.mha.set_fastpath_enabled(False) first")  # fmt: skip
     new = {key: SaLoRALinear(linear, r, alpha) for key, linear in chosen.items()}
     model.requires_grad_(False)
     return replace_modules(model, new)
@@ -134,6 +135,15 @@ def replace_modules(model, new):
 def salora_layers(model):
     """{name: SaLoRALinear} in the order of the model; a layer used in two places appears once."""
     return {name: m for name, m in model.named_modules() if isinstance(m, SaLoRALinear)}
+
+
+def finished_layers(model):
+    """`salora_layers`, but raises ValueError while a RankAllocator is at work on them."""
+    layers = salora_layers(model)
+    for name, layer in layers.items():
+        if layer.allocating:
+            raise ValueError(f"a RankAllocator is still at work on {name}: call its finish() first")
+    return layers
 
 
 def layer_list(layers):
@@ -162,7 +172,7 @@ def canonicalize(layer):
         return
     B, A = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in (layer.B, layer.A))  # no QR in half precision
     (Qb, Rb), (Qa, Ra) = torch.linalg.qr(B), torch.linalg.qr(A.T)  # B = Qb Rb, A^T = Qa Ra
-    U, S, Vt = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)  # the r x r heart of B A = Qb (Rb Ra^T) Qa^T
+    U, S, Vt = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)  # the r x r core of B A = Qb (Rb Ra^T) Qa^T
     n = len(S)  # min(r, d, k): triplets beyond it add nothing
     layer.B.zero_()[:, :n] = Qb @ U * S.sqrt()  # (d, n)
     layer.A.zero_()[:n] = S.sqrt()[:, None] * (Vt @ Qa.T)  # (n, k)
@@ -173,7 +183,7 @@ def prune(layer):
     """Remove, in place, the triplets of one layer whose settled gate is 0; its outputs in eval mode do not change.
 
     Returns the indices (r',) of the triplets that stay, to slice an optimizer's state with. A second call removes
-    nothing. A, B and log_theta stay the same Parameters with smaller data, so that whoever holds them goes on.
+    nothing. A, B and log_theta stay the same Parameters with smaller data, so optimizers that hold them keep working.
     """
     kept = layer.gate.settled().nonzero().flatten()
     layer.keep(kept)
@@ -186,8 +196,9 @@ def merge(model):
 
     W <- W + (alpha / r0) B diag(g) A with settled gates, so the merged model equals the gated one in eval mode.
     The new W is a tensor of its own: whatever else uses the old one, such as a tied embedding, keeps it.
+    No adapter is left to be saved afterwards. Raises ValueError while a RankAllocator is at work.
     """
-    layers = salora_layers(model).values()
+    layers = finished_layers(model).values()
     for layer in layers:
         layer.base.weight = nn.Parameter(layer.base.weight + layer.delta(), requires_grad=False)
     return replace_modules(model, {id(layer): layer.base for layer in layers})

@@ -32,13 +32,13 @@ class TransformerConfig:
     attention_probs_dropout_prob: float = 0.1
     initializer_range: float = 0.02
     is_decoder: bool = False  # a causal mask: no token sees a later one
-    model_type: str = "roberta"  # or "bert": whose names and whose count of positions a checkpoint has
+    model_type: str = "roberta"  # or "bert": the names and the position offset of the checkpoint
 
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
         if self.pad_token_id >= self.vocab_size or self.max_length < 1:
-            raise ValueError(f"pad_token_id {self.pad_token_id} leaves no word or no position for a token")
+            raise ValueError(f"pad_token_id {self.pad_token_id} leaves no id or no position for a token")
 
     @property
     def max_length(self):
@@ -84,7 +84,7 @@ class TinyTransformer(nn.Module):
         self.norm = nn.LayerNorm(d, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.recompute = False  # activation checkpointing: time for memory
+        self.recompute = False  # activation checkpointing: less memory, more time
         init_weights(self, config)
 
     @classmethod
@@ -156,7 +156,7 @@ class MaskedLM(nn.Module):
 def init_weights(model, config):
     """RoBERTa's start: weights normal with deviation `initializer_range`, biases and padding rows 0."""
     if next(model.parameters()).is_meta:
-        return  # a model of shapes only; to draw nothing there takes torch most of a second
+        return  # a model of shapes only, on which even empty draws take torch most of a second
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=config.initializer_range)

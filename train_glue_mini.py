@@ -83,7 +83,7 @@ def fine_tune(model, rows, optimizer, allocator, *, lr, batch_size, seed=0, accu
         # ... and of beta R_orth + lambda (C - b)^2
         allocator.after_backward()
 
-        # Update W = {A, B}, down; then Theta, down, and lambda, up
+        # One step down for A, B and the head; then Theta down, and lambda up
         optimizer.step()
         allocator.after_step()
         optimizer.zero_grad()

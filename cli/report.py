@@ -33,7 +33,7 @@ def announce(settings, folder, model, train, dev, allocator):
     device = settings.device + (f" and {workers() - 1} more" if workers() > 1 else "")
     print(f"{settings.task}, {settings.method}, seed {settings.seed} on {device}: "
           f"{len(train)} training rows, {len(dev)} dev rows")  # fmt: skip
-    print(f"{everything:,} parameters, {trained:,} trained, {budgeted:,} budgeted; run folder {folder}")
+    print(f"{everything:,} parameters, {trained:,} trained, {budgeted:,} in adapters; run folder {folder}")
     if METHODS[settings.method].adds_modules:
         print(f"{settings.method} adds modules to the encoder: the run can be evaluated, but not merged or exported")
     if settings.method == "salora":
@@ -46,7 +46,7 @@ def announce(settings, folder, model, train, dev, allocator):
 
 def too_short(window):
     """A warning, or nothing."""
-    few = f"; fewer than {FEW_STEPS} steps are too short for ranks to mean anything: give it more --epochs or --steps"
+    few = f"; in a window of fewer than {FEW_STEPS} steps ranks mean little: raise --epochs or --steps"
     return few if 0 < window < FEW_STEPS else ""
 
 

@@ -11,7 +11,7 @@ from math import isfinite
 import torch
 from torch import nn
 
-from salora import SaLoRALinear, replace_modules, salora_layers
+from salora import SaLoRALinear, finished_layers, replace_modules, salora_layers
 
 FORMAT = "salora-1"
 RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -145,17 +145,18 @@ def _is_sound(value):
 def save_adapter(model, path):
     """Write the finished adapter to a file, atomically. `base` weights are not in it.
 
-    Raises ValueError while a RankAllocator is still at work: a snapshot on the way is `adapter_state`.
+    Save before `merge`, which leaves no adapter. Raises ValueError while a RankAllocator is still at work: a snapshot
+    on the way is `adapter_state`.
     """
-    unfinished = [name for name, layer in salora_layers(model).items() if layer.allocating]
-    if unfinished:
-        raise ValueError(f"the ranks of {unfinished[0]} are not decided yet: call the allocator's finish() first")
+    finished_layers(model)
     torch.save(adapter_state(model), f"{path}.part")
     os.replace(f"{path}.part", path)
 
 
 def load_adapter(model, path):
-    """Read a file of `save_adapter` into a model of the same shape. Returns the model.
+    """Read a file of `save_adapter` into a model with the same frozen weights. Returns the model.
+
+    The frozen weights are not in the file, so whether they are the same is not checked.
 
     Raises OSError for a file that is not there and ValueError for one that is damaged or made for another model.
     """

@@ -16,7 +16,7 @@ from torch import nn
 
 from hub.adapters import adapter_state, load_adapter_state
 from hub.checkpoints import check_weight, read_json, read_named_tensors, write_atomically
-from salora import SaLoRALinear, salora_layers
+from salora import SaLoRALinear, finished_layers, salora_layers
 
 CONFIG, SAFETENSORS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of every tensor's name: what PEFT calls the model that it wraps
@@ -37,7 +37,7 @@ def export_peft(model, folder, rename=str, pad=False, base_model=None, task_type
     Raises ValueError, before anything is written, where the adapter is empty, unfinished, or cannot be told in PEFT's
     terms: a layer under two names, a trained weight outside of all modules or inside an adapted layer.
     """
-    layers = finished_layers(model)
+    layers = exportable_layers(model)
     names = {name: rename(name) for name in layers}
     if len(set(names.values())) < len(names):
         raise ValueError(f"rename gives two layers one name: {', '.join(names.values())}")
@@ -72,12 +72,9 @@ def export_peft(model, folder, rename=str, pad=False, base_model=None, task_type
     write_adapter(Path(folder), config, tensors)
 
 
-def finished_layers(model):
+def exportable_layers(model):
     """{name: SaLoRALinear} of the layers with an open triplet. Raises ValueError where the adapter is not ready."""
-    layers = salora_layers(model)
-    unfinished = [name for name, layer in layers.items() if layer.allocating]
-    if unfinished:
-        raise ValueError(f"finish the RankAllocator first: the ranks of {unfinished[0]} are not decided yet")
+    layers = finished_layers(model)
     names = [name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, SaLoRALinear)]
     if len(names) > len(layers):
         raise ValueError(f"PEFT's files hold one name per layer, but two of these are one layer: {', '.join(names)}")
