@@ -5,15 +5,21 @@
     salora-8-to-4-window-.2-.5    then, where it is not the default recipe, what differs: see VARIANTS
     svd-16-to-4                   the same cut by singular values alone, without gates
     lora-4-restart                LoRA with SaLoRA's learning rate, which restarts half-way
+    lora-4-found                  fresh LoRA with the ranks that SaLoRA found on the same task and seed: see PLACEMENTS
     bitfit, ia3, full, head       methods without a size
 
 START is the rank at creation, or how many units or vectors an adapter, a prefix or a prompt has.
 """
 
 import argparse
+import json
+import random
 import re
 from dataclasses import dataclass, replace
 
+import torch
+
+from cli.files import rows_with
 from peers import METHODS, allocator_for
 from rank_allocator import Recipe
 from salora import salora_layers
@@ -28,6 +34,10 @@ VARIANTS = {  # of SaLoRA, "" being the default recipe
 }
 SVD = Recipe.ours(window=(0.5, 0.5))  # there is no step in which gates train
 RESTART = replace(SVD, canonical=False, spread=0.0)  # with a budget of 1 nothing is cut
+# LoRA with the ranks that SaLoRA found from rank 16, with these in another order among the matrices of one shape, and
+# with one rank, the three with the same draw of A. Found against shuffled says whether it matters where the rank is;
+# found against uniform, what that is worth. What is left to SaLoRA comes from training many triplets and cutting them.
+PLACEMENTS = ("-found", "-shuffled", "-uniform")
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,11 @@ class Arm:
     @property
     def is_cut(self):
         return "-to-" in self.name
+
+    @property
+    def placement(self):
+        """Of PLACEMENTS, or empty."""
+        return next((ending for ending in PLACEMENTS if self.name.endswith(ending)), "")
 
     @property
     def has_triplets(self):
@@ -61,7 +76,8 @@ def arm_of(name):
         return Arm(name, name, name)
     parts = re.fullmatch(r"(?P<word>.+?)-(?P<start>[1-9]\d*)(-to-(?P<size>\d*\.?\d+))?(?P<variant>-.+)?", name)
     word, start, size, variant = parts.group("word", "start", "size", "variant") if parts else 4 * [""]
-    recipes = {"salora": VARIANTS, "svd": {"": SVD}, "lora": {"": None, "-restart": RESTART}}.get(word, {"": None})
+    lora = {"": None, "-restart": RESTART, **dict.fromkeys(PLACEMENTS)}
+    recipes = {"salora": VARIANTS, "svd": {"": SVD}, "lora": lora}.get(word, {"": None})
     variant = variant or ""
     recipe = recipes.get(variant)
     method = "salora" if recipe else word
@@ -70,7 +86,7 @@ def arm_of(name):
         raise argparse.ArgumentTypeError(f"{name!r} is not an arm, such as lora-4, salora-16-to-4 or bitfit; methods "
                                          f"are {', '.join(METHODS)} and svd")  # fmt: skip
     family = (f"{word}-{start}" if size else word) + variant
-    return Arm(name, family, method, int(start), float(size or start), recipe)
+    return Arm(name, family, method, 16 if variant in PLACEMENTS else int(start), float(size or start), recipe)
 
 
 def nearest(arm, table):
@@ -83,6 +99,35 @@ def nearest(arm, table):
         if relatives:
             return table[min(relatives, key=lambda other: abs(other.size - arm.size)).name]
     return None
+
+
+def place_ranks(args, task, arm, seed, model):
+    """Give a model from rank 16 the ranks of an arm with a placement, from SaLoRA's row in the table of the study.
+
+    Raises ValueError where there is no such row.
+    """
+    source = f"salora-16-to-{arm.size:g}"
+    found = rows_with(args.table, task=task, arm=source, seed=seed)
+    if not found or not found[0]["ranks"]:
+        raise ValueError(f"{arm.name} needs the ranks of {source} on {task}, seed {seed}: run that arm first")
+    ranks = json.loads(found[0]["ranks"])
+    if arm.placement == "-shuffled":
+        shapes = [tuple(layer.base.weight.shape) for layer in salora_layers(model).values()]
+        ranks = shuffled(ranks, shapes, random.Random(f"shuffle {seed}"))
+    elif arm.placement == "-uniform":
+        ranks = [int(arm.size)] * len(ranks)
+    for layer, rank in zip(salora_layers(model).values(), ranks, strict=True):
+        layer.keep(torch.arange(rank))  # the first triplets of it
+
+
+def shuffled(ranks, shapes, rng):
+    """The ranks in another order, each among the matrices of its shape."""
+    ranks = list(ranks)
+    for shape in dict.fromkeys(shapes):
+        indices = [i for i, other in enumerate(shapes) if other == shape]
+        for i, rank in zip(indices, rng.sample([ranks[i] for i in indices], len(indices)), strict=True):
+            ranks[i] = rank
+    return ranks
 
 
 def ranks_of(model):

@@ -7,7 +7,7 @@ Official dev sets have 400 to 1,000 rows, which alone is a standard error of .01
 So the official *training* rows are split once and for all into rows to train on, rows to tune on, and rows to score,
 10,000 of SST-2, 3,000 of CoLA and 1,000 of MRPC. A seed draws 2,000 of the first (--rows), for 8 epochs of batches of
 32, the start and the order. Dev rows are not used. All arms have scale 2 (alpha / rank at creation) and their own
-learning rate on each task; lora-4-found and lora-4-shuffled (see transplant.py) have that of lora-4.
+learning rate on each task; lora-4-found and lora-4-shuffled have that of lora-4.
 """
 
 import random
@@ -25,7 +25,6 @@ import peers
 from cli.flags import positive
 from experiments import arms
 from experiments.study import TUNE_SEED, Study, fit
-from experiments.transplant import PLACED, place, ranks_for
 from glue.metrics import METRICS
 from glue.tasks import load_task, task_of
 from glue.tokens import batch_of, tokenizer_for
@@ -86,8 +85,8 @@ def measure(args, task, arm, seed, trial):
     torch.manual_seed(seed)
     model = SequenceClassifier(encoder, task_of(task).num_labels)
     peers.install(model, "lora", arm.start, SCALE * arm.start)
-    if arm.name in PLACED:
-        place(model, ranks_for(args, task, arm, seed, model))
+    if arm.placement:
+        arms.place_ranks(args, task, arm, seed, model)
         trial = STUDY.trial_for(args, task, arms.arm_of("lora-4"))
     batches = batches_of(rows, args.epochs, seed)
     autocast = torch.autocast("cpu", torch.bfloat16) if args.precision == "bf16" else nullcontext()
@@ -126,9 +125,8 @@ STUDY = Study(
     tasks=list(SPLIT),
     arms=ARMS,
     lowest=False,
-    trials=lambda args, task, arm: [] if arm.name in PLACED else [(5e-4,), (1e-3,), (2e-3,)],
+    trials=lambda args, task, arm: [] if arm.placement else [(5e-4,), (1e-3,), (2e-3,)],
     by_task=True,
-    arm_of=lambda name: PLACED.get(name) or arms.arm_of(name),
     equal=0.005,
     add_flags=add_flags,
     check=check,

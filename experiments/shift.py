@@ -16,7 +16,7 @@ repeats within about 0.01. The tasks:
                be learned is how frequent each word is, for which any matrix will do, so all placements of rank should
                tie: an arm that wins here wins by something other than structure.
 
-Arms are those of experiments/arms.py and transplant.py. `full` trains all of the encoder, with its embeddings, which
+Arms are those of experiments/arms.py. `full` trains all of the encoder, with its embeddings, which
 the head of the masked LM shares; `head` trains the rest of that head, which no other arm trains and no size counts.
 A seed draws the shift, the texts, the start and the order. An arm that has not been tuned in --out takes the learning
 rate and scale of TUNED. Left out: training the head or the embeddings beside adapters.
@@ -36,10 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.flags import positive
 from experiments import plots
-from experiments.arms import arm_of, nearest, ranks_of
+from experiments.arms import arm_of, nearest, place_ranks, ranks_of
 from experiments.study import Study, fit
 from experiments.tables import distinct, interval, paired, values_of
-from experiments.transplant import PLACED, place, ranks_for
 from glue import mini
 from glue.pretrain import corrupt, mini_encoder
 from glue.tokens import MiniTokenizer, collate
@@ -104,10 +103,6 @@ class Data:
         rows = sorted(rows, key=lambda row: len(row[0]))
         return [rows[i : i + size] for i in range(0, len(rows), size)]
 
-    def restart(self, seed):
-        """From here on, the same words are hidden for every arm."""
-        self.generator.manual_seed(seed)
-
     def batch_of(self, batches, model=None, device="cpu"):
         """[a batch of encoded rows] -> (the inputs of HiddenWords, the hidden words (positions,))."""
         [rows] = batches
@@ -150,9 +145,9 @@ def train(model, data, arm, lr, seed, steps, **options):
     batches = data.train
     if arm.method == "alora":
         batches, held_out = hold_out(data.train, 1)
-        data.restart(seed)
+        data.generator.manual_seed(seed)
         options["score"] = score_on(held_out, data, model)
-    data.restart(seed)
+    data.generator.manual_seed(seed)  # the same words are hidden for every arm
     return fit(model, batches, arm, lr=lr, seed=seed, steps=steps, batch_of=data.batch_of, **options)
 
 
@@ -181,8 +176,8 @@ def measure(args, task, arm, seed, trial):
     """One run: its loss, its size relative to LoRA r = 8, and its ranks."""
     lr, scale = trial
     data, model = data_of(task, seed, args.texts), model_of(arm, scale, seed)
-    if arm.name in PLACED:
-        place(model, ranks_for(args, task, arm, seed, model))
+    if arm.placement:
+        place_ranks(args, task, arm, seed, model)
     train(model, data, arm, lr, seed, args.steps)
     config = model.encoder.config
     d, m = config.hidden_size, config.intermediate_size
@@ -204,24 +199,21 @@ def default_trial(args, task, arm):
     return nearest(arm, TUNED) if arm.has_triplets else trials(args, task, arm)[3]
 
 
-def shift_arm(name):
-    return PLACED.get(name) or arm_of(name)
-
-
 def rank_of(name):
     """The size of an arm as the rank of LoRA. Arms without triplets stand beside rank 4: most are as large."""
-    arm = shift_arm(name)
+    arm = arm_of(name)
     return arm.size if arm.has_triplets else 4
 
 
 def rivals(name, names):
     """LoRA of an arm's size and of twice its size (r = 1 at least), both restarted too, and a cut without gates."""
     if name.startswith("lora"):
-        return [other for other in names if other in PLACED and other != name] if name == "lora-4-found" else []
+        return [other for other in names if name.endswith("-found") and other.endswith(("-shuffled", "-uniform"))]
     rank = rank_of(name)
-    same, double = f"{max(1, rank):g}", f"{max(1, 2 * rank):g}"
-    found = [f"lora-{same}", f"lora-{same}-restart", f"lora-{double}", f"lora-{double}-restart", f"svd-16-to-{rank:g}"]
-    return [other for other in dict.fromkeys(found) if other in names and other != name]
+    same, double = max(1, rank), max(1, 2 * rank)
+    wanted = [("lora", same), ("lora-restart", same), ("lora", double), ("lora-restart", double), ("svd-16", rank)]
+    arms = {(arm.family, arm.size): arm.name for arm in map(arm_of, names)}
+    return [arms[key] for key in dict.fromkeys(wanted) if arms.get(key, name) != name]
 
 
 def draw(rows):
@@ -235,7 +227,7 @@ def draw(rows):
         base, points = mean(losses["lora-8"].values()), {}
         for name in losses:
             gaps = [a - b for a, b in zip(*paired(losses, name, "lora-8"))]
-            if gaps and name not in PLACED:
+            if gaps:
                 points[name] = (mean(sizes[name].values()), base, mean(gaps), *interval(gaps))
         plots.draw_panel(axis, points, task)
     axes[0].set_ylabel("masked-word loss (nats)", fontsize=13)
@@ -259,7 +251,6 @@ STUDY = Study(
     steps=1000,
     trials=trials,
     default=default_trial,
-    arm_of=shift_arm,
     rivals=rivals,
     draw=draw,
     add_flags=add_flags,

@@ -9,8 +9,8 @@ import pytest
 import torch
 from strategies import installed_parameters
 
-from experiments import compare, ladder, plots, shift, transplant
-from experiments.arms import arm_of
+from experiments import compare, ladder, plots, shift
+from experiments.arms import PLACEMENTS, arm_of, shuffled
 from experiments.study import TUNE_SEED
 from glue.tasks import load_task
 from peers import METHODS
@@ -21,6 +21,7 @@ from salora import salora_layers
 D, M, LAYERS, WORDS, POSITIONS = 16, 32, 2, 130, 48  # of the small masked LM
 LORA_1 = LAYERS * (4 * 2 * D + 2 * (D + M))  # parameters
 BLOCK = 4 * (D * D + D) + 2 * D * M + M + D + 2 * 2 * D
+PLACED = [f"lora-4{placement}" for placement in PLACEMENTS]
 CLOSED_FORMS = {
     "lora-4": 4 * LORA_1,
     "adapter-h-5": installed_parameters("adapter-h", 5, LAYERS, D, M),
@@ -73,7 +74,7 @@ def test_every_arm_has_as_many_trials_and_a_default_among_them():
 
 
 def test_arms_of_one_size_are_compared_with_lora_of_that_size_and_of_twice_that():
-    names = [*shift.TUNED, *transplant.PLACED, "bitfit"]
+    names = [*shift.TUNED, *PLACED, "bitfit"]
     wanted = ["lora-4", "lora-4-restart", "lora-8", "lora-8-restart", "svd-16-to-4"]
     assert shift.rivals("salora-8-to-4", names) == shift.rivals("bitfit", names) == wanted
     assert shift.rivals("salora-16-to-.5", names) == ["lora-1", "lora-1-restart", "svd-16-to-.5"]
@@ -114,7 +115,7 @@ def test_alora_scores_ranks_on_texts_that_it_does_not_train_on_the_same_in_every
 def test_shuffled_ranks_stay_among_matrices_of_one_shape():
     shapes = ["square"] * 6 + ["wide"] * 4
     ranks = [*range(6), 10, 11, 12, 13]
-    new = transplant.shuffled(ranks, shapes, random.Random(0))
+    new = shuffled(ranks, shapes, random.Random(0))
     assert sorted(new[:6]) == ranks[:6] and sorted(new[6:]) == ranks[6:] and new != ranks
 
 
@@ -123,7 +124,7 @@ def test_transplanted_ranks_are_those_of_salora_on_the_same_seed(tiny_lm, capsys
     with pytest.raises(SystemExit):
         shift.main(["--arms", "lora-4-found", *flags])
     assert "lora-4-found needs the ranks of salora-16-to-4 on words, seed 0: run that arm" in capsys.readouterr().err
-    rows = shift.main(["--arms", "salora-16-to-4", *transplant.PLACED, *flags])
+    rows = shift.main(["--arms", "salora-16-to-4", *PLACED, *flags])
     for seed in "01":
         source, found, shuffled, uniform = (json.loads(row["ranks"]) for row in rows if row["seed"] == seed)
         assert found == source and sorted(shuffled) == sorted(source) and set(uniform) == {4}
