@@ -26,10 +26,10 @@ def flags(tiny_lm):
 
 
 @pytest.mark.parametrize("item", ITEMS)
-def test_an_item_has_a_row_for_every_arm_and_a_picture(item, flags, tmp_path):
+def test_an_item_has_a_row_for_every_arm_and_figures_are_drawn(item, flags, tmp_path):
     rows = figures.main([item, "--tasks", "words", "--arms", *ITEMS[item], *flags])
     assert [row["arm"] for row in rows] == ITEMS[item]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{item}.csv", f"{item}.png"}
+    assert (tmp_path / "out" / f"{item}.png").is_file() == (item != "table3")
     sizes = {row["arm"]: float(row["size"]) for row in rows}
     assert sizes.get("lora-2", 0.25) == 0.25 and sizes.get("salora-4-to-2", 0.25) <= 0.25
 
@@ -130,13 +130,12 @@ def test_what_is_measured_is_in_its_phase(recipe):
 
 
 @pytest.mark.parametrize("arm", ["frozen", "lora-8", *cost.PEFT])
-def test_only_the_head_and_what_an_arm_adds_train(arm):
+def test_only_the_head_and_two_factors_for_each_matrix_train(arm):
     step = cost.Stepper(arm, "tiny", 2, "cpu")
     step()
-    trained = {name for name, p in step.model.named_parameters() if p.requires_grad}
-    assert any("classifier" in name for name in trained)
-    assert {name for name in trained if "classifier" not in name and "lora_" not in name.lower()
-            and not name.endswith((".A", ".B"))} == set()  # fmt: skip
+    trained = [name for name, p in step.model.named_parameters() if p.requires_grad and "classifier" not in name]
+    assert len(trained) == (0 if arm == "frozen" else 2 * 6 * 3)
+    assert all(p.requires_grad for p in step.model.classifier.parameters())
 
 
 def test_every_arm_is_measured_once(tmp_path, monkeypatch):
