@@ -30,7 +30,7 @@ from cli.files import make_folder, read_table
 from cli.flags import Parser
 from cli.pictures import split_name
 from cli.runs import STUDY, errors_as_lines
-from experiments import arms, plots, shift, study
+from experiments import arms, plots, shift
 from hard_concrete import GAMMA, TAU, ZETA, prob_above, prob_one, prob_open, sample_gate
 from salora import salora_layers
 
@@ -57,7 +57,7 @@ def arm_of(name):
     return replace(arm, name=name)
 
 
-def tuned(arm):
+def default_trial(args, task, arm):
     """The learning rate and scale that the shift study has for an arm; at every rank SaLoRA has those of 8 to 4."""
     if arm.method == "salora":
         return shift.TUNED["salora-8-to-4-paper" if "paper" in arm.name else "salora-8-to-4"]
@@ -69,7 +69,7 @@ def tuned(arm):
 
 def measure(args, task, arm, seed, trial):
     """One run: its loss, its size, C at T_end, and the rank of every matrix."""
-    lr, scale = tuned(arm)
+    lr, scale = trial
     data, model = shift.data_of(task, seed, args.texts), shift.model_of(arm, scale, seed)
     layers = salora_layers(model)
     _, _, place = arm.name.partition("-in-")
@@ -101,9 +101,9 @@ def draw_fig5(rows):
 
 
 def item(name, arm_names, draw, **more):
-    options = {"doc": ABOUT[name], "name": name, "arms": arm_names, "draw": draw, "tasks": ["words"], **more}
+    options = {"doc": ABOUT[name], "name": name, "arms": arm_names, "draw": draw, "default_tasks": ["words"], **more}
     return replace(shift.STUDY, measure=measure, columns=["loss", "size", "C", "ranks"], more=["size", "C"],
-                   arm_of=arm_of, trials=study.no_trials, default=None, **options)  # fmt: skip
+                   arm_of=arm_of, default=default_trial, **options)  # fmt: skip
 
 
 LORAS = ["lora-1", "lora-2", "lora-4", "lora-8"]
@@ -118,7 +118,7 @@ ITEMS = {
     "fig4": item("fig4", [*LORAS[1:], "lora-16", *STARTS], draw_fig4, rivals=lora_of_size),
     "fig5": item("fig5", [*LORAS, "lora-6", *SIZES], draw_fig5, rivals=lora_of_size),
     "fig7": item("fig7", HALF, plots.ranks),
-    "table3": item("table3", ABLATION, None, tasks=["words", "reverse"], rivals=published),
+    "table3": item("table3", ABLATION, None, default_tasks=["words", "reverse"], rivals=published),
 }
 
 

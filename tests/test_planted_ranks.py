@@ -21,8 +21,8 @@ def test_planted_ranks_are_found(tmp_path):
 
 
 def test_what_salora_is_compared_with_keeps_to_the_same_budget(tmp_path):
-    flags = ["--steps", "20", "--seeds", "0", "--tasks", "maps-1", "--arms", "lora-8-svd", "lora", "--out", str(tmp_path)]
-    rows = planted_ranks.main(flags)
+    flags = ["--steps", "20", "--seeds", "0", "--tasks", "maps-1", "--out", str(tmp_path)]
+    rows = planted_ranks.main([*flags, "--arms", "lora-8-svd", "lora"])
     svd, uniform = (json.loads(row["learned"]) for row in rows)
     needed = sum(json.loads(rows[0]["planted"]))
     assert sum(svd) == needed, "triplets of equal cost: the cut spends the whole budget"
