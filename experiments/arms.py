@@ -48,15 +48,11 @@ class Arm:
     start: int | None = None  # None: a method without a size
     size: float = 0  # that of LoRA of this rank, or START of what has no triplets
     recipe: Recipe | None = None
+    placement: str = ""  # of PLACEMENTS
 
     @property
     def is_cut(self):
         return "-to-" in self.name
-
-    @property
-    def placement(self):
-        """Of PLACEMENTS, or empty."""
-        return next((ending for ending in PLACEMENTS if self.name.endswith(ending)), "")
 
     @property
     def has_triplets(self):
@@ -86,7 +82,9 @@ def arm_of(name):
         raise argparse.ArgumentTypeError(f"{name!r} is not an arm, such as lora-4, salora-16-to-4 or bitfit; methods "
                                          f"are {', '.join(METHODS)} and svd")  # fmt: skip
     family = (f"{word}-{start}" if size else word) + variant
-    return Arm(name, family, method, 16 if variant in PLACEMENTS else int(start), float(size or start), recipe)
+    if variant in PLACEMENTS:
+        return Arm(name, family, method, 16, float(start), placement=variant)
+    return Arm(name, family, method, int(start), float(size or start), recipe)
 
 
 def nearest(arm, table):

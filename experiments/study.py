@@ -103,7 +103,6 @@ class Study:
     by_task: bool = False  # whether every task has its own best trial
     arm_of: Callable = arm_of  # name -> arm, or ArgumentTypeError
     rivals: Callable = no_rivals  # rivals(name, names) -> those of the names that an arm is compared with
-    report: Callable | None = None  # report(rows) -> text; None: means and differences
     draw: Callable | None = None  # draw(rows) -> a matplotlib figure, or None where there is nothing to show yet
     add_flags: Callable | None = None  # add_flags(parser)
     check: Callable | None = None  # check(args) raises ValueError for flags that do not go together
@@ -228,7 +227,7 @@ class Study:
         done = [row for row in rows if isfinite(float(row[self.columns[0]]))]
         lost = [f"{row['arm']} on {row['task']}, seed {row['seed']}" for row in rows if row not in done]
         if done:
-            print((self.report or self.means_and_differences)(done))
+            print(self.report(done))
         if lost:
             print(f"diverged, and in no mean: {'; '.join(lost)}")
         figure = self.draw(done) if self.draw and done else None
@@ -238,7 +237,7 @@ class Study:
             print(f"see {path}")
         return rows
 
-    def means_and_differences(self, rows):
+    def report(self, rows):
         """For every task and their mean: means over seeds, differences from rivals, shares of the gap between LoRAs."""
         parts = []
         for tasks in groups(rows):

@@ -17,8 +17,12 @@ def resamples(n, times=10_000):
 
 def interval(values, level=0.95):
     """The bootstrap interval of a mean: [low, high]."""
-    means = torch.tensor(values, dtype=torch.float64)[resamples(len(values))].mean(1)
-    return means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return bounds_of(torch.tensor(values, dtype=torch.float64)[resamples(len(values))].mean(1), level)
+
+
+def bounds_of(found, level=0.95):
+    """[low, high] of what was found in resamples, a share `level` of it in between."""
+    return found.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
 
 
 def paired(values, *arms):
@@ -105,19 +109,12 @@ def gaps_closed(losses, title, low="lora-4", high="lora-8"):
     """A line an arm that is cut to the size of `low`: the share that it closes of the gap from `low` to `high`."""
     lines = [[title, "share", "95 % interval"]]
     for arm in losses:
-        if "-to-4" in arm and {low, high} <= set(losses):
-            share, bounds = share_closed(*paired(losses, low, high, arm))
-            lines.append([f"  {arm}", f"{share:.2f}", bounds])
+        if "-to-4" not in arm or not {low, high} <= set(losses):
+            continue
+        lows, highs, mine = (torch.tensor(some, dtype=torch.float64) for some in paired(losses, low, high, arm))
+        if len(lows) > 1:
+            index = resamples(len(lows))
+            shares = (lows - mine)[index].mean(1) / (lows - highs)[index].mean(1)
+            share = (lows - mine).mean() / (lows - highs).mean()
+            lines.append([f"  {arm}", f"{share:.2f}", "[{:.2f}, {:.2f}]".format(*bounds_of(shares))])
     return in_columns(lines) if len(lines) > 1 else ""
-
-
-def share_closed(low, high, ours):
-    """(share, its interval as text) of the gap between the losses `low` and `high` that `ours` closes."""
-    low, high, ours = (torch.tensor(some, dtype=torch.float64) for some in (low, high, ours))
-    share = (low - ours).mean() / (low - high).mean()
-    if len(low) < 2:
-        return share, "-"
-    index = resamples(len(low))
-    shares = (low - ours)[index].mean(1) / (low - high)[index].mean(1)
-    bounds = shares.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return share, "[{:.2f}, {:.2f}]".format(*bounds)
