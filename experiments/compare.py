@@ -58,6 +58,8 @@ BATCH = 32
 def lambda_of(reach, lr, steps):
     """SoRA's highest lambda with which all thresholds eta_t lambda_t of a run add up to `reach`."""
     total = sum(lr * lr_factor(step, steps, WARMUP) * lambda_at(step, steps, 1.0) for step in range(steps))
+    if not total:
+        raise ValueError(f"SoRA's lambda has no time to rise in {steps} steps: take more")
     return reach / total
 
 
