@@ -15,6 +15,7 @@ flags, tuning, runs that are skipped once they are done, runs that diverge, diff
         more=["size"],                                  # what a report shows beside the score
         tasks=["little", "much"],
         arms=["lora-8", "lora-4", "salora-8-to-4"],     # see experiments/arms.py
+        steps=300,
         trials=lambda args, task, arm: [(6e-3, 1), (6e-3, 2)],      # learning rates and scales that --tune tries
     )
     main = STUDY.main
@@ -66,7 +67,7 @@ def fit(model, rows, arm, *, lr, seed, steps, batch_of, batch_size=1, journal=No
 
 
 def text_of(trial):
-    return ":".join(f"{number:g}" for number in trial)
+    return ":".join(f"{number:.12g}" for number in trial)
 
 
 def trial_of(text):
