@@ -78,14 +78,6 @@ def trial_of(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not LR or LR:SCALE, such as 0.006:2") from None
 
 
-def no_trials(args, task, arm):
-    return []
-
-
-def no_rivals(arm, arms):
-    return []
-
-
 @dataclass(frozen=True)
 class Study:
     doc: str  # the text of --help
@@ -99,11 +91,11 @@ class Study:
     seeds: range | list = range(5)
     steps: int | None = None  # None: measure decides
     lowest: bool = True  # whether the lowest score is the best
-    trials: Callable = no_trials  # trials(args, task, arm) -> what --tune tries; none: there is nothing to tune
+    trials: Callable = lambda args, task, arm: []  # what --tune tries; none: there is nothing to tune
     default: Callable | None = None  # default(args, task, arm) -> the trial of an arm that was not tuned
     by_task: bool = False  # whether every task has its own best trial
     arm_of: Callable = arm_of  # name -> arm, or ArgumentTypeError
-    rivals: Callable = no_rivals  # rivals(name, names) -> those of the names that an arm is compared with
+    rivals: Callable = lambda name, names: []  # those of the names that an arm is compared with
     draw: Callable | None = None  # draw(rows) -> a matplotlib figure, or None where there is nothing to show yet
     add_flags: Callable | None = None  # add_flags(parser)
     check: Callable | None = None  # check(args) raises ValueError for flags that do not go together
