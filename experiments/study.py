@@ -78,6 +78,14 @@ def trial_of(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not LR or LR:SCALE, such as 0.006:2") from None
 
 
+def rows_of(path):
+    """The rows of a study's table. Raises ValueError for another table in its place."""
+    rows = read_table(path)
+    if rows and not {"task", "arm", "seed", "trial"} <= set(rows[0]):
+        raise ValueError(f"{path} is not a table of this version of the program: choose another --out")
+    return rows
+
+
 @dataclass(frozen=True)
 class Study:
     doc: str  # the text of --help
@@ -152,7 +160,7 @@ class Study:
                 for trial in (args.grid or trials) if trials else []:
                     key = {"task": task, "arm": arm.name, "trial": text_of(trial), "seed": TUNE_SEED}
                     self.run(args, path, key, task, arm, TUNE_SEED, trial)
-        rows = read_table(path)
+        rows = rows_of(path)
         print(f"{self.columns[0]} (trial), best first")
         for arm in distinct(rows, "arm"):
             for tasks in groups(rows):
@@ -171,7 +179,7 @@ class Study:
 
     def trial_for(self, args, task, arm):
         """The best trial of an arm, or its default. Raises ValueError where it has neither."""
-        rows = read_table(args.out / "tune.csv")
+        rows = rows_of(args.out / "tune.csv")
         tasks = [task] if self.by_task else distinct(rows, "task")
         ranked = self.ranking(rows, arm.name, tasks)
         if not self.trials(args, task, arm):
@@ -197,7 +205,7 @@ class Study:
         """
         same = {name: str(getattr(args, name)) for name in self.same}
         for name, value in same.items():
-            if any(row[name] != value for row in read_table(path)):
+            if any(row.get(name) != value for row in rows_of(path)):
                 raise ValueError(f"{path} has runs with another --{name.replace('_', '-')}: choose another --out")
         if has_row(path, **key):
             return
@@ -213,7 +221,7 @@ class Study:
 
     def show(self, args):
         """Print the report about the tasks and seeds asked for, and draw the picture. Returns their rows."""
-        rows = [row for row in read_table(args.table) if row["task"] in args.tasks]
+        rows = [row for row in rows_of(args.table) if row["task"] in args.tasks]
         rows = [row for row in rows if args.seeds is None or int(row["seed"]) in args.seeds]
         if not rows:
             raise ValueError(f"no such runs in {args.table}")
