@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 from types import ModuleType
 
-from course.exercises import COURSE, FILES, ROOT
+from course.exercises import COURSE, MODULES, ROOT
 
 PACKED = COURSE / "reference.zip"  # only in a handout: the reference's text, no secret
 
@@ -24,13 +24,13 @@ class Unusable(Exception):
 def reference_texts():
     """{file: text} of the reference: packed in a handout, the repository's own files elsewhere."""
     if not PACKED.exists():
-        return {file: (ROOT / file).read_text(encoding="utf-8") for file in FILES}
+        return {file: (ROOT / file).read_text(encoding="utf-8") for file in MODULES}
     with zipfile.ZipFile(PACKED) as packed:
-        return {file: packed.read(file).decode() for file in FILES}
+        return {file: packed.read(file).decode() for file in MODULES}
 
 
 def place_of(file, folder):
-    """Where one of the four files stands in a student's folder, in its place or at the top; None if it is not there."""
+    """The path of one of our files in a student's folder, in its place or at the top; None if it is not there."""
     places = [folder / file, folder / Path(file).name]
     return next((place for place in places if place.is_file()), None)
 
@@ -73,11 +73,11 @@ def blanked(texts, exercise):
 
 
 def graft(texts, targets, student):
-    """Puts modules into sys.modules: of the reference texts {file: text}, with functions from a student's files.
+    """Put the modules of the reference texts {file: text} into sys.modules, with functions from a student's files.
 
-    targets: {file: names of functions}. student: {file: path}. Raises Unusable where such a function cannot be had.
+    targets: {file: names of functions}. student: {file: path}. Raises Unusable if one of these functions is missing.
     """
-    for file in FILES:
+    for file in texts:
         module = ModuleType(file.removesuffix(".py").replace("/", "."))
         module.__file__ = str(ROOT / file)
         sys.modules[module.__name__] = module
