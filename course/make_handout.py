@@ -24,9 +24,9 @@ from course.exercises import EXERCISES, MODULES, ROOT, chosen
 from course.grade import grade
 from course.graft import reference_texts, stubbed
 
-COPIED = ("*.md", "*.txt", "*.toml", "*.py", "LICENSE", "assets", "cli", "course", "experiments", "glue", "hub", "peers",
-          "tests/conftest.py")  # fmt: skip
-LEFT_OUT = ("answers.md", "teaching.md", "grade.py", "judge.py", "make_handout.py", ".*", "__pycache__")  # in any folder
+COPIED = ("*.md", "*.txt", "*.toml", "*.py", "LICENSE", "assets", "cli", "course", "experiments", "glue", "hub",
+          "peers", "tests/conftest.py")  # fmt: skip
+LEFT_OUT = ("answers.md", "teaching.md", "grade.py", "judge.py", "make_handout.py", ".*", "__pycache__")
 
 
 def make_handout(out, exercises):

@@ -6,6 +6,7 @@ The first line says whose functions run. `mine()` does the same for a Python ses
 as they are: to grade, use grade.py instead.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -51,16 +52,18 @@ def written_in(folder):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or not Path(argv[0]).is_dir():
-        sys.exit(f"course/run.py needs a folder with a student's files, got {argv[0] if argv else 'nothing'}")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("folder", type=Path, help="with a student's files; all flags go to train_glue_mini.py")
+    args, flags = parser.parse_known_args(argv)
+    if not args.folder.is_dir():
+        parser.error(f"there is no folder {args.folder}")
     try:
-        print(mine(Path(argv[0]).resolve()), flush=True)
+        print(mine(args.folder.resolve()), flush=True)
     except Unusable as error:
-        sys.exit(str(error))
+        parser.error(str(error))
     import train_glue_mini  # only now: it imports what `mine` has put into place
 
-    return train_glue_mini.main(argv[1:])
+    return train_glue_mini.main(flags)
 
 
 if __name__ == "__main__":
