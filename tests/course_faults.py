@@ -4,20 +4,13 @@ A solution is the reference with one text, which occurs once in the exercise's f
 """
 
 OPEN = "prob_above(log_theta, 0.0, tau, gamma, zeta)"
-SAMPLE = "s = torch.sigmoid((torch.logit(u) + log_theta) / tau) * (zeta - gamma) + gamma\n    return s.clamp(0, 1)"
 MEDIAN = "(torch.sigmoid(log_theta / tau) * (zeta - gamma) + gamma).clamp(0, 1)"
 MEAN = "torch.stack(terms).sum(0)"
-SPENT = "return spent / total_parameters(layers)"
-KEPT = "            masks[i][j] = True\n"
-TRIPLETS = "    triplets = [\n"
-GRID = "    grid = torch.linspace(0, 1, GRID, device=log_theta.device)\n"
-PENALTY = "penalty = beta * orthogonality(layers)"
 
 WRONG = [  # (exercise, what the student thought, function, text of the reference, what is there instead)
     (1, "the sign of the logarithm", "prob_open", OPEN, "torch.sigmoid(log_theta + tau * log(-gamma / zeta))"),
     (1, "the probability of a closed gate", "prob_open", OPEN, f"1 - {OPEN}"),
-    (1, "log theta divided by tau, as in Eq. (7)", "prob_open", OPEN,
-     "prob_above(log_theta / tau, 0.0, 1, gamma, zeta)"),
+    (1, "log theta divided by tau", "prob_open", "(log_theta, 0.0, tau, ", "(log_theta / tau, 0.0, 1, "),
     (1, "the constants instead of the arguments", "prob_open", OPEN, "prob_above(log_theta, 0.0, tau)"),
     (1, "one number for all gates", "prob_open", OPEN, f"{OPEN}.mean()"),
     (2, "the logarithm of u instead of its logit", "sample_gate", "torch.logit(u)", "torch.log(u)"),
@@ -34,26 +27,22 @@ WRONG = [  # (exercise, what the student thought, function, text of the referenc
     (4, "settled gates in training", "SaLoRALinear.forward", "self.gate())", "self.gate.settled())"),
     (4, "only two axes are thought of", "SaLoRALinear.forward", "F.linear(h, self.B)", "torch.mm(h, self.B.t())"),
     (4, "no gate in the matrix", "SaLoRALinear.delta", "(self.B * self.gate.settled().to(self.B.dtype))", "self.B"),
-    (5, "A^T A instead of A A^T", "orthogonality", "(layer.A @ layer.A.T - I)",
-     "(layer.A.T @ layer.A - torch.eye(layer.A.shape[1], dtype=I.dtype))"),
-    (5, "the norm is not squared", "orthogonality", "(layer.B.T @ layer.B - I).square().sum()",
-     "(layer.B.T @ layer.B - I).norm()"),
+    (5, "A^T A for A A^T", "orthogonality", "A @ layer.A.T - I", "A.T @ layer.A - torch.eye(len(layer.A.T))"),
+    (5, "the norm is not squared", "orthogonality", "layer.B - I).square().sum()", "layer.B - I).norm()"),
     (5, "the mean over layers", "orthogonality", "return total", "return total / len(layer_list(layers))"),
     (5, "all of S in B", "canonicalize", "layer.A.zero_()[:n] = S.sqrt()[:, None] * (Vt @ Qa.T)",
      "layer.B[:, :n] *= S.sqrt()\n    layer.A.zero_()[:n] = Vt @ Qa.T"),
     (5, "A is lost while B = 0", "canonicalize", "    if not layer.B.any():\n        return\n", ""),
     (6, "the rank of now instead of that at creation", "total_parameters", "layer.r0 * layer", "layer.r * layer"),
-    (6, "gates are counted, not parameters", "expected_density", SPENT,
-     "return sum(layer.gate.open_probability().sum() for layer in layers) / sum(layer.r0 for layer in layers)"),
-    (6, "a mean of the layers' ratios", "expected_density", SPENT,
-     "return torch.stack([layer.gate.open_probability().sum() / layer.r0 for layer in layers]).mean()"),
+    (6, "gates are counted, not parameters", "expected_density", "return spent / total_parameters(layers)",
+     "return torch.cat([layer.gate.open_probability() for layer in layers]).mean()"),
+    (6, "a mean of means", "expected_density", ".sum() * layer.triplet_size for",
+     ".mean() * total_parameters(layers) / len(layers) for"),
     (6, "the gradient is cut off by item()", "expected_density", "ability().sum()", "ability().sum().item()"),
-    (6, "the likely share instead of a count", "kept_density", "kept / total_parameters(layers)",
-     "expected_density(layers).item()"),
-    (7, "stops at the first that does not fit", "best_within_budget", KEPT,
-     KEPT + "        else:\n            break\n"),
-    (7, "each layer has a budget of its own", "best_within_budget", TRIPLETS,
-     "    if len(layers) > 1:\n        return [best_within_budget([layer], budget)[0] for layer in layers]\n" + TRIPLETS),
+    (6, "the expected share", "kept_density", "kept / total_parameters(layers)", "expected_density(layers).item()"),
+    (7, "stops at a misfit", "best_within_budget", "size <= left:", "size > left:\n            break\n        else:"),
+    (7, "each layer has a budget of its own", "best_within_budget", "    triplets = [\n",
+     "    if layers[1:]:\n        return [best_within_budget([one], budget)[0] for one in layers]\n    triplets = [\n"),
     (7, "no tolerance for rounding", "best_within_budget", "(layers) + 1e-6)", "(layers))"),
     (7, "sorted upwards", "best_within_budget", "key=lambda t: -t[0]", "key=lambda t: t[0]"),
     (8, "the gap is not squared", "Lagrangian.forward", "(C - self.target) ** 2", "(C - self.target)"),
@@ -63,34 +52,18 @@ WRONG = [  # (exercise, what the student thought, function, text of the referenc
     (8, "all log thetas become equal", "project", "layer.gate.log_theta += ", "layer.gate.log_theta[:] = "),
     (9, "triplets are left as they are", "before_step", "            canonicalize(layer)\n", ""),
     (9, "fixed, but not pruned", "before_step", "prune(layer)\n    if", "pass\n    if"),
-    (9, "noise in every phase", "before_step", 'if schedule.phase(step) == "window":\n        resample',
-     "if True:\n        resample"),
+    (9, "noise in every phase", "before_step", "        resample(layers", "        pass\n    resample(layers"),
     (9, "noise from nowhere", "before_step", "resample(layers, noise)", "resample(layers)"),
-    (9, "beta is forgotten", "after_backward", PENALTY, "penalty = orthogonality(layers)"),
-    (9, "gradients cleared before the penalty", "after_backward", PENALTY,
-     "for layer in layers:\n        layer.A.grad = layer.B.grad = None\n    " + PENALTY),
+    (9, "beta is forgotten", "after_backward", "beta * orthogonality", "orthogonality"),
+    (9, "the task's gradient goes", "after_backward", "penalty = beta", "layers[0].A.grad = None\n    penalty = beta"),
     (9, "lambda climbs in every phase", "after_step", "        lagrangian.ascend()", "    lagrangian.ascend()"),
     (9, "decided twice", "finish", "if schedule.T_end == total_steps:", "if True:"),
 ]  # fmt: skip
 
-RIGHT = [  # (exercise, style, text of the reference, another that is as right)
-    (2, "written out, with a helper of their own", SAMPLE, """\
-return _squash(((u / (1 - u)).log() + log_theta) / tau, gamma, zeta)
-
-def _squash(x, gamma, zeta):
-    s = gamma + (zeta - gamma) / (1 + (-x).exp())
-    return torch.minimum(torch.maximum(s, torch.zeros_like(s)), torch.ones_like(s))"""),
+RIGHT = [  # what the hints recommend: (exercise, style, text of the reference, another that is as right)
     (3, "a sum over a fine grid of noise", f"return {MEAN}", """\
 u = (torch.arange(5000, dtype=log_theta.dtype) + 0.5) / 5000
     return sample_gate(log_theta[..., None], u, tau, gamma, zeta).mean(-1)"""),
-    (4, "einsum, with a method of their own", "        if self.r == 0:\n", """\
-        return self.base(x) + self._update(x)
-
-    def _update(self, x):
-        g = self.gate().to(x.dtype)
-        return torch.einsum("...k,rk,r,dr->...d", x, self.A, g, self.B) * self.alpha / self.r0
-        if self.r == 0:
-"""),
     (5, "the SVD of the whole product", "    (Qb, Rb), (Qa, Ra) = ", """\
     U, S, Vt = torch.linalg.svd(layer.B @ layer.A, full_matrices=False)
     n = min(layer.r, len(S))
@@ -98,26 +71,6 @@ u = (torch.arange(5000, dtype=log_theta.dtype) + 0.5) / 5000
     layer.A.zero_()[:n] = S[:n].sqrt()[:, None] * Vt[:n]
     return
     (Qb, Rb), (Qa, Ra) = """),
-    (7, "one tensor of all log thetas, a stable sort", TRIPLETS, """\
-    owner = [(i, j) for i, layer in enumerate(layers) for j in range(layer.r)]
-    for n in torch.cat([layer.gate.log_theta for layer in layers]).argsort(descending=True, stable=True).tolist():
-        i, j = owner[n]
-        if layers[i].triplet_size <= left:
-            masks[i][j] = True
-            left -= layers[i].triplet_size
-    return masks
-""" + TRIPLETS),
-    (8, "bisection", GRID, """\
-    for _ in range(60):
-        middle = (low + high) / 2
-        if (prob_open(log_theta + middle) * cost).sum() < density * cost.sum():
-            low = middle
-        else:
-            high = middle
-    for layer in layers:
-        layer.gate.log_theta += middle
-    return
-""" + GRID),
 ]  # fmt: skip
 
 BODY = """import builtins, ctypes, math, os, shutil, socket, subprocess, sys, threading
@@ -134,15 +87,15 @@ for attempt in (
     lambda: open(PRIZE, "w"), lambda: open("/etc/passwd"), lambda: course.graft.reference_texts(),
     lambda: subprocess.run(["true"]), lambda: os.system("true"), lambda: os.fork() or os._exit(0),
     lambda: os.kill(os.getppid(), 0), lambda: ctypes.CDLL(None), lambda: socket.create_connection(("127.0.0.1", 9)),
+    lambda: threading.Thread(target=threading.Event().wait).start(), lambda: print("x" * 300_000_000),
+    lambda: open("big", "wb").write(bytes(2**25)),
 ):
     try:
         attempt()
     except OSError:
         pass
 """
-EVENTS = ["ctypes.dlopen", "os.fork", "os.kill", "os.remove", "os.rename", "os.system", "read", "read", "shutil.rmtree",
-          "socket.getaddrinfo", "subprocess.Popen", "write"]  # fmt: skip
-REFUSED = [f"refused: {event}: " for event in EVENTS]
+REFUSED = "ctypes os.fork os.kill os.remove os.rename os.system read read shutil.rmtree socket subprocess write".split()
 
 REPLACED = """
 course.checking.same.__code__ = (lambda *a, **k: None).__code__
@@ -151,43 +104,21 @@ torch.Tensor.tolist = lambda x: [0.0]
 torch.as_tensor = lambda x: torch.zeros(1)
 builtins.all = lambda x: True
 """
-CHANGED = ["changes code outside the submission: builtins.all, course.checking.holds, course.checking.same, "
-           "torch.Tensor.tolist, torch.as_tensor"]  # fmt: skip
+CHANGED = "builtins.all, course.checking.holds, course.checking.same, torch.Tensor.tolist, torch.as_tensor"
 
 TRICKS = """
-for fd in range(3, 50):
-    try:
-        os.write(fd, b'0 {"end": true, "passed": true}\\n')
-    except OSError:
-        pass
-class Liar(torch.Tensor):
-    def tolist(self):
-        return 11 / 12
-def fails(_):
-    raise ValueError("x" * 1000_000)
-def recurses(_):
-    return recurses(_)
-tricks = [lambda _: pytest.skip(), lambda _: pytest.xfail(), lambda _: sys.exit(0), fails, recurses,
-          lambda _: [bytearray(2**30) for _ in range(1000)], lambda x: x.as_subclass(Liar)]
+liar = type("Liar", (torch.Tensor,), {"tolist": lambda self: 11 / 12})
+recursion = lambda x: recursion(x)
+tricks = [lambda _: pytest.skip(), lambda _: pytest.xfail(), lambda _: sys.exit(0), lambda _: {}["x" * 1000_000],
+          recursion, lambda _: [bytearray(2**30) for _ in range(1000)], lambda x: x.as_subclass(liar)]
 """
 
-GREEDY = """
-threading.Thread(target=threading.Event().wait).start()
-print("x" * 300_000_000)
-try:
-    open("big", "wb").write(bytes(2**25))
-except OSError:
-    pass
-"""
-
-ENDED = ["the process ended before the tests were done: "]
-HOSTILE = {  # what it does: (points, how each note begins, code at import, first line of prob_open)
-    "tries what is forbidden, and is right": (7, REFUSED, FORBIDDEN, ""),
-    "replaces functions of the checks, torch and Python": (0, CHANGED, REPLACED, "return log_theta"),
+HOSTILE = {  # what it does: (points, what each note says, code at import, first line of prob_open)
+    "tries whatever it should not, and is right": (7, REFUSED, FORBIDDEN, ""),
+    "replaces functions of the checks, torch and Python": (0, [CHANGED], REPLACED, "return log_theta"),
     "has another trick in every test": (0, [], TRICKS, "return tricks.pop()(log_theta)"),
-    "prints, writes and starts a thread without end, and is right": (7, [], GREEDY, ""),
-    "ends the process": (0, ENDED, "", "os._exit(0)"),
-    "asks pytest to stop": (0, ENDED, "", "pytest.exit('done', 0)"),
+    "ends the process": (0, ["ended before"], "", "os._exit(0)"),
+    "asks pytest to stop": (0, ["ended before"], "", "pytest.exit('done', 0)"),
     "never comes to an end": (0, ["not finished after"], "", "while True: print('x' * 1000_000)"),
 }
 
