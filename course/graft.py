@@ -68,8 +68,9 @@ def is_stub(node):
 
 def blanked(texts, exercise):
     """{file: text} of the reference without its answer to an exercise."""
-    words = {file: dict.fromkeys(names, exercise.stub) for file, names in exercise.targets.items()}
-    return {file: stubbed(text, words.get(file, {})) for file, text in texts.items()}
+    return texts | {
+        file: stubbed(texts[file], dict.fromkeys(names, exercise.stub)) for file, names in exercise.targets.items()
+    }
 
 
 def graft(texts, targets, student):

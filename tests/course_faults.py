@@ -1,13 +1,10 @@
-"""What students hand in: wrong solutions, right ones in another style, and submissions that are up to something.
-
-A solution is the reference with one text, which occurs once in the exercise's file, replaced by another.
-"""
+"""What students hand in: wrong solutions, right ones in another style, and submissions that are up to something."""
 
 OPEN = "prob_above(log_theta, 0.0, tau, gamma, zeta)"
 MEDIAN = "(torch.sigmoid(log_theta / tau) * (zeta - gamma) + gamma).clamp(0, 1)"
 MEAN = "torch.stack(terms).sum(0)"
 
-WRONG = [  # (exercise, what the student thought, function, text of the reference, what is there instead)
+WRONG = [  # (exercise, what the student thought, function, text that the reference has once, what is there instead)
     (1, "the sign of the logarithm", "prob_open", OPEN, "torch.sigmoid(log_theta + tau * log(-gamma / zeta))"),
     (1, "the probability of a closed gate", "prob_open", OPEN, f"1 - {OPEN}"),
     (1, "log theta divided by tau", "prob_open", "(log_theta, 0.0, tau, ", "(log_theta / tau, 0.0, 1, "),
@@ -99,12 +96,11 @@ REFUSED = "ctypes os.fork os.kill os.remove os.rename os.system read read shutil
 
 REPLACED = """
 course.checking.same.__code__ = (lambda *a, **k: None).__code__
-course.checking.holds = print
 torch.Tensor.tolist = lambda x: [0.0]
 torch.as_tensor = lambda x: torch.zeros(1)
 builtins.all = lambda x: True
 """
-CHANGED = "builtins.all, course.checking.holds, course.checking.same, torch.Tensor.tolist, torch.as_tensor"
+CHANGED = "builtins.all, course.checking.same, torch.Tensor.tolist, torch.as_tensor"
 
 TRICKS = """
 liar = type("Liar", (torch.Tensor,), {"tolist": lambda self: 11 / 12})

@@ -2,6 +2,7 @@
 
 import builtins
 import doctest
+import functools
 import importlib
 import json
 import os
@@ -19,13 +20,13 @@ from course_faults import FORBIDDEN, HOSTILE, REPLACED, RIGHT, WRONG, hostile
 from torch import nn
 
 import train_glue_mini  # noqa: F401  before a test puts other modules in place of those that it imports
-from course import grade, lesson, make_handout, run
+from course import grade, judge, lesson, make_handout, run
 from course.exercises import EXERCISES, FILES, MODULES, chosen
 from course.graft import Unusable, blanked, functions_of, graft, is_stub, reference_texts, stubbed
-from course.judge import signature
 
 COURSE, HARD = ROOT / "course", "hard_concrete.py"
 BLANKS = make_handout.blanks(EXERCISES.values())
+COMPILE = functools.cache(compile)  # most texts are the same in every test
 HALF = "def prob_open(log_theta, *rest):\n    return {}\n"
 
 
@@ -44,6 +45,7 @@ def student(tmp_path, monkeypatch):
         name = file.removesuffix(".py").replace("/", ".")
         monkeypatch.setitem(sys.modules, name, importlib.import_module(name))
     monkeypatch.setattr(sys.modules["course"], "bare_loop", sys.modules["course.bare_loop"])
+    monkeypatch.setattr("course.graft.compile", COMPILE, raising=False)
 
     def write(number, text):
         [file] = EXERCISES[number].targets
@@ -125,7 +127,6 @@ def test_a_right_solution_in_another_style_passes(number, style, old, new, stude
 
 
 def test_a_function_runs_for_all_who_call_it_and_its_neighbors_are_the_references(student):
-    """A blank and a wrong neighbor in the same file do not matter, and a helper of their own stays."""
     text = HALF.format("helper() * sample_gate(log_theta, log_theta + 0.5)") + "def helper():\n    return 2\n"
     text += "def sample_gate(*_):\n    raise NotImplementedError\ndef median_gate(*_):\n    return 7\n"
     found, zero = grafted(1, student(1, text)), torch.tensor(0.0)
@@ -214,8 +215,7 @@ def test_a_student_reads_what_a_test_states_the_equation_got_and_expected_and_ho
 
 def test_an_endless_loop_is_stopped():
     late = []
-    words = "not finished after 0.1 s: an endless loop?"
-    with pytest.raises(lesson.TooLong, match=words), lesson.limited(0.1, lambda: late.append(True)):
+    with pytest.raises(lesson.TooLong, match="after 0.1 s: an endless"), lesson.limited(0.1, lambda: late.append(True)):
         while True:
             pass
     assert late == [True]
@@ -232,19 +232,17 @@ def test_run_trains_with_functions_that_are_written_and_the_reference_for_blanks
 
 
 def test_a_class_is_graded_into_a_table_and_one_submission_into_json(tmp_path, student, capsys):
-    (tmp_path / "class" / "ann").mkdir(parents=True)
-    (tmp_path / "class" / "ann" / HARD).symlink_to(ROOT / HARD)
-    for name, text in {"bob": changed(1, *WRONG[3][3:]), "cem": hostile(FORBIDDEN + REPLACED, "", "prize")}.items():
+    (tmp_path / "class").mkdir()
+    for name, text in {"ann": changed(1, *WRONG[3][3:]), "bob": hostile(FORBIDDEN + REPLACED, "", "prize")}.items():
         student(1, text)[HARD].rename(tmp_path / "class" / f"{name}.py")
     grade.main([str(tmp_path / "class"), "--all", "--exercises", "1"])
-    head, ann, bob, cem = capsys.readouterr().out.splitlines()
-    link = "hard_concrete.py is a link or not a file, and was not read"
-    assert (head, bob) == ("submission,points,out_of,exercise_1,notes", "bob.py,6,7,6,")
-    assert ann == f'ann,0,7,0,"{link}; 1: there is no hard_concrete.py"' and cem.startswith("cem.py,0,7,0,")
-    assert "refused: os.system" in cem and "course.checking.same" in cem
-    grade.main([str(tmp_path / "class" / "ann"), "--json", "--exercises", "1"])
+    head, ann, bob = capsys.readouterr().out.splitlines()
+    assert (head, ann) == ("submission,points,out_of,exercise_1,notes", "ann.py,6,7,6,")
+    assert bob.startswith("bob.py,0,7,0,") and "refused: os.system" in bob and "course.checking.same" in bob
+    (tmp_path / HARD).symlink_to(ROOT / HARD)
+    grade.main([str(tmp_path), "--json", "--exercises", "1"])
     marks = json.loads(capsys.readouterr().out)
-    assert (marks["points"], marks["out_of"], marks["notes"]) == (0, 7, [link])
+    assert marks["points"] == 0 and marks["notes"] == ["hard_concrete.py is a link or not a file, and was not read"]
     assert "exercise 1: 0 of 7   How likely is a gate to be open?" in grade.report_of(marks)
 
 
@@ -255,7 +253,7 @@ def test_points_are_signed_tests_that_passed_in_a_process_that_came_to_its_end(t
 
     def points(*facts, key=b"key", late=False):
         lines = [json.dumps(fact) for fact in facts]
-        report.write_text("".join(f"{signature(key, line)} {line}\n" for line in lines) + "garbage\n")
+        report.write_text("".join(f"{judge.signature(key, line)} {line}\n" for line in lines) + "garbage\n")
         return grade._marks(exercise, grade._signed(report, b"key"), late, 9)["points"]
 
     assert points(*facts, end) == 1
@@ -267,8 +265,7 @@ def test_points_are_signed_tests_that_passed_in_a_process_that_came_to_its_end(t
 @pytest.mark.parametrize("what", HOSTILE)
 def test_a_hostile_submission_does_no_harm_and_ends_within_its_limit(tmp_path, what):
     points, notes, top, first = HOSTILE[what]
-    prize = tmp_path / "elsewhere" / "prize"
-    prize.parent.mkdir()
+    prize = tmp_path / "prize"
     prize.write_text("here")
     (tmp_path / HARD).write_text(hostile(top, first, prize), encoding="utf-8")
     marks = grade.grade(tmp_path, [EXERCISES[1]], limit=10 if "never" in what else 60)["exercises"]["1"]
