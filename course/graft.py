@@ -18,7 +18,7 @@ PACKED = COURSE / "reference.zip"  # only in a handout: the reference's text, no
 
 
 class Unusable(Exception):
-    """A student's file that is not there, does not run, or lacks a function. The text is for the student."""
+    """A student's file is missing, does not run, or lacks a function. The text is for the student."""
 
 
 def reference_texts():

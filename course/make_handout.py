@@ -3,10 +3,10 @@
     python course/make_handout.py ../handout                       all exercises
     python course/make_handout.py ../handout --exercises 1-4       these; all else stays as it is
 
-Where a function stands so near that it gives an answer away, its body goes as well. course/reference.zip holds the text
-of the four files as they are: the tests of one exercise need the others. It is no secret, and exercises.md says so.
-In the end the handout is checked: its files import, each exercise's tests fail because it is not written yet, and with
-the reference put back they pass.
+Functions that would give an answer away are blanked, too. course/reference.zip holds the complete files, because the
+tests of one exercise need the functions of the others; it is not a secret, and exercises.md says so. At the end the
+handout is checked: its files import, each exercise's tests fail because it is not written yet, and with the reference
+put back they pass.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def blanks(exercises):
 
 
 def check_handout(out, exercises):
-    """Raises RuntimeError where the handout does not do what it should."""
+    """Raises RuntimeError if the handout does not do what it should."""
     modules = ", ".join(file.removesuffix(".py").replace("/", ".") for file in MODULES)
     done = subprocess.run([sys.executable, "-B", "-c", f"import {modules}"], cwd=out, capture_output=True, text=True)
     if done.returncode:

@@ -18,9 +18,9 @@ from course.graft import Unusable, functions_of, graft, is_stub, place_of, refer
 
 
 def mine(folder=ROOT):
-    """Make imports from here on give the functions written in a folder, and the reference's for all others.
+    """From here on, imports give the functions that are written in a folder, and the reference's for all others.
 
-    Call it before anything is imported from the four files. Returns a line that says whose functions these are. Raises
+    Call it before anything of the repository is imported. Returns a line that says whose functions these are. Raises
     Unusable for a file that does not load.
     """
     paths, written = written_in(Path(folder))
