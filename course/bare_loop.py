@@ -2,7 +2,8 @@
 
     python course/bare_loop.py
 
-Two linear maps must learn updates of ranks 1 and 3. Each starts with 8 triplets; a quarter of the parameters may stay.
+Two linear maps must learn updates of ranks 1 and 3. Each starts with 8 triplets (a triplet is a column of B, a gate and
+a row of A), and a quarter of these parameters may stay.
 
     before T_start   every gate is held at 1: plain LoRA
     in the window    gates are random, and lambda pushes the expected density C toward the budget b
@@ -27,7 +28,7 @@ from salora import adapt, canonicalize, orthogonality, prune, salora_layers
 
 
 def before_step(layers, schedule, step, budget, noise):
-    """Before the loss: release the gates at T_start, draw noise in the window, decide and prune at T_end."""
+    """Before the loss. T_start: canonicalize layers, release gates. Window: draw noise. T_end: decide and prune."""
     if step == schedule.T_start:
         for layer in layers:
             canonicalize(layer)
