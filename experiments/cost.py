@@ -19,6 +19,7 @@ each arm in turn, so that a busy machine disturbs all of them alike.
 
 import argparse
 import os
+import signal
 import sys
 import time
 from importlib.util import find_spec
@@ -108,8 +109,8 @@ def peak_memory(arm, shape, batch_size, device):
 
 def in_processes(function, calls):
     """[function(*arguments) for arguments in calls], each in a new process, which gives memory back once it is free."""
-    processes = min(len(calls), os.cpu_count())
-    with patch.dict(os.environ, GIVE_BACK), get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+    processes, deaf = min(len(calls), os.cpu_count()), (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process
+    with patch.dict(os.environ, GIVE_BACK), get_context("spawn").Pool(processes, signal.signal, deaf, 1) as pool:
         return pool.starmap(function, calls, chunksize=1)
 
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_glue_mini
 from cli.files import make_folder, read_table
 from cli.flags import Parser
-from cli.pictures import split_name
+from cli.pictures import draw_gates, split_name
 from cli.runs import STUDY, errors_as_lines
 from experiments import arms, plots, shift
 from hard_concrete import GAMMA, TAU, ZETA, prob_above, prob_one, prob_open, sample_gate
@@ -157,22 +157,7 @@ def gates(args):
     run = args.out / "run"
     if not (run / "summary.json").is_file():
         train_glue_mini.main(["--trace", "--out", str(run)])
-    plots.gates(frames_of(read_table(run / "log.csv"), read_table(run / "trace.csv")), args.out / "gates.gif")
-
-
-def frames_of(log, trace):
-    """[(row of log.csv, {(block, matrix): P(g > 0) of its gates})], in every matrix the gates that close last first."""
-    frames = {row["step"]: (row, {}) for row in log}
-    r0, order = int(trace[0]["rank"]), {}
-    for row in reversed(trace):
-        logged, cells = frames[row["step"]]
-        where, log_theta = split_name(row["layer"]), torch.tensor(json.loads(row["log_theta"]))
-        if logged["phase"] == "window":
-            order.setdefault(where, log_theta.argsort(descending=True))
-            cells[where] = prob_open(log_theta)[order[where]].tolist()
-        else:
-            cells[where] = [1.0] * len(log_theta) + [0.0] * (r0 - len(log_theta))
-    return [(row, dict(reversed(cells.items()))) for row, cells in frames.values()]
+    draw_gates(read_table(run / "log.csv"), read_table(run / "trace.csv"), args.out / "gates.gif")
 
 
 def main(argv=None):
