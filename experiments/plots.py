@@ -58,19 +58,20 @@ def line(axis, points, label, color, marker, style="-"):
 
 def places(rows):
     """Figure 1: the loss of LoRA in one kind of matrix, in one block, and with one rank in all matrices."""
-    titles = {"lora-8-in-": "r = 8 in one kind of matrix", "lora-8-in-block-": "r = 8 in one block",
-              "lora-": "one rank in all matrices"}  # fmt: skip
+    arms = distinct(rows, "arm")
+    blocks = [arm for arm in arms if "-in-block" in arm]
+    matrices = [arm for arm in arms if "-in-" in arm and arm not in blocks]
+    others = [arm for arm in arms if "-in-" not in arm]
     figure, axes = panels(1, 3, 14, 4.6)
-    for axis, (start, title) in zip(axes, titles.items()):
+    titles = ["r = 8 in one kind of matrix", "r = 8 in one block", "one rank in all matrices"]
+    for axis, group, title in zip(axes, (matrices, blocks, others), titles):
         if axis is not axes[0]:
             axis.sharey(axes[0])
-        for arm in distinct(rows, "arm"):
-            if max((other for other in titles if arm.startswith(other)), key=len) == start:
-                middle, below, above = mean_and_bars([float(row["loss"]) for row in rows if row["arm"] == arm])
-                name = arm.removeprefix("lora-8-in-")
-                axis.errorbar(name, middle, [[below], [above]], fmt="o", ms=9, lw=2, capsize=5, color=BLUE)
-        axis.set_title(title)
-        axis.margins(x=0.15)
+        for arm in group:
+            middle, below, above = mean_and_bars([float(row["loss"]) for row in rows if row["arm"] == arm])
+            name = arm.removeprefix("lora-8-in-")
+            axis.errorbar(name, middle, [[below], [above]], fmt="o", ms=9, lw=2, capsize=5, color=BLUE)
+        axis.set(title=title, xmargin=0.15)
         axis.grid(alpha=0.3, axis="y")
     axes[0].set_ylabel(LOSS)
     return figure
