@@ -121,10 +121,7 @@ class Data:
         return total / sum(len(labels) for _, labels in self.held_out)
 
 
-@lru_cache(maxsize=2)
-def data_of(task, seed, texts):
-    """The Data of a task and seed, made once for all runs on it that follow each other."""
-    return Data(task, seed, texts)
+data_of = lru_cache(maxsize=2)(Data)  # made once for all runs of a task and seed that follow each other
 
 
 def model_of(arm, scale, seed):

@@ -15,6 +15,7 @@ flags, tuning, runs that are skipped once they are done, runs that diverge, diff
         more=["size"],                                  # what a report shows beside the score
         tasks=["little", "much"],
         arms=["lora-8", "lora-4", "salora-8-to-4"],     # see experiments/arms.py
+        steps=300,
         trials=lambda args, task, arm: [(6e-3, 1), (6e-3, 2)],      # learning rates and scales that --tune tries
     )
     main = STUDY.main
@@ -66,7 +67,7 @@ def fit(model, rows, arm, *, lr, seed, steps, batch_of, batch_size=1, journal=No
 
 
 def text_of(trial):
-    return ":".join(f"{number:g}" for number in trial)
+    return ":".join(f"{number:.12g}" for number in trial)
 
 
 def trial_of(text):
@@ -77,12 +78,12 @@ def trial_of(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not LR or LR:SCALE, such as 0.006:2") from None
 
 
-def no_trials(args, task, arm):
-    return []
-
-
-def no_rivals(arm, arms):
-    return []
+def rows_of(path):
+    """The rows of a study's table. Raises ValueError for another table in its place."""
+    rows = read_table(path)
+    if rows and not {"task", "arm", "seed", "trial"} <= set(rows[0]):
+        raise ValueError(f"{path} is not a table of this version of the program: choose another --out")
+    return rows
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,11 @@ class Study:
     seeds: range | list = range(5)
     steps: int | None = None  # None: measure decides
     lowest: bool = True  # whether the lowest score is the best
-    trials: Callable = no_trials  # trials(args, task, arm) -> what --tune tries; none: there is nothing to tune
+    trials: Callable = lambda args, task, arm: []  # what --tune tries; none: there is nothing to tune
     default: Callable | None = None  # default(args, task, arm) -> the trial of an arm that was not tuned
     by_task: bool = False  # whether every task has its own best trial
     arm_of: Callable = arm_of  # name -> arm, or ArgumentTypeError
-    rivals: Callable = no_rivals  # rivals(name, names) -> those of the names that an arm is compared with
+    rivals: Callable = lambda name, names: []  # those of the names that an arm is compared with
     draw: Callable | None = None  # draw(rows) -> a matplotlib figure, or None where there is nothing to show yet
     add_flags: Callable | None = None  # add_flags(parser)
     check: Callable | None = None  # check(args) raises ValueError for flags that do not go together
@@ -159,7 +160,7 @@ class Study:
                 for trial in (args.grid or trials) if trials else []:
                     key = {"task": task, "arm": arm.name, "trial": text_of(trial), "seed": TUNE_SEED}
                     self.run(args, path, key, task, arm, TUNE_SEED, trial)
-        rows = read_table(path)
+        rows = rows_of(path)
         print(f"{self.columns[0]} (trial), best first")
         for arm in distinct(rows, "arm"):
             for tasks in groups(rows):
@@ -178,7 +179,7 @@ class Study:
 
     def trial_for(self, args, task, arm):
         """The best trial of an arm, or its default. Raises ValueError where it has neither."""
-        rows = read_table(args.out / "tune.csv")
+        rows = rows_of(args.out / "tune.csv")
         tasks = [task] if self.by_task else distinct(rows, "task")
         ranked = self.ranking(rows, arm.name, tasks)
         if not self.trials(args, task, arm):
@@ -204,7 +205,7 @@ class Study:
         """
         same = {name: str(getattr(args, name)) for name in self.same}
         for name, value in same.items():
-            if any(row[name] != value for row in read_table(path)):
+            if any(row.get(name) != value for row in rows_of(path)):
                 raise ValueError(f"{path} has runs with another --{name.replace('_', '-')}: choose another --out")
         if has_row(path, **key):
             return
@@ -220,7 +221,7 @@ class Study:
 
     def show(self, args):
         """Print the report about the tasks and seeds asked for, and draw the picture. Returns their rows."""
-        rows = [row for row in read_table(args.table) if row["task"] in args.tasks]
+        rows = [row for row in rows_of(args.table) if row["task"] in args.tasks]
         rows = [row for row in rows if args.seeds is None or int(row["seed"]) in args.seeds]
         if not rows:
             raise ValueError(f"no such runs in {args.table}")
