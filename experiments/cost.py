@@ -115,7 +115,7 @@ def in_processes(function, calls):
 
 
 def times_of(names, shape, batch_size, rounds, device):
-    """[median seconds per step] of the arms, from interleaved rounds after two that do not count."""
+    """[median seconds per step] of the arms, from rounds in turn after two that do not count."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     steppers = [Stepper(name, shape, batch_size, device) for name in names]
     times = [[] for _ in names]
@@ -146,8 +146,8 @@ def measure(args, shape, batch_size):
         found[name] = whole_run([found[f"{name} {phase}"] for phase in PHASES], recipe().window)
     for name, (seconds, peak) in found.items():
         row = {"shape": shape, "batch_size": batch_size, "device": args.device, "arm": name, "rounds": args.rounds}
-        row |= {"ms": round(1000 * seconds, 3), "of lora-8's ms": round(seconds / found["lora-8"][0], 3)}
-        yield row | {"MiB": round(peak, 1), "of lora-8's MiB": round(peak / found["lora-8"][1], 3)}
+        row |= {"ms": round(1000 * seconds, 3), "time_ratio": round(seconds / found["lora-8"][0], 3)}
+        yield row | {"MiB": round(peak, 1), "memory_ratio": round(peak / found["lora-8"][1], 3)}
 
 
 def main(argv=None):

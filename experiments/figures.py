@@ -110,14 +110,13 @@ LORAS = ["lora-1", "lora-2", "lora-4", "lora-8"]
 PLACES = ["query", "key", "value", "out", "up", "down", "block-0", "block-1", "block-2"]
 STARTS = [f"salora-{r}-to-{r // 2}{recipe}" for recipe in ("", "-paper") for r in (2, 4, 8, 16)]
 SIZES = [f"salora-8-to-{size}{recipe}" for recipe in ("", "-paper") for size in (1, 2, 4, 6)]
-HALF = ["salora-8-to-4", "salora-8-to-4-paper"]
 ABLATION = [f"salora-8-to-4-paper{change}" for change in ("", "-lambda-0", "-beta-0")]
 ABOUT = {line.split()[0]: line.strip() for line in __doc__.splitlines() if line.startswith("    ")}
 ITEMS = {
     "fig1": item("fig1", [f"lora-8-in-{place}" for place in PLACES] + LORAS, plots.places),
     "fig4": item("fig4", [*LORAS[1:], "lora-16", *STARTS], draw_fig4, rivals=lora_of_size),
     "fig5": item("fig5", [*LORAS, "lora-6", *SIZES], draw_fig5, rivals=lora_of_size),
-    "fig7": item("fig7", HALF, plots.ranks),
+    "fig7": item("fig7", ["salora-8-to-4", "salora-8-to-4-paper"], plots.ranks),
     "table3": item("table3", ABLATION, None, default_tasks=["words", "reverse"], rivals=published),
 }
 
