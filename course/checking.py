@@ -1,4 +1,4 @@
-"""What the checks of the exercises share: `about` says whom a test is about, `same` compares, `layer_of` builds."""
+"""What the checks share: `about` names the function that a test is about, `same` compares, `layer_of` builds."""
 
 import math
 
@@ -20,17 +20,17 @@ PLAIN = (torch.Tensor, nn.Parameter, torch.Size, int, float, bool, list, tuple)
 
 
 class Different(AssertionError):
-    """What a comparison says to a student. Nothing has to be added to it."""
+    """A failed comparison, in the words that the student reads."""
 
 
 def same(got, expected, call, within=1e-6):
     """Raises Different unless numbers, lists of numbers or tensors are equal to within an absolute tolerance.
 
-    call: what was called, in the words of the code. The numbers are compared in plain Python.
+    call: what was called, as code or in words. The comparison itself is plain Python.
     """
     if got is None:
         raise Different(f"{call}\n  got      None: is a return missing?\n  expected {show(expected)}")
-    if type(got) not in PLAIN:  # also no subclass of a tensor, which could answer as it likes
+    if type(got) not in PLAIN:  # a subclass of Tensor, too, could answer as it likes
         raise Different(f"{call}\n  got      a {type(got).__name__}\n  expected {show(expected)}")
     one, other = _numbers(got), _numbers(expected)
     if _shape(got) != _shape(expected):
@@ -40,8 +40,8 @@ def same(got, expected, call, within=1e-6):
     if len(one) <= 8:
         raise Different(f"{call}\n  got      {show(got)}\n  expected {show(expected)}")
     i = next(i for i in range(len(one)) if not _near(one[i], other[i], within))
-    place = [int(index) for index in torch.unravel_index(torch.tensor(i), _shape(got))]
-    raise Different(f"{call}, at {place}\n  got      {show(one[i])}\n  expected {show(other[i])}")
+    index = [int(axis) for axis in torch.unravel_index(torch.tensor(i), _shape(got))]
+    raise Different(f"{call}, at {index}\n  got      {show(one[i])}\n  expected {show(other[i])}")
 
 
 def holds(truth, call, got, expected):
@@ -69,12 +69,12 @@ def _numbers(value):
 
 
 def show(value):
-    """Numbers to four digits behind the point, nested like their tensor."""
+    """Numbers to four decimal places, nested like their tensor."""
     if isinstance(value, torch.Tensor):
         value = value.tolist()
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(show, value))}]"
-    return f"{round(value, 4) + 0.0:.10g}"  # + 0.0 makes 0 of -0
+    return f"{round(value, 4) + 0.0:.10g}"  # + 0.0 turns -0 into 0
 
 
 def f64(value):
@@ -82,7 +82,7 @@ def f64(value):
 
 
 def numbers(*shape, seed=0, dtype=torch.float64):
-    """Normal numbers, the same for every call."""
+    """Standard normal numbers, the same in every call."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 

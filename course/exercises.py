@@ -1,7 +1,8 @@
-"""The exercises: what the student writes, where it stands in the paper, and what would give the answer away.
+"""The exercises: what students write, where it is in the paper, and what would give the answer away.
 
-A function is named as it is called inside its file: "prob_open", or "SaLoRALinear.forward" for a method. To change the
-course, change this table, the checks in course/checks/exercise_N.py and the text in exercises.md.
+Functions have the names that they have in their file: "prob_open", or "SaLoRALinear.forward" for a method. MODULES are
+the files that import each other, and so see a student's functions, in the order of their imports. To change the course,
+change this table, the checks in course/checks/exercise_N.py and the text in exercises.md.
 """
 
 import ast
@@ -11,8 +12,8 @@ from pathlib import Path
 
 COURSE = Path(__file__).resolve().parent
 ROOT = COURSE.parent
-FILES = ("hard_concrete.py", "salora.py", "budget.py", "course/bare_loop.py")  # in the order of their imports
-NOT_WRITTEN = "not written yet"
+FILES = ("hard_concrete.py", "salora.py", "budget.py", "course/bare_loop.py")  # that students write in
+MODULES = ("hard_concrete.py", "salora.py", "budget.py", "guard.py", "rank_allocator.py", "course/bare_loop.py")
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,10 @@ EXERCISES = {
                  {"budget.py": ("Lagrangian.forward", "Lagrangian.ascend", "project")}),
         Exercise(9, "Algorithm 1 in a bare loop", "Algorithm 1",
                  {"course/bare_loop.py": ("before_step", "after_backward", "after_step", "finish")},
-                 {"budget.py": ("RankAllocator.before_step", "RankAllocator.penalty", "RankAllocator.after_backward",
-                                "RankAllocator.after_step", "RankAllocator._enter_phase", "RankAllocator._release",
-                                "RankAllocator._decide")}),
+                 {"rank_allocator.py": ("RankAllocator.before_step", "RankAllocator.penalty",
+                                        "RankAllocator.after_backward", "RankAllocator.after_step",
+                                        "RankAllocator._enter_phase", "RankAllocator._release",
+                                        "RankAllocator._decide")}),
     )
 }  # fmt: skip
 

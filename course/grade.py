@@ -1,4 +1,4 @@
-"""Grade submissions with the checks of course/checks: a point for every test.
+"""Grade submissions with the checks in course/checks: one point per test.
 
     python course/grade.py FOLDER               one submission: a folder, or a single .py file
     python course/grade.py FOLDER --json        {"points": 12, "out_of": 81, "exercises": {"1": {"points": 7, ...}}}
@@ -28,7 +28,7 @@ from course.exercises import EXERCISES, FILES, chosen
 from course.graft import blanked, reference_texts
 
 LARGEST = 2**20  # bytes of a student's file, and of a report
-LIMIT = 60  # seconds an exercise: the slowest takes 2 on a quiet core
+LIMIT = 60  # seconds per exercise; the slowest takes 2 on an idle core
 
 
 def grade(submission, exercises=EXERCISES.values(), limit=LIMIT):
@@ -43,7 +43,7 @@ def grade(submission, exercises=EXERCISES.values(), limit=LIMIT):
 
 
 def _collect(submission, folder):
-    """({file: path} of copies of the files that students write in, what there is to say about them)."""
+    """({file: path} of copies of the files that students write in, notes about them)."""
     if not submission.exists():
         raise FileNotFoundError(f"there is no submission {submission}")
     student, notes = {}, []
@@ -68,14 +68,14 @@ def _collect(submission, folder):
 
 
 def _why_not(place, submission):
-    """Why a student's file cannot be read, or None."""
+    """Why a student's file is not read, or None."""
     linked = place.is_symlink() or place.resolve() != submission.resolve() / place.relative_to(submission)
     if linked or not place.is_file():
         return "is a link or not a file"
     if place.stat().st_size > LARGEST:
         return f"has more than {LARGEST} bytes"
     if not os.access(place, os.R_OK):
-        return "may not be read"
+        return "is not readable"
 
 
 def _grade_one(exercise, student, limit):
@@ -120,7 +120,7 @@ def _signed(report, key):
 
 
 def _marks(exercise, facts, late, limit):
-    """Points of one exercise: the tests that passed, in a process that came to its end and changed no tools."""
+    """Points of one exercise: the tests that passed, in a process that ran to its end and left all other code alone."""
     tests = exercise.tests()
     passed = {fact["test"] for fact in facts if fact.get("passed")} & set(tests)
     failed = {fact["test"]: fact["words"] for fact in facts if "words" in fact}
@@ -151,7 +151,7 @@ def report_of(marks):
 
 
 def write_table(root, exercises, limit, out):
-    """A line of CSV for every submission in a folder."""
+    """One line of CSV per submission in a folder."""
     numbers = [exercise.number for exercise in exercises]
     writer = csv.writer(out)
     writer.writerow(["submission", "points", "out_of", *(f"exercise_{number}" for number in numbers), "notes"])

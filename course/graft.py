@@ -12,25 +12,25 @@ import zipfile
 from pathlib import Path
 from types import ModuleType
 
-from course.exercises import COURSE, FILES, ROOT
+from course.exercises import COURSE, MODULES, ROOT
 
 PACKED = COURSE / "reference.zip"  # only in a handout: the reference's text, no secret
 
 
 class Unusable(Exception):
-    """A student's file that is not there, does not run, or lacks a function. The text is for the student."""
+    """A student's file is missing, does not run, or lacks a function. The text is for the student."""
 
 
 def reference_texts():
     """{file: text} of the reference: packed in a handout, the repository's own files elsewhere."""
     if not PACKED.exists():
-        return {file: (ROOT / file).read_text(encoding="utf-8") for file in FILES}
+        return {file: (ROOT / file).read_text(encoding="utf-8") for file in MODULES}
     with zipfile.ZipFile(PACKED) as packed:
-        return {file: packed.read(file).decode() for file in FILES}
+        return {file: packed.read(file).decode() for file in MODULES}
 
 
 def place_of(file, folder):
-    """Where one of the four files stands in a student's folder, in its place or at the top; None if it is not there."""
+    """The path of one of our files in a student's folder, in its place or at the top; None if it is not there."""
     places = [folder / file, folder / Path(file).name]
     return next((place for place in places if place.is_file()), None)
 
@@ -68,16 +68,17 @@ def is_stub(node):
 
 def blanked(texts, exercise):
     """{file: text} of the reference without its answer to an exercise."""
-    words = {file: dict.fromkeys(names, exercise.stub) for file, names in exercise.targets.items()}
-    return {file: stubbed(text, words.get(file, {})) for file, text in texts.items()}
+    return texts | {
+        file: stubbed(texts[file], dict.fromkeys(names, exercise.stub)) for file, names in exercise.targets.items()
+    }
 
 
 def graft(texts, targets, student):
-    """Puts modules into sys.modules: of the reference texts {file: text}, with functions from a student's files.
+    """Put the modules of the reference texts {file: text} into sys.modules, with functions from a student's files.
 
-    targets: {file: names of functions}. student: {file: path}. Raises Unusable where such a function cannot be had.
+    targets: {file: names of functions}. student: {file: path}. Raises Unusable if one of these functions is missing.
     """
-    for file in FILES:
+    for file in texts:
         module = ModuleType(file.removesuffix(".py").replace("/", "."))
         module.__file__ = str(ROOT / file)
         sys.modules[module.__name__] = module

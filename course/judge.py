@@ -1,4 +1,4 @@
-"""The process in which a submission is tested: one exercise, one submission, one process that ends with it.
+"""The process in which a submission is tested: one for every exercise of every submission.
 
 The fences go up before the student's file runs: no input or output, limits on memory and file size, an empty folder to
 work in, and an audit hook that refuses writing anywhere else, reading the repository's answers, starting programs,
@@ -32,7 +32,7 @@ try:
 except ImportError:  # not on Windows
     resource = None
 
-# torch completes itself on first use. Here, so that this happens before anything is watched or fenced.
+# torch imports more of itself on first use: done here, before anything is watched or fenced.
 for Optimizer in (torch.optim.Adam, torch.optim.SGD, torch.optim.AdamW):
     Optimizer([torch.zeros(1, requires_grad=True)], lr=0.1).step()
 torch.empty(1, device="meta").clone()
@@ -90,7 +90,7 @@ def judge(number, texts, student, folder, report, key):
             if witness.outcomes.keys() != set(exercise.tests()):
                 os._exit(3)  # stopped on the way
         changed = _changes(before, _callables())
-        tell(end=True, refused=sorted(set(refused))[:5], changed=changed[:5])
+        tell(end=True, refused=sorted(set(refused))[:20], changed=changed[:5])
     os._exit(0)
 
 
@@ -133,7 +133,7 @@ def _limit():
 
 
 def _fence(folder, student, refused):
-    """Refuses what a submission has no business doing, and notes it."""
+    """Refuses what a submission has no business doing, and notes the attempt."""
     own = [folder, *(path.parent for path in student.values())]
     checks = [ROOT / "course" / "checks", ROOT / "course" / "checking.py", ROOT / "tests"]
     python = [sys.prefix, sys.base_prefix, *(path for path in sys.path if path and Path(path).resolve() != ROOT)]

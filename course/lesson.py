@@ -1,9 +1,9 @@
 """A pytest plugin that runs the checks of one exercise and says in a few lines what failed.
 
     python -m pytest --exercise 3                       against the files of this folder
-    SALORA_IMPL=folder python -m pytest --exercise 3    against the files of another folder, and these for what it lacks
+    SALORA_IMPL=folder python -m pytest --exercise 3    against those of another folder; what it lacks is from here
 
-Each failed test says what it states, which function it is about, the equation, and what came out. No traceback: the
+Each failed test says what it checks, which function and equation it is about, and what came out. No traceback: the
 last line of the student's own file is enough.
 """
 

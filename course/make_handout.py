@@ -3,10 +3,10 @@
     python course/make_handout.py ../handout                       all exercises
     python course/make_handout.py ../handout --exercises 1-4       these; all else stays as it is
 
-Where a function stands so near that it gives an answer away, its body goes as well. course/reference.zip holds the text
-of the four files as they are: the tests of one exercise need the others. It is no secret, and exercises.md says so.
-In the end the handout is checked: its files import, each exercise's tests fail because it is not written yet, and with
-the reference put back they pass.
+Functions that would give an answer away are blanked, too. course/reference.zip holds the complete files, because the
+tests of one exercise need the functions of the others; it is not a secret, and exercises.md says so. At the end the
+handout is checked: its files import, each exercise's tests fail because it is not written yet, and with the reference
+put back they pass.
 """
 
 import argparse
@@ -20,16 +20,13 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from course.exercises import EXERCISES, FILES, ROOT, chosen
+from course.exercises import EXERCISES, MODULES, ROOT, chosen
 from course.grade import grade
 from course.graft import reference_texts, stubbed
 
-COPIED = ("*.md", "*.txt", "*.toml", "LICENSE", "hard_concrete.py", "salora.py", "budget.py", "tiny_transformer.py",
-          "train_glue_mini.py", "assets", "cli", "course", "experiments", "glue", "hub", "peers", "tests")  # fmt: skip
-LEFT_OUT = [  # wherever they stand: what is the teacher's, and what shows the answers
-    "answers.md", "teaching.md", "grade.py", "judge.py", "make_handout.py", "mutants.py", "test_mutants.py",
-    "test_course.py", "course_faults.py", ".*", "__pycache__",
-]  # fmt: skip
+COPIED = ("*.md", "*.txt", "*.toml", "*.py", "LICENSE", "assets", "cli", "course", "experiments", "glue", "hub",
+          "peers", "tests/conftest.py")  # fmt: skip
+LEFT_OUT = ("answers.md", "teaching.md", "grade.py", "judge.py", "make_handout.py", ".*", "__pycache__")
 
 
 def make_handout(out, exercises):
@@ -37,10 +34,12 @@ def make_handout(out, exercises):
     texts = reference_texts()
     out.mkdir(parents=True)
     for source in [path for pattern in COPIED for path in ROOT.glob(pattern)]:
+        copy = out / source.relative_to(ROOT)
         if source.is_dir():
-            shutil.copytree(source, out / source.name, ignore=shutil.ignore_patterns(*LEFT_OUT))
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
         else:
-            shutil.copy(source, out)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(source, copy)
     for file, words in blanks(exercises).items():
         (out / file).write_text(stubbed(texts[file], words), encoding="utf-8")
     with zipfile.ZipFile(out / "course" / "reference.zip", "w", zipfile.ZIP_DEFLATED) as packed:
@@ -50,7 +49,7 @@ def make_handout(out, exercises):
 
 def blanks(exercises):
     """{file: {function: what it raises}} of a handout with these exercises."""
-    words = {file: {} for file in FILES}
+    words = {file: {} for file in MODULES}
     for exercise in exercises:
         for file, names in exercise.gives_away.items():
             words[file] |= dict.fromkeys(names, f"left out: it gives away exercise {exercise.number}")
@@ -61,8 +60,8 @@ def blanks(exercises):
 
 
 def check_handout(out, exercises):
-    """Raises RuntimeError where the handout does not do what it should."""
-    modules = ", ".join(file.removesuffix(".py").replace("/", ".") for file in FILES)
+    """Raises RuntimeError if the handout does not do what it should."""
+    modules = ", ".join(file.removesuffix(".py").replace("/", ".") for file in MODULES)
     done = subprocess.run([sys.executable, "-B", "-c", f"import {modules}"], cwd=out, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the handout does not import: {done.stderr.strip().splitlines()[-1]}")

@@ -6,6 +6,7 @@ The first line says whose functions run. `mine()` does the same for a Python ses
 as they are: to grade, use grade.py instead.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from course.graft import Unusable, functions_of, graft, is_stub, place_of, refer
 
 
 def mine(folder=ROOT):
-    """Make imports from here on give the functions written in a folder, and the reference's for all others.
+    """From here on, imports give the functions that are written in a folder, and the reference's for all others.
 
-    Call it before anything is imported from the four files. Returns a line that says whose functions these are. Raises
+    Call it before anything of the repository is imported. Returns a line that says whose functions these are. Raises
     Unusable for a file that does not load.
     """
     paths, written = written_in(Path(folder))
@@ -51,16 +52,18 @@ def written_in(folder):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or not Path(argv[0]).is_dir():
-        sys.exit(f"course/run.py needs a folder with a student's files, got {argv[0] if argv else 'nothing'}")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("folder", type=Path, help="with a student's files; all flags go to train_glue_mini.py")
+    args, flags = parser.parse_known_args(argv)
+    if not args.folder.is_dir():
+        parser.error(f"there is no folder {args.folder}")
     try:
-        print(mine(Path(argv[0]).resolve()), flush=True)
+        print(mine(args.folder.resolve()), flush=True)
     except Unusable as error:
-        sys.exit(str(error))
+        parser.error(str(error))
     import train_glue_mini  # only now: it imports what `mine` has put into place
 
-    return train_glue_mini.main(argv[1:])
+    return train_glue_mini.main(flags)
 
 
 if __name__ == "__main__":

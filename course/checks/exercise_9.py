@@ -1,4 +1,4 @@
-"""Exercise 9: the four moments of Algorithm 1, in course/bare_loop.py."""
+"""Exercise 9: the four hooks of Algorithm 1, in course/bare_loop.py."""
 
 import torch
 
@@ -22,8 +22,8 @@ def noise_of(layers):
     return torch.cat([layer.gate.u for layer in layers])
 
 
-def before(layers, step, seed=3, density=0.6):
-    before_step(layers, SCHEDULE, step, density, torch.Generator().manual_seed(seed))
+def before(layers, step, seed=3, budget=0.6):
+    before_step(layers, SCHEDULE, step, budget, torch.Generator().manual_seed(seed))
 
 
 @about("before_step", "phases")
@@ -35,11 +35,14 @@ def test_before_t_start_gates_stay_open():
 
 
 @about("before_step", "phases")
-def test_at_t_start_gates_are_released():
+def test_at_t_start_triplets_are_made_independent_and_gates_are_released():
     layers = bank(free=False)
     before(layers, 2)
-    released = [layer.gate.fixed is None and layer.gate.log_theta.requires_grad for layer in layers]
+    released = [layer.gate.state == "free" and layer.gate.log_theta.requires_grad for layer in layers]
     holds(all(released), "the gates after before_step at T_start", "still held open", "released, log_theta training")
+    gram = layers[0].B.T @ layers[0].B
+    diagonal = torch.diag(gram.diagonal())
+    same(gram, diagonal, "B^T B after before_step at T_start: canonicalize makes it diagonal", within=1e-8)
 
 
 @about("before_step", "noise")
@@ -55,8 +58,9 @@ def test_every_step_of_the_window_draws_noise_from_the_generator():
 def test_at_t_end_what_does_not_fit_is_removed():
     layers = bank(free=True)
     before(layers, 5)
-    holds(all(layer.gate.fixed is not None for layer in layers), "the gates at T_end", "still free", "fixed")
-    same([layer.r for layer in layers], [2, 1], "the ranks after before_step at T_end, density 0.6")
+    states = [layer.gate.state for layer in layers]
+    holds(states == ["fixed", "fixed"], "the states of the gates at T_end", states, "fixed")
+    same([layer.r for layer in layers], [2, 1], "the ranks after before_step at T_end, budget 0.6")
     same(noise_of(layers), [0.5] * 3, "the noise at T_end: none is drawn after the window")
     before(layers, 6)
     same([layer.r for layer in layers], [2, 1], "the ranks a step later")
@@ -104,7 +108,7 @@ def test_in_the_window_log_theta_goes_down_and_lambda_up():
     same(thetas[0], [-0.5, 1.5, -1.5], "log_theta after a step of gradient 1 and lr 0.5, from [0, 2, -1]")
     same(lagrangian.lam, [0.02], "lambda after a step of gradient 0.2 and lr 0.1, from 0")
     left = [p.grad is not None and bool(p.grad.any()) for p in (*thetas, lagrangian.lam)]
-    holds(not any(left), "gradients of log_theta and lambda after after_step", "not cleared", "none or 0")
+    holds(not any(left), "the gradients of log_theta and lambda once after_step is done", "not cleared", "none or 0")
 
 
 @about("after_step", "phases")
@@ -123,7 +127,7 @@ def test_outside_of_the_window_nothing_moves():
 def test_a_window_that_lasts_to_the_end_is_decided_at_the_end():
     layers = bank(free=True)
     kept = finish(layers, GateSchedule(10, 0.2, 1.0), 10, 0.6)
-    same([layer.r for layer in layers], [2, 1], "the ranks after finish, window 0.2 to 1, density 0.6")
+    same([layer.r for layer in layers], [2, 1], "the ranks after finish, window 0.2 to 1, budget 0.6")
     same(kept, 26 / 44, "what finish returns: the kept density")
 
 
@@ -140,7 +144,7 @@ def test_otherwise_finish_only_returns_what_was_kept():
 def test_a_small_net_learns_within_its_budget():
     model, batches, loss_of = planted(steps=150)
     start = loss_of(model, batches[0]).item()
-    kept = train(model, batches, loss_of, density=0.25)
+    kept = train(model, batches, loss_of, budget=0.25)
     end = loss_of(model, batches[0]).item()
-    holds(0 < kept <= 0.25, "the kept density of train(...), density 0.25", kept, "at most 0.25, and not 0")
+    holds(0 < kept <= 0.25, "the kept density of train(..., budget=0.25)", kept, "at most 0.25, and not 0")
     holds(end < start / 2, "the loss after 150 steps", f"{end:.3f}", f"less than half of the first, {start:.3f}")
