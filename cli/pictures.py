@@ -1,6 +1,11 @@
-"""The pictures of a run: training.png, ranks.png and, with --trace, trace.png."""
+"""The pictures of a run: training.png, ranks.png and, with --trace, trace.png; and an animation of its gates."""
 
+import json
 import re
+
+import torch
+
+from hard_concrete import prob_open
 
 FEW_STEPS = 50  # of a window: in fewer, log theta moves by more than 14 / 50 per step, and ranks are chance
 
@@ -88,3 +93,64 @@ def draw_ranks(ranks, largest, path, title):
     axis.set(xlabel="block", title=title)
     figure.colorbar(image, label="rank")
     figure.savefig(path, format="png", dpi=110)
+
+
+def open_probabilities(log, trace):
+    """[(row of log.csv, {(block, matrix): P(g > 0) of its gates})], in every matrix the gates that close last first."""
+    frames = {row["step"]: (row, {}) for row in log}
+    r0, order = int(trace[0]["rank"]), {}
+    for row in reversed(trace):
+        logged, cells = frames[row["step"]]
+        where, log_theta = split_name(row["layer"]), torch.tensor(json.loads(row["log_theta"]))
+        if logged["phase"] == "window":
+            order.setdefault(where, log_theta.argsort(descending=True))
+            cells[where] = prob_open(log_theta)[order[where]].tolist()
+        else:
+            cells[where] = [1.0] * len(log_theta) + [0.0] * (r0 - len(log_theta))
+    return [(row, dict(reversed(cells.items()))) for row, cells in frames.values()]
+
+
+def draw_gates(log, trace, path):
+    """An animation of P(g > 0) of all gates, a panel a block and a row a matrix, above C over the steps.
+
+    log, trace: the rows of log.csv and trace.csv, dicts of texts.
+    """
+    from matplotlib.animation import PillowWriter
+    from matplotlib.figure import Figure
+
+    frames = open_probabilities(log, trace)
+    blocks, matrices = (list(dict.fromkeys(names)) for names in zip(*frames[0][1]))
+    steps, C = [int(row["step"]) for row in log], [float(row["C"]) for row in log]
+    window = [int(row["step"]) for row in log if row["phase"] == "window"]
+    says = {"before": "all gates are held open", "window": "the gates train", "after": "closed triplets are gone"}
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplot_mosaic([blocks, ["C"] * len(blocks)], height_ratios=[3, 1])
+    writer = PillowWriter(fps=5)
+    shown = [i for i, row in enumerate(log) if row["phase"] == "window" or i % 25 == 0]
+    with writer.saving(figure, path, dpi=100):
+        for i in shown + [len(log) - 1] * 10:  # the last one stands for two seconds
+            row, cells = frames[i]
+            figure.suptitle(f"step {row['step']} of {steps[-1]}: {says[row['phase']]}", fontsize=12)
+            for axis in axes.values():
+                axis.clear()
+            for block in blocks:
+                grid = [cells[block, matrix] for matrix in matrices]
+                draw_block(axes[block], grid, matrices if block == blocks[0] else [""] * len(grid))
+                axes[block].set_title(f"block {block}", fontsize=11)
+            axes["C"].axvspan(window[0], window[-1], color="tab:orange", alpha=0.15, lw=0)
+            axes["C"].plot(steps[: i + 1], C[: i + 1], color="tab:blue", lw=2)
+            axes["C"].set(xlim=(0, steps[-1]), ylim=(0, 1.08), xlabel="optimizer step", ylabel="density C")
+            writer.grab_frame()
+
+
+def draw_block(axis, grid, names):
+    """A row of squares for each matrix, a square for each gate, and the expected number of open gates."""
+    axis.imshow(grid, cmap="YlGnBu", vmin=0, vmax=1.2, aspect="auto")
+    axis.vlines([i + 0.5 for i in range(len(grid[0]) - 1)], -0.5, len(grid) - 0.5, color="white", lw=2)
+    axis.hlines([i + 0.5 for i in range(len(grid) - 1)], -0.5, len(grid[0]) - 0.5, color="white", lw=6)
+    axis.set_xticks([])
+    axis.set_yticks(range(len(grid)), names)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    for i, row in enumerate(grid):
+        axis.text(len(row) - 0.3, i, f"{sum(row):.0f}", va="center", fontsize=11)

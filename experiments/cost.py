@@ -19,6 +19,7 @@ each arm in turn, so that a busy machine disturbs all of them alike.
 
 import argparse
 import os
+import signal
 import sys
 import time
 from importlib.util import find_spec
@@ -108,13 +109,13 @@ def peak_memory(arm, shape, batch_size, device):
 
 def in_processes(function, calls):
     """[function(*arguments) for arguments in calls], each in a new process, which gives memory back once it is free."""
-    processes = min(len(calls), os.cpu_count())
-    with patch.dict(os.environ, GIVE_BACK), get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+    processes, deaf = min(len(calls), os.cpu_count()), (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process
+    with patch.dict(os.environ, GIVE_BACK), get_context("spawn").Pool(processes, signal.signal, deaf, 1) as pool:
         return pool.starmap(function, calls, chunksize=1)
 
 
 def times_of(names, shape, batch_size, rounds, device):
-    """[median seconds per step] of the arms, from interleaved rounds after two that do not count."""
+    """[median seconds per step] of the arms, from rounds in turn after two that do not count."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     steppers = [Stepper(name, shape, batch_size, device) for name in names]
     times = [[] for _ in names]
@@ -145,8 +146,8 @@ def measure(args, shape, batch_size):
         found[name] = whole_run([found[f"{name} {phase}"] for phase in PHASES], recipe().window)
     for name, (seconds, peak) in found.items():
         row = {"shape": shape, "batch_size": batch_size, "device": args.device, "arm": name, "rounds": args.rounds}
-        row |= {"ms": round(1000 * seconds, 3), "of lora-8's ms": round(seconds / found["lora-8"][0], 3)}
-        yield row | {"MiB": round(peak, 1), "of lora-8's MiB": round(peak / found["lora-8"][1], 3)}
+        row |= {"ms": round(1000 * seconds, 3), "time_ratio": round(seconds / found["lora-8"][0], 3)}
+        yield row | {"MiB": round(peak, 1), "memory_ratio": round(peak / found["lora-8"][1], 3)}
 
 
 def main(argv=None):

@@ -8,9 +8,8 @@ reviews (Li et al. 2018), one sentence a line: sentiment.dev.0 and .1 to train o
 and .1 to hold out. Adapters go into the seven linear maps of every layer.
 
 A seed draws the sentences of a batch, their order and the start; the held-out sentences are always the same. Tuning
-uses seed 100 and 300 sentences that are neither trained on nor reported; an arm that was not tuned takes the learning
-rate of its family, or of LoRA, at the nearest size. Losses are in nats a word, computed in fp32. A word is a token, and
-the end of a sentence counts as one. Left out: packing, and tuning the scale (alpha / rank at creation), which is 2.
+uses 300 sentences that are neither trained on nor reported; an arm that was not tuned takes the learning rate of its
+family, or of LoRA, at the nearest size. Losses are in nats per token, in fp32. Left out: packing, other scales.
 """
 
 import argparse

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_glue_mini
 from cli.files import make_folder, read_table
 from cli.flags import Parser
-from cli.pictures import split_name
+from cli.pictures import draw_gates, split_name
 from cli.runs import STUDY, errors_as_lines
 from experiments import arms, plots, shift
 from hard_concrete import GAMMA, TAU, ZETA, prob_above, prob_one, prob_open, sample_gate
@@ -110,14 +110,13 @@ LORAS = ["lora-1", "lora-2", "lora-4", "lora-8"]
 PLACES = ["query", "key", "value", "out", "up", "down", "block-0", "block-1", "block-2"]
 STARTS = [f"salora-{r}-to-{r // 2}{recipe}" for recipe in ("", "-paper") for r in (2, 4, 8, 16)]
 SIZES = [f"salora-8-to-{size}{recipe}" for recipe in ("", "-paper") for size in (1, 2, 4, 6)]
-HALF = ["salora-8-to-4", "salora-8-to-4-paper"]
 ABLATION = [f"salora-8-to-4-paper{change}" for change in ("", "-lambda-0", "-beta-0")]
 ABOUT = {line.split()[0]: line.strip() for line in __doc__.splitlines() if line.startswith("    ")}
 ITEMS = {
     "fig1": item("fig1", [f"lora-8-in-{place}" for place in PLACES] + LORAS, plots.places),
     "fig4": item("fig4", [*LORAS[1:], "lora-16", *STARTS], draw_fig4, rivals=lora_of_size),
     "fig5": item("fig5", [*LORAS, "lora-6", *SIZES], draw_fig5, rivals=lora_of_size),
-    "fig7": item("fig7", HALF, plots.ranks),
+    "fig7": item("fig7", ["salora-8-to-4", "salora-8-to-4-paper"], plots.ranks),
     "table3": item("table3", ABLATION, None, default_tasks=["words", "reverse"], rivals=published),
 }
 
@@ -157,22 +156,7 @@ def gates(args):
     run = args.out / "run"
     if not (run / "summary.json").is_file():
         train_glue_mini.main(["--trace", "--out", str(run)])
-    plots.gates(frames_of(read_table(run / "log.csv"), read_table(run / "trace.csv")), args.out / "gates.gif")
-
-
-def frames_of(log, trace):
-    """[(row of log.csv, {(block, matrix): P(g > 0) of its gates})], in every matrix the gates that close last first."""
-    frames = {row["step"]: (row, {}) for row in log}
-    r0, order = int(trace[0]["rank"]), {}
-    for row in reversed(trace):
-        logged, cells = frames[row["step"]]
-        where, log_theta = split_name(row["layer"]), torch.tensor(json.loads(row["log_theta"]))
-        if logged["phase"] == "window":
-            order.setdefault(where, log_theta.argsort(descending=True))
-            cells[where] = prob_open(log_theta)[order[where]].tolist()
-        else:
-            cells[where] = [1.0] * len(log_theta) + [0.0] * (r0 - len(log_theta))
-    return [(row, dict(reversed(cells.items()))) for row, cells in frames.values()]
+    draw_gates(read_table(run / "log.csv"), read_table(run / "trace.csv"), args.out / "gates.gif")
 
 
 def main(argv=None):

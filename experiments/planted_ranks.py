@@ -3,15 +3,15 @@
     python experiments/planted_ranks.py                                      a bank of 16 linear maps of 32 x 32
     python experiments/planted_ranks.py --tasks transformer --seeds 0 1 2    the tiny encoder with its word scores
 
-Every matrix of the teacher has an update of a planted rank from 0 to 8. The student sees only the teacher's outputs,
-in the tasks maps-.1 and maps-1 with noise of that standard deviation, where outputs are near 1. It may keep exactly as
-many parameters as the teacher's updates need. Arms:
+Every matrix of the teacher has an update of a planted rank from 0 to 8. The student sees only the teacher's outputs, in
+maps-.1 and maps-1 with noise of that standard deviation, and may keep as many parameters as those updates need. Arms:
 
     salora-8, salora-8-paper    SaLoRA from rank 8, by the default recipe and by the published one
     lora-8-svd                  LoRA of rank 8, cut by singular values to the same budget after training
     lora                        LoRA of one rank in all matrices, the largest that fits the budget
 
-and, if --arms names them, salora-8 with one decision taken differently, and the rungs of experiments/ladder.py.
+and, if --arms names them, salora-8 with one decision taken differently, and the rungs of experiments/ladder.py (a name
+that means nothing lists all).
 """
 
 import argparse

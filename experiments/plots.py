@@ -12,12 +12,12 @@ BLACK, GRAY, BLUE, SKY = "#000000", "#999999", "#0072B2", "#56B4E9"  # colors of
 GREEN, ORANGE, RED = "#009E73", "#E69F00", "#D55E00"  # can tell apart
 FAMILIES = {  # arms whatever their size: label, color, marker, line
     "lora": ("LoRA", BLACK, "s", "-"),
-    "lora-restart": ("LoRA, learning rate restarted", GRAY, "D", "--"),
-    "salora-8": ("SaLoRA from r = 8", GREEN, "X", "-"),
-    "salora-16": ("SaLoRA from r = 16", BLUE, "o", "-"),
-    "salora-32": ("SaLoRA from r = 32", SKY, "P", "-"),
-    "svd-16": ("cut by SVD from r = 16, no gates", ORANGE, "^", "--"),
-    "salora-8-paper": ("SaLoRA as published", RED, "v", ":"),
+    "lora-restart": ("LoRA, restarted", GRAY, "D", "--"),
+    "salora-8": ("SaLoRA from r=8", GREEN, "X", "-"),
+    "salora-16": ("SaLoRA from r=16", BLUE, "o", "-"),
+    "salora-32": ("SaLoRA from r=32", SKY, "P", "-"),
+    "svd-16": ("SVD cut, no gates", ORANGE, "^", "--"),
+    "salora-8-paper": ("SaLoRA, published", RED, "v", ":"),
 }
 METHODS = {  # arms whatever their ranks: label, color, marker
     "lora": ("LoRA", BLACK, "s"),
@@ -58,19 +58,20 @@ def line(axis, points, label, color, marker, style="-"):
 
 def places(rows):
     """Figure 1: the loss of LoRA in one kind of matrix, in one block, and with one rank in all matrices."""
-    titles = {"lora-8-in-": "r = 8 in one kind of matrix", "lora-8-in-block-": "r = 8 in one block",
-              "lora-": "one rank in all matrices"}  # fmt: skip
+    arms = distinct(rows, "arm")
+    blocks = [arm for arm in arms if "-in-block" in arm]
+    matrices = [arm for arm in arms if "-in-" in arm and arm not in blocks]
+    others = [arm for arm in arms if "-in-" not in arm]
     figure, axes = panels(1, 3, 14, 4.6)
-    for axis, (start, title) in zip(axes, titles.items()):
+    titles = ["r = 8 in one kind of matrix", "r = 8 in one block", "one rank in all matrices"]
+    for axis, group, title in zip(axes, (matrices, blocks, others), titles):
         if axis is not axes[0]:
             axis.sharey(axes[0])
-        for arm in distinct(rows, "arm"):
-            if max((other for other in titles if arm.startswith(other)), key=len) == start:
-                middle, below, above = mean_and_bars([float(row["loss"]) for row in rows if row["arm"] == arm])
-                name = arm.removeprefix("lora-8-in-")
-                axis.errorbar(name, middle, [[below], [above]], fmt="o", ms=9, lw=2, capsize=5, color=BLUE)
-        axis.set_title(title)
-        axis.margins(x=0.15)
+        for arm in group:
+            middle, below, above = mean_and_bars([float(row["loss"]) for row in rows if row["arm"] == arm])
+            name = arm.removeprefix("lora-8-in-")
+            axis.errorbar(name, middle, [[below], [above]], fmt="o", ms=9, lw=2, capsize=5, color=BLUE)
+        axis.set(title=title, xmargin=0.15)
         axis.grid(alpha=0.3, axis="y")
     axes[0].set_ylabel(LOSS)
     return figure
@@ -170,48 +171,3 @@ def draw_panel(axis, points, title):
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [f"1/{1 / size:.0f}" if size < 1 else "1" for size in sizes])
     axis.set(title=title, xlabel="adapter parameters, relative to LoRA r = 8")
-
-
-def gates(frames, path):
-    """Write an animation of P(g > 0) of all gates, a panel a block and a row a matrix, above C over the steps.
-
-    frames: [(row of log.csv, {(block, matrix): P(g > 0) of its gates})].
-    """
-    from matplotlib.animation import PillowWriter
-    from matplotlib.figure import Figure
-
-    blocks, matrices = (list(dict.fromkeys(names)) for names in zip(*frames[0][1]))
-    steps, C = [int(row["step"]) for row, _ in frames], [float(row["C"]) for row, _ in frames]
-    window = [int(row["step"]) for row, _ in frames if row["phase"] == "window"]
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.subplot_mosaic([blocks, ["C"] * len(blocks)], height_ratios=[3, 1])
-    writer = PillowWriter(fps=5)
-    says = {"before": "all gates are held open", "window": "the gates train", "after": "closed triplets are gone"}
-    shown = [i for i, (row, _) in enumerate(frames) if row["phase"] == "window" or i % 25 == 0]
-    with writer.saving(figure, path, dpi=100):
-        for i in shown + [len(frames) - 1] * 10:  # the last one stands for two seconds
-            row, cells = frames[i]
-            figure.suptitle(f"step {row['step']} of {steps[-1]}: {says[row['phase']]}", fontsize=12)
-            for axis in axes.values():
-                axis.clear()
-            for block in blocks:
-                grid = [cells[block, matrix] for matrix in matrices]
-                draw_gates(axes[block], grid, matrices if block == blocks[0] else [""] * len(grid))
-                axes[block].set_title(f"block {block}", fontsize=11)
-            axes["C"].axvspan(window[0], window[-1], color="tab:orange", alpha=0.15, lw=0)
-            axes["C"].plot(steps[: i + 1], C[: i + 1], color="tab:blue", lw=2)
-            axes["C"].set(xlim=(0, steps[-1]), ylim=(0, 1.08), xlabel="optimizer step", ylabel="density C")
-            writer.grab_frame()
-
-
-def draw_gates(axis, grid, names):
-    """A row of squares for each matrix, one a gate, and how many gates are open."""
-    axis.imshow(grid, cmap="YlGnBu", vmin=0, vmax=1.2, aspect="auto")
-    axis.vlines([i + 0.5 for i in range(len(grid[0]) - 1)], -0.5, len(grid) - 0.5, color="white", lw=2)
-    axis.hlines([i + 0.5 for i in range(len(grid) - 1)], -0.5, len(grid[0]) - 0.5, color="white", lw=6)
-    axis.set_xticks([])
-    axis.set_yticks(range(len(grid)), names)
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    for i, row in enumerate(grid):
-        axis.text(len(row) - 0.3, i, f"{sum(row):.0f}", va="center", fontsize=11)

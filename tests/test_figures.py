@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cli import pictures
 from experiments import cost, figures, plots
 from rank_allocator import Recipe
 from salora import salora_layers
@@ -86,10 +87,10 @@ def trace_of(log_thetas):
 def test_the_gates_that_close_last_come_first_and_those_that_are_gone_stay_closed(tmp_path):
     log, trace = trace_of([("before", [0.0, 0.0, 0.0]), ("window", [1.0, 2.0, 3.0]), ("window", [-9.0, 9.0, 0.0]),
                            ("after", [9.0])])  # fmt: skip
-    before, first, last, after = (cells[0, "up"] for _, cells in figures.frames_of(log, trace))
+    before, first, last, after = (cells[0, "up"] for _, cells in pictures.open_probabilities(log, trace))
     assert before == [1, 1, 1] and after == [1, 0, 0]
     assert first == figures.prob_open(torch.tensor([2.0, 3.0, 1.0])).tolist() and last == sorted(last, reverse=True)
-    figures.plots.gates(figures.frames_of(log, trace), tmp_path / "gates.gif")
+    pictures.draw_gates(log, trace, tmp_path / "gates.gif")
     assert (tmp_path / "gates.gif").read_bytes()[:4] == b"GIF8"
 
 
@@ -146,7 +147,7 @@ def test_every_arm_is_measured_once(tmp_path, monkeypatch):
     flags = ["--shapes", "tiny", "--batches", "2", "3", "--out", str(tmp_path)]
     rows = cost.main(flags)
     assert [row["arm"] for row in rows] == 2 * [*cost.ARMS, *cost.PEFT, *cost.RECIPES]
-    assert {row["of lora-8's ms"] for row in rows} == {"1.0"} and cost.main(flags) == rows
+    assert {row["time_ratio"] for row in rows} == {"1.0"} and cost.main(flags) == rows
 
 
 def test_memory_is_measured_where_free_memory_goes_back_at_once():
