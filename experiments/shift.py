@@ -24,7 +24,6 @@ rate and scale of TUNED. Left out: training the head or the embeddings beside ad
 
 import random
 import sys
-from contextlib import redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 from statistics import mean
@@ -126,8 +125,7 @@ data_of = lru_cache(maxsize=2)(Data)  # made once for all runs of a task and see
 
 def model_of(arm, scale, seed):
     """The pre-trained masked LM with what an arm trains; its own weights stay frozen."""
-    with redirect_stdout(None):
-        model, _ = load_pretrained(mini_encoder(), head=HiddenWords)
+    model, _ = load_pretrained(mini_encoder(), head=HiddenWords)
     torch.manual_seed(seed)
     model.lm_head.requires_grad_(arm.method == "head")
     install(model, arm.method, arm.start, scale * (arm.start or 0))
