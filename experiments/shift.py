@@ -26,7 +26,6 @@ import random
 import sys
 from functools import lru_cache
 from pathlib import Path
-from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +36,6 @@ from cli.flags import positive
 from experiments import plots
 from experiments.arms import arm_of, nearest, place_ranks, ranks_of
 from experiments.study import Study, fit
-from experiments.tables import distinct, interval, paired, values_of
 from glue import mini
 from glue.pretrain import corrupt, mini_encoder
 from glue.tokens import MiniTokenizer, collate
@@ -211,25 +209,6 @@ def rivals(name, names):
     return [arms[key] for key in dict.fromkeys(wanted) if arms.get(key, name) != name]
 
 
-def draw(rows):
-    """Loss against size, a panel a task. Bars are intervals of the difference from LoRA r = 8 of the same seed."""
-    tasks = [task for task in distinct(rows, "task") if "lora-8" in values_of(rows, "loss", task)]
-    if not tasks:
-        return None
-    figure, axes = plots.panels(1, len(tasks), 1 + 4.6 * len(tasks), 4.8)
-    for axis, task in zip(axes, tasks):
-        losses, sizes = values_of(rows, "loss", task), values_of(rows, "size", task)
-        base, points = mean(losses["lora-8"].values()), {}
-        for name in losses:
-            gaps = [a - b for a, b in zip(*paired(losses, name, "lora-8"))]
-            if gaps:
-                points[name] = (mean(sizes[name].values()), base, mean(gaps), *interval(gaps))
-        plots.draw_panel(axis, points, task)
-    axes[0].set_ylabel("masked-word loss (nats)", fontsize=13)
-    axes[0].legend(fontsize=12)
-    return figure
-
-
 def add_flags(parser):
     parser.add_argument("--texts", type=positive, default=8000, metavar="N", help="to train on (default 8000)")
 
@@ -247,7 +226,7 @@ STUDY = Study(
     trials=trials,
     default=default_trial,
     rivals=rivals,
-    draw=draw,
+    draw=plots.loss_by_size,
     add_flags=add_flags,
     same=("steps", "texts"),
 )
