@@ -137,14 +137,16 @@ class Study:
         args = parser.parse_args(argv)
         if TUNE_SEED in (args.seeds or []):
             parser.error(f"--seeds: {TUNE_SEED} is the seed for tuning")
+        if args.grid and not args.tune:
+            parser.error("--grid is what --tune tries: it needs --tune")
         args.tasks = args.tasks or list(self.default_tasks or self.tasks)
-        args.arms = args.arms or [self.arm_of(name) for name in self.arms]
         args.table = args.out / f"{self.name}.csv"
         with errors_as_lines(parser, hint=STUDY):
             if self.check:
                 self.check(args)
             if args.report:
-                return self.show(args)
+                return self.show(args, args.arms)
+            args.arms = args.arms or [self.arm_of(name) for name in self.arms]
             make_folder(args.out)
             if args.tune:
                 return self.tune(args)
@@ -219,10 +221,14 @@ class Study:
         append(path, {**key, "trial": text_of(trial), **values, **same, "seconds": seconds})
         print(f"{', '.join(map(str, key.values()))}: {values[self.columns[0]]:.4f}{said}, {seconds:.0f} s", flush=True)
 
-    def show(self, args):
-        """Print the report about the tasks and seeds asked for, and draw the picture. Returns their rows."""
+    def show(self, args, arms=None):
+        """Print the report about the tasks and seeds asked for, and draw the picture. Returns their rows.
+
+        arms: those that it is about; None: all.
+        """
         rows = [row for row in rows_of(args.table) if row["task"] in args.tasks]
         rows = [row for row in rows if args.seeds is None or int(row["seed"]) in args.seeds]
+        rows = [row for row in rows if arms is None or row["arm"] in [arm.name for arm in arms]]
         if not rows:
             raise ValueError(f"no such runs in {args.table}")
         done = [row for row in rows if isfinite(float(row[self.columns[0]]))]

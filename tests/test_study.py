@@ -109,6 +109,7 @@ def test_report_and_picture_are_about_the_tasks_and_seeds_asked_for(study, tmp_p
     rows = study.main(["--tasks", "a", "--seeds", "1", "2", *out])
     assert {(row["task"], row["seed"]) for row in rows} == {("a", "1"), ("a", "2")}
     assert {row["seed"] for row in study.main(["--tasks", "a", "--report", *out])} == {"0", "1", "2"}
+    assert {row["arm"] for row in study.main(["--arms", "lora-4", "--report", *out])} == {"lora-4"}
     assert "mean of a and b: loss" in capsys.readouterr().out
     drawn = []
     replace(study, draw=lambda rows: drawn.extend(rows) or Figure()).main(["--report", "--tasks", "b", *out])
@@ -121,6 +122,7 @@ def test_report_and_picture_are_about_the_tasks_and_seeds_asked_for(study, tmp_p
     (["--tasks", "c"], "invalid choice: 'c'"),
     (["--grid", "fast"], "'fast' is not LR or LR:SCALE, such as 0.006:2"),
     (["--tune", "--report"], "not allowed with"),
+    (["--grid", ".1"], "--grid is what --tune tries: it needs --tune"),
     (["--precision", "bf16"], "unrecognized arguments: --precision bf16"),
     (["--steps", "0"], "expected a whole number above 0"),
     (["--report"], "no such runs in"),
