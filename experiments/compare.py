@@ -87,9 +87,7 @@ def measure(args, task, arm, seed, trial):
 
 def model_of(arm, task, seed):
     """(the tiny encoder with a new head and what an arm trains, rows of sentences -> rows of token ids)"""
-    with redirect_stdout(None):
-        folder = mini_encoder()
-    encoder, _ = load_pretrained(folder)
+    encoder, _ = load_pretrained(mini_encoder())
     torch.manual_seed(seed_of(seed, "weights"))
     model = SequenceClassifier(encoder, task_of(task).num_labels)
     install(model, arm.method, arm.start, max(16, 2 * (arm.start or 0)))

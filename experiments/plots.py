@@ -2,11 +2,12 @@
 
 import json
 import re
+from collections import defaultdict
 from statistics import mean
 
 from cli.pictures import rank_grid
 from experiments.arms import arm_of
-from experiments.tables import distinct, interval
+from experiments.tables import distinct, interval, paired, values_of
 
 BLACK, GRAY, BLUE, SKY = "#000000", "#999999", "#0072B2", "#56B4E9"  # colors of Okabe and Ito, which the color-blind
 GREEN, ORANGE, RED = "#009E73", "#E69F00", "#D55E00"  # can tell apart
@@ -160,14 +161,32 @@ def methods(points, label, lower):
     return figure
 
 
-def draw_panel(axis, points, title):
-    """Loss against size, a line a family. points: {arm: (size, loss of lora-8, difference from it, its interval)}."""
-    for name, style in FAMILIES.items():
-        some = [points[arm] for arm in points if arm_of(arm).family == name]
-        if some:
-            line(axis, [(size, base + gap, gap - low, high - gap) for size, base, gap, low, high in some], *style)
-    smallest = min(size for size, *_ in points.values())
-    sizes = [size for size in (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1) if smallest < 1.4 * size]
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(sizes, [f"1/{1 / size:.0f}" if size < 1 else "1" for size in sizes])
-    axis.set(title=title, xlabel="adapter parameters, relative to LoRA r = 8")
+def loss_by_size(rows):
+    """Loss against size, a panel a task and a line a family; None without lora-8, with which arms are compared.
+
+    Bars are intervals of the difference from lora-8 over the same seeds.
+    """
+    tasks = [task for task in distinct(rows, "task") if "lora-8" in values_of(rows, "loss", task)]
+    if not tasks:
+        return None
+    figure, axes = panels(1, len(tasks), 1 + 4.6 * len(tasks), 4.8)
+    for axis, task in zip(axes, tasks):
+        losses, sizes = values_of(rows, "loss", task), values_of(rows, "size", task)
+        points = defaultdict(list)
+        for arm in losses:
+            gaps = [a - b for a, b in zip(*paired(losses, arm, "lora-8"))]
+            if gaps:
+                gap, below, above = mean_and_bars(gaps)
+                y = mean(losses["lora-8"].values()) + gap
+                points[arm_of(arm).family].append((mean(sizes[arm].values()), y, below, above))
+        for family, style in FAMILIES.items():
+            if points[family]:
+                line(axis, points[family], *style)
+        smallest = min(x for some in points.values() for x, *_ in some)
+        ticks = [size for size in (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1) if smallest < 1.4 * size]
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [f"1/{1 / size:.0f}" if size < 1 else "1" for size in ticks])
+        axis.set(title=task, xlabel="adapter parameters, relative to LoRA r = 8")
+    axes[0].set_ylabel(LOSS)
+    axes[0].legend(fontsize=12)
+    return figure

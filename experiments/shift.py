@@ -24,10 +24,8 @@ rate and scale of TUNED. Left out: training the head or the embeddings beside ad
 
 import random
 import sys
-from contextlib import redirect_stdout
 from functools import lru_cache
 from pathlib import Path
-from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +36,6 @@ from cli.flags import positive
 from experiments import plots
 from experiments.arms import arm_of, nearest, place_ranks, ranks_of
 from experiments.study import Study, fit
-from experiments.tables import distinct, interval, paired, values_of
 from glue import mini
 from glue.pretrain import corrupt, mini_encoder
 from glue.tokens import MiniTokenizer, collate
@@ -126,8 +123,7 @@ data_of = lru_cache(maxsize=2)(Data)  # made once for all runs of a task and see
 
 def model_of(arm, scale, seed):
     """The pre-trained masked LM with what an arm trains; its own weights stay frozen."""
-    with redirect_stdout(None):
-        model, _ = load_pretrained(mini_encoder(), head=HiddenWords)
+    model, _ = load_pretrained(mini_encoder(), head=HiddenWords)
     torch.manual_seed(seed)
     model.lm_head.requires_grad_(arm.method == "head")
     install(model, arm.method, arm.start, scale * (arm.start or 0))
@@ -213,25 +209,6 @@ def rivals(name, names):
     return [arms[key] for key in dict.fromkeys(wanted) if arms.get(key, name) != name]
 
 
-def draw(rows):
-    """Loss against size, a panel a task. Bars are intervals of the difference from LoRA r = 8 of the same seed."""
-    tasks = [task for task in distinct(rows, "task") if "lora-8" in values_of(rows, "loss", task)]
-    if not tasks:
-        return None
-    figure, axes = plots.panels(1, len(tasks), 1 + 4.6 * len(tasks), 4.8)
-    for axis, task in zip(axes, tasks):
-        losses, sizes = values_of(rows, "loss", task), values_of(rows, "size", task)
-        base, points = mean(losses["lora-8"].values()), {}
-        for name in losses:
-            gaps = [a - b for a, b in zip(*paired(losses, name, "lora-8"))]
-            if gaps:
-                points[name] = (mean(sizes[name].values()), base, mean(gaps), *interval(gaps))
-        plots.draw_panel(axis, points, task)
-    axes[0].set_ylabel("masked-word loss (nats)", fontsize=13)
-    axes[0].legend(fontsize=12)
-    return figure
-
-
 def add_flags(parser):
     parser.add_argument("--texts", type=positive, default=8000, metavar="N", help="to train on (default 8000)")
 
@@ -249,7 +226,7 @@ STUDY = Study(
     trials=trials,
     default=default_trial,
     rivals=rivals,
-    draw=draw,
+    draw=plots.loss_by_size,
     add_flags=add_flags,
     same=("steps", "texts"),
 )

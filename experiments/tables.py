@@ -44,13 +44,15 @@ def groups(rows):
 
 def values_of(rows, column, *tasks):
     """{arm: {seed: value}} of a column, as the mean over the tasks, of what has run on all of them."""
-    found = defaultdict(lambda: defaultdict(list))
+    found = defaultdict(list)
     for row in rows:
         if row["task"] in tasks:
-            found[row["arm"]][int(row["seed"])].append(float(row[column]))
-    whole = {arm: {seed: mean(some) for seed, some in seeds.items() if len(some) == len(tasks)}
-             for arm, seeds in found.items()}  # fmt: skip
-    return {arm: seeds for arm, seeds in whole.items() if seeds}
+            found[row["arm"], int(row["seed"])].append(float(row[column]))
+    values = defaultdict(dict)
+    for (arm, seed), some in found.items():
+        if len(some) == len(tasks):
+            values[arm][seed] = mean(some)
+    return dict(values)
 
 
 def in_columns(lines):
@@ -63,7 +65,9 @@ def in_columns(lines):
 
 
 def number(x):
-    return f"{x:,.0f}" if x >= 100 else f"{x:.4f}" if x == 0 or abs(x) >= 0.001 else f"{x:.1e}"
+    if x >= 100:
+        return f"{x:,.0f}"
+    return f"{x:.4f}" if x == 0 or abs(x) >= 0.001 else f"{x:.1e}"
 
 
 def means(values, title, more):
