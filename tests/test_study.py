@@ -1,6 +1,5 @@
 """The engine of the studies: no run is done twice, tuning keeps to itself, and what reports say is right."""
 
-import csv
 from argparse import ArgumentTypeError
 from dataclasses import replace
 from math import inf
@@ -11,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+from cli.files import read_table
 from experiments import tables
 from experiments.arms import arm_of, nearest
 from experiments.study import TUNE_SEED, Study
@@ -59,17 +59,12 @@ def study(runs):
     )
 
 
-def rows_of(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_every_run_is_a_row_and_none_is_done_twice(study, runs, tmp_path, capsys):
     out = ["--out", str(tmp_path / "new" / "folder")]
     study.main([*out, "--seeds", "1"])
     rows = study.main(out)
     assert runs.asked == [(task, arm, seed, 0.1) for seed in (1, 0) for task in "ab" for arm in study.arms]
-    assert rows == rows_of(tmp_path / "new" / "folder" / "fake.csv") and len(rows) == 8
+    assert rows == read_table(tmp_path / "new" / "folder" / "fake.csv") and len(rows) == 8
     assert list(rows[0]) == ["task", "arm", "seed", "trial", "loss", "size", "steps", "seconds"]
     assert study.main([*out, "--report"]) == rows and len(runs.asked) == 8
     assert "b, salora-8-to-4, 0: 2.0000" in capsys.readouterr().out, "each run says how it went"
