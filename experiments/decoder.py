@@ -33,7 +33,7 @@ from salora import adapt
 
 SCALE = 2  # alpha / rank at creation
 HELD_OUT, TUNING, LONGEST = 1000, 300, 64  # sentences to report, sentences to tune on, and tokens of a sentence
-EVAL_BATCH = 16  # rows: with 190 words each, and 49,152 logits for each of them, 600 MB
+EVAL_BATCH = 16  # rows: with 63 words each, and 49,152 logits for each of them, 200 MB
 
 
 @lru_cache(maxsize=1)

@@ -163,6 +163,8 @@ class Study:
                     key = {"task": task, "arm": arm.name, "trial": text_of(trial), "seed": TUNE_SEED}
                     self.run(args, path, key, task, arm, TUNE_SEED, trial)
         rows = rows_of(path)
+        if not rows:
+            raise ValueError("nothing to tune: none of these arms has trials")
         print(f"{self.columns[0]} (trial), best first")
         for arm in distinct(rows, "arm"):
             for tasks in groups(rows):

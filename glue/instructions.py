@@ -24,11 +24,6 @@ def new_sentence(rng):
     return f"{mini.say(mini.new_scene(rng), rng)} {opinion}", bool(praise)
 
 
-def instruction(sentence, praise):
-    """To turn a sentence into praise or blame."""
-    return f"more {'positive' if praise else 'negative'} : {sentence}"
-
-
 def answer_to(sentence):
     """The grammar's own: every opinion becomes its opposite."""
     return " ".join(OPPOSITE.get(word, word) for word in sentence.split())
@@ -73,8 +68,8 @@ class InstructionTokenizer(MiniTokenizer):
         self.size = len(self.words)
 
     def prompt(self, sentence, praise):
-        """The instruction as token ids, up to where the answer begins."""
-        return self.encode_pair(instruction(sentence, praise), None, 64)[0]
+        """The instruction to turn a sentence into praise or blame, up to where the answer begins: token ids."""
+        return self.encode_pair(f"more {'positive' if praise else 'negative'} : {sentence}", None, 64)[0]
 
 
 def texts_to_read(n, seed=0):

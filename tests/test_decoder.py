@@ -12,10 +12,9 @@ from conftest import DECODER_WORDS
 
 from experiments import decoder
 from experiments.arms import arm_of
-from experiments.study import TUNE_SEED, fit
+from experiments.study import TUNE_SEED
 from glue.decoder import batch_of
-from hub.decoder import TARGETS, load_decoder
-from salora import adapt
+from hub.decoder import load_decoder
 
 pytest.importorskip("transformers")
 NAMES = ["sentiment.dev.0", "sentiment.dev.1", "sentiment.test.0", "sentiment.test.1"]
@@ -52,24 +51,6 @@ def test_the_loss_is_the_mean_that_a_loop_over_all_words_gives(tiny_decoder, mon
     assert decoder.loss_of(model, rows()) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
     inputs, labels = batch_of(rows())
     assert F.cross_entropy(model(*inputs), labels).item() == pytest.approx(sum(losses) / len(losses), rel=1e-4)
-
-
-def test_only_adapters_of_the_seven_maps_train_and_they_lower_the_loss(tiny_decoder):
-    model, _ = load_decoder(tiny_decoder)
-    loss = decoder.loss_of(model, rows())
-    adapt(model, TARGETS, 4, alpha=8)
-    fit(model, decoder.in_batches(rows(), 8, 0), arm_of("lora-4"), lr=1e-2, seed=0, steps=30,
-        batch_of=lambda batches, *rest: batch_of(batches[0], *rest))  # fmt: skip
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {name.split(".")[-2] for name in trained} == set(TARGETS) and len(trained) == 2 * 7 * 2
-    assert decoder.loss_of(model, rows()) < 0.9 * loss
-
-
-def test_a_seed_decides_which_sentences_share_a_batch():
-    batches = decoder.in_batches(rows(), 4, 0)
-    assert sorted(sum(batches, []), key=repr) == sorted(rows(), key=repr)
-    lengths = [len(ids) for batch in batches for ids, _ in batch]
-    assert lengths == sorted(lengths) and batches != decoder.in_batches(rows(), 4, 1)
 
 
 def test_held_out_sentences_and_those_to_tune_on_are_not_trained_on(flags, tmp_path, tiny_decoder, monkeypatch):

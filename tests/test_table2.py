@@ -9,7 +9,7 @@ import torch
 
 from experiments import table2
 from glue import decoder, mini
-from glue.instructions import FAULTS, InstructionTokenizer, answer_to, faults_of, new_sentence, sentiment, texts_to_read
+from glue.instructions import FAULTS, InstructionTokenizer, answer_to, faults_of, new_sentence, sentiment
 from hub.roberta import save_pretrained
 from tiny_transformer import TinyTransformer
 
@@ -44,14 +44,6 @@ def test_the_judge_accepts_the_grammars_answers_alone():
 ])  # fmt: skip
 def test_the_judge_finds_no_sentiment_in_what_the_world_does_not_say(text):
     assert sentiment(text) is None and sentiment(f"the old dog chased the sad cat in the yard . {text}") is None
-
-
-def test_a_decoder_reads_nothing_of_the_instructions_but_their_words():
-    tokenizer, texts = InstructionTokenizer(), texts_to_read(500)
-    assert not any("more" in text.split() for pair in texts for text in pair if text)
-    assert all(tokenizer.unknown not in tokenizer.encode_pair(*pair, 70)[0] for pair in texts)
-    ids = tokenizer.prompt("the film was bad .", True)
-    assert [tokenizer.words[i] for i in ids] == "<s> more positive : the film was bad . </s>".split()
 
 
 def small_decoder():
@@ -98,7 +90,8 @@ def test_adapters_keep_to_their_size_and_lower_the_loss_of_held_out_answers(tmp_
     monkeypatch.setattr(table2, "LONGEST", 6)
     table2.data_of.cache_clear()
     arms = ["untuned", "lora-8", "lora-4", "salora-16-to-4"]
-    rows = table2.main(["--arms", *arms, "--seeds", "0", "--steps", "10", "--rows", "64", "--out", str(tmp_path / "out")])
+    flags = ["--seeds", "0", "--steps", "10", "--rows", "64", "--out", str(tmp_path / "out")]
+    rows = table2.main(["--arms", *arms, *flags])
     table2.data_of.cache_clear()
     found = {row["arm"]: row for row in rows}
     sizes = [float(found[arm]["size"]) for arm in arms]
