@@ -64,7 +64,7 @@ def test_runs_end_at_their_size_and_are_drawn_against_it(tiny_lm, tmp_path):
     assert len({row["loss"] for row in rows}) == len(rows), "seeds and arms differ"
     assert [row["trial"] for row in rows[:2]] == ["0.006:4", "0.012:2"], "the tuned ones"
     assert (tmp_path / "out" / "shift.png").stat().st_size > 5000
-    assert plots.loss_by_size([row for row in rows if row["arm"] != "lora-8"]) is None, "there is nothing to compare with"
+    assert plots.loss_by_size([row for row in rows if row["arm"] != "lora-8"]) is None, "nothing to compare with"
 
 
 def test_arms_of_one_size_are_compared_with_lora_of_that_size_and_of_twice_that():
