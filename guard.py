@@ -148,11 +148,11 @@ class Guard:
 
     def check_scaler(self):
         """A GradScaler cannot be found through what it scales, but it is on the stack when it calls optimizer.step."""
-        self.looked_for_scaler = True
         for frame, _ in walk_stack(None):
             scaler = frame.f_locals.get("self")
             if isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled():
                 raise RuntimeError(NO_SCALER)
+        self.looked_for_scaler = True
 
     def check_processes(self):
         """Adapters that differ between processes would get ranks that differ."""
