@@ -65,7 +65,7 @@ EQUATIONS = {  # what stands in @pytest.mark.equation("8") -> the place in the c
     "canonical": "salora.py, canonicalize: B <- U S^1/2 and A <- S^1/2 V^T with U S V^T = B A",
     "prune": "salora.py, prune: triplets whose settled gate is 0 go, and no output changes",
     "merge": "salora.py, merge: W <- W + (alpha / r0) B diag(g) A with settled gates",
-    "adapter file": "hub/adapters.py, adapter_state and load_adapter_state: everything but W, and it comes back exactly",
+    "adapter file": "hub/adapters.py, adapter_state and load_adapter_state: all but W, and it comes back exactly",
     # The budget
     "11": "budget.py, Eq. (11): C = sum_i E||G_i||_0 (d_i + k_i) / sum_i r_i (d_i + k_i)",
     "12": "budget.py, Eq. (12): loss + beta R_orth + lambda (C - b)^2, down for A, B and log theta, up for lambda >= 0",
@@ -123,17 +123,8 @@ def tiny_weights(tmp_path_factory):
     from tiny_transformer import TinyTransformer, TransformerConfig
 
     torch.manual_seed(0)
-    config = TransformerConfig(
-        vocab_size=130,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=48,
-        type_vocab_size=2,
-        hidden_dropout_prob=0.1,
-        initializer_range=0.2,
-    )
+    sizes = dict(vocab_size=130, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = TransformerConfig(**sizes, max_position_embeddings=48, type_vocab_size=2, initializer_range=0.2)
     folder = tmp_path_factory.mktemp("weights")
     save_pretrained(TinyTransformer(config), folder)
     return folder

@@ -1,4 +1,4 @@
-"""Training loops that are not the main job's, for test_allocator.py, and stand-ins for what is refused."""
+"""Training loops that are not the main job's, and stand-ins for what is refused: for test_allocator and test_guard."""
 
 import copy
 
@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_leaves
 
-from budget import RankAllocator, Recipe, kept_density
+from budget import kept_density
+from rank_allocator import RankAllocator, Recipe
 from salora import adapt, merge, salora_layers
 
 STEPS, T_START, T_END = 20, 4, 10
@@ -32,11 +33,11 @@ def conv_net():
 class Run:
     """A model, an optimizer, an allocator, a scheduler and batches, the same numbers every time."""
 
-    def __init__(self, build=mlp, density=0.5, make=torch.optim.AdamW, recipe=OURS, **flags):
+    def __init__(self, build=mlp, budget=0.5, make=torch.optim.AdamW, recipe=OURS, **flags):
         torch.manual_seed(0)
         self.model, shape = build()
         self.optimizer = make([p for p in self.model.parameters() if p.requires_grad], lr=0.01, **flags)
-        self.allocator = RankAllocator(self.model, self.optimizer, STEPS, density, recipe)
+        self.allocator = RankAllocator(self.model, self.optimizer, STEPS, budget, recipe)
         self.scheduler = LambdaLR(self.optimizer, self.allocator.lr_factor)
         self.parts = [self.model, self.optimizer, self.allocator, self.scheduler]
         self.layers = list(salora_layers(self.model).values())
@@ -59,14 +60,14 @@ class Run:
             self.scheduler.step()
         return self
 
-    def do(self, moments):
+    def do(self, hooks):
         """B, A, S: before_step and a gradient, after_backward, after_step. O: optimizer.step. F: finish. D: a state."""
         a = self.allocator
         calls = {"B": lambda: a.before_step(a.step), "A": a.after_backward, "O": self.optimizer.step,
                  "S": a.after_step, "F": a.finish, "D": a.state_dict}  # fmt: skip
-        for moment in moments:
-            calls[moment]()
-            if moment == "B":
+        for hook in hooks:
+            calls[hook]()
+            if hook == "B":
                 self.loss(self.batches[0]).backward()
 
     def snapshot(self):
@@ -74,8 +75,8 @@ class Run:
         a, parameters = self.allocator, list(self.model.parameters())
         state = [a.step, a.C_end, a.noise.get_state(), a.gate_optimizer.state_dict(), a.lagrangian.state_dict()]
         flags = [[p.requires_grad for p in parameters], [layer.allocating for layer in self.layers]]
-        torch_states = [self.model.state_dict(), self.optimizer.state_dict(), [p.grad for p in parameters]]
-        return tree_leaves(copy.deepcopy([state, flags, torch_states]))
+        tensors = [self.model.state_dict(), self.optimizer.state_dict(), [p.grad for p in parameters]]
+        return tree_leaves(copy.deepcopy([state, flags, tensors]))
 
 
 def prepared(parameters, lr):
@@ -97,19 +98,19 @@ def assert_refused(run, call, match, errors=(RuntimeError, ValueError)):
     assert_same(run.snapshot(), before)
 
 
-def assert_finished(allocator, model, call, density):
+def assert_finished(allocator, model, call, budget):
     """C was b at T_end, what is kept fits b, and merging changes no output."""
-    assert abs(allocator.C_end - density) <= 1e-5, f"C is {allocator.C_end}, but should be {density}"
-    assert kept_density(allocator.layers) <= density
+    assert abs(allocator.C_end - budget) <= 1e-5, f"C is {allocator.C_end}, but should be {budget}"
+    assert kept_density(allocator.layers) <= budget
     outputs = call(model.eval()).detach()
     assert_close(call(merge(copy.deepcopy(model))).detach(), outputs, 64)
 
 
-def llama_under_trainer(folder, density=0.5, **arguments):
-    """(trainer, allocator): micro-batches, clipping, dropout, and the callback that the README shows."""
+def llama_under_trainer(folder, budget=0.5, **arguments):
+    """(trainer, allocator): micro-batches, clipping, dropout, and the callback of hub/trainer.py."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    from trainer_callback import RankCallback
+    from hub.trainer import RankCallback
 
     torch.manual_seed(0)
     shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
@@ -121,7 +122,7 @@ def llama_under_trainer(folder, density=0.5, **arguments):
     args = transformers.TrainingArguments(folder, **{**defaults, **arguments})
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    allocator = RankAllocator(model, optimizer, args.max_steps, density, OURS)
+    allocator = RankAllocator(model, optimizer, args.max_steps, budget, OURS)
     scheduler = LambdaLR(optimizer, allocator.lr_factor)
     trainer = transformers.Trainer(model, args, train_dataset=rows, eval_dataset=rows[:4],
                                    optimizers=(optimizer, scheduler), callbacks=[RankCallback(allocator)])  # fmt: skip

@@ -3,11 +3,13 @@
 Hypothesis draws structure and edge values; bulk tensors come from a drawn seed through torch.Generator.
 """
 
+from contextlib import contextmanager
+
 import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from salora import SaLoRALinear
+from salora import SaLoRALinear, salora_layers
 
 # A sum of n products errs by about n eps relative to its largest terms; the factor leaves room for a few such sums in
 # a row, as in x A^T B^T. Algebra is checked in float64; float32 shows that the plain dtype works as well.
@@ -21,6 +23,27 @@ def assert_close(actual, expected, inner=1):
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, but should be {tuple(expected.shape)}"
     worst = float((actual - expected).detach().abs().max()) if expected.numel() else 0.0
     assert worst <= tolerance, f"differs by {worst:.3g}, expected at most {tolerance:.3g}\n{actual}\n{expected}"
+
+
+@contextmanager
+def row(*words):
+    """A failure inside says which row of a table it is about."""
+    try:
+        yield
+    except BaseException as error:  # pytest's "did not raise" is not an Exception
+        error.add_note(f"in the row {words}")
+        raise
+
+
+@contextmanager
+def unchanged(model):
+    """What happens inside leaves every parameter, its name and whether it trains as they were."""
+    before = {name: (p, p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
+    yield
+    after = dict(model.named_parameters())
+    assert list(before) == list(after)
+    for name, (p, value, trains) in before.items():
+        assert after[name] is p and torch.equal(p, value) and p.requires_grad == trains, name
 
 
 seeds = st.integers(0, 2**31 - 1)
@@ -84,6 +107,34 @@ def naive_forward(layer, x, gates):
             h.append(sum(w * v for w, v in zip(W[i], row)) + b[i] + layer.alpha / layer.r0 * update)
         rows.append(h)
     return torch.tensor(rows, dtype=x.dtype)
+
+
+class Net(nn.Module):
+    """A model that is not ours: one linear layer used under two names, one inside a list, and others."""
+
+    def __init__(self, seed=None):
+        super().__init__()
+        if seed is not None:
+            torch.manual_seed(seed)
+        self.body = nn.ModuleList([nn.Linear(6, 10), nn.Linear(10, 6, bias=False)])
+        self.shared = nn.Linear(6, 6)
+        self.alias = nn.Sequential(self.shared, nn.Tanh())
+        self.conv = nn.Conv1d(1, 1, 3)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.body[1](torch.tanh(self.body[0](x)))
+        return self.head(self.alias(self.shared(x)))
+
+
+def randomize(model, seed=0):
+    """Give every adapter of a model a B and free gates at random: some open, some closed, some between."""
+    g = generator(seed)
+    for layer in salora_layers(model).values():
+        layer.B.data.normal_(generator=g)
+        layer.gate.release()
+        layer.gate.log_theta.data.normal_(generator=g).mul_(3)
+    return model
 
 
 def installed_parameters(method, size, layers, d, m):
