@@ -161,6 +161,7 @@ def plans(draw):
 
 @given(plans(), seeds)
 @example(plan=([(1, 1)], 1, 1 - 1e-16, 1, Recipe.ours(window=(0.0, 0.0))), seed=0)
+@example(plan=([(4, 3), (2, 5)], 4, 0.3, 9, Recipe.ours(window=(0.0, 1.0))), seed=0)
 def test_any_recipe_on_any_shapes_has_its_phases_on_time_and_never_overspends(plan, seed):
     shapes, r, budget, steps, recipe = plan
     most = budget + 1e-6  # 0.29 x 12,800 is 3,711.9999... in floats, and 3,712 are allowed
