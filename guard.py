@@ -98,7 +98,8 @@ class Guard:
         step, total_steps = self.allocator.step, self.allocator.total_steps
         if step != total_steps:
             raise RuntimeError(f"finish() after {step} of {total_steps} steps: run all of them first")
-        self.check_gates(step)
+        if self.check_gates(step) != "free":
+            self.check_kept(self.allocator.kept_end)
         self.check_parts()
         self.check_processes()
         self.due = "nothing more"

@@ -174,7 +174,6 @@ class RankAllocator:
         """After the last step. Without it the adapter cannot be merged, saved or exported."""
         self.guard.finish()
         self._enter_phase()
-        self.guard.check_kept(self.kept_end)
         for layer in self.layers.values():
             layer.allocating = False
 

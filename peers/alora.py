@@ -83,7 +83,7 @@ class ALoRA(Allocator):
             scores[i, j] = everything - without + alone
         return scores
 
-    def plan(self, scores):
+    def choose(self, scores):
         """(ranks to close, matrices to open one in, a matrix as often as it gets one): equally many of both."""
         gates = [layer.gate.fixed for layer in self.layers.values()]
         worst = sorted(scores, key=scores.get)
@@ -98,7 +98,7 @@ class ALoRA(Allocator):
 
     @torch.no_grad()
     def move(self):
-        close, receivers = self.plan(self.importance())
+        close, receivers = self.choose(self.importance())
         layers = list(self.layers.values())
         gates = [layer.gate.fixed.clone() for layer in layers]
         for i in receivers:

@@ -313,7 +313,7 @@ def test_alora_closes_the_worst_and_opens_where_none_was_closed(data):
         layer.gate.fix(torch.tensor(mask).float())
     ranks = [(i, j) for i, mask in enumerate(masks) for j, on in enumerate(mask) if on]
     scores = {rank: data.draw(st.floats(-5, 5)) for rank in ranks}
-    close, receivers = loop.allocator.plan(scores)
+    close, receivers = loop.allocator.choose(scores)
     assert len(close) == len(receivers) <= max(1, round(alora.CLOSED * len(ranks)))
     losers = {i for i, _ in close}
     assert not losers & set(receivers)
@@ -332,7 +332,7 @@ def test_alora_opens_ranks_afresh_so_that_opening_changes_no_output():
     moments = [loop.optimizer.state[p][name] for p in (layer.A, layer.B) for name in ("exp_avg", "exp_avg_sq")]
     for moment in moments:  # as if all ranks of the layer had been open before
         moment.fill_(1.0)
-    loop.allocator.plan = lambda scores: ([(1, 0)], [0])
+    loop.allocator.choose = lambda scores: ([(1, 0)], [0])
     closed, old_A = copy.deepcopy(loop.model), layer.A.clone()
     loop.allocator.move()
     assert open_counts(loop) == [3, 1]
