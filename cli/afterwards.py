@@ -17,7 +17,7 @@ from hub.peft import export_peft
 from hub.roberta import hub_name, save_pretrained
 from hub.tokenizers import copy_tokenizer
 from peers import METHODS
-from salora import merge
+from salora import merge, salora_layers
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def export(settings, folder, summary):
         raise ValueError(f"--method {settings.method} adds modules to the encoder, which no checkpoint has room for")
     model, _ = reopen(settings, folder, summary)
     written = {}
-    if summary["ranks"]:
+    if salora_layers(model):
         names = partial(hub_name, model_type=model.encoder.config.model_type)
         export_peft(model, folder / "peft", names, base_model=settings.weights, task_type="SEQ_CLS")
         written["peft"] = str(folder / "peft")

@@ -24,8 +24,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text):
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or float(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    if float(text) >= LARGEST:
+        raise argparse.ArgumentTypeError(f"expected a number below {LARGEST:g}, got {text!r}")
     return int(text)
 
 

@@ -42,8 +42,8 @@ def runs_of(args, parser):
         raise ValueError(f"--seed takes different numbers below 10^9, got {' '.join(map(str, args.seed))}")
     tasks = list(MINI_TASKS) if args.task == "all" else [args.task]
     pairs = [(task, seed) for task in tasks for seed in args.seed]
+    folder = new_folder(args, len(pairs) > 1)  # refused before an encoder is pre-trained, which settle may do
     settled = [settle(argparse.Namespace(**{**vars(args), "task": task, "seed": seed})) for task, seed in pairs]
-    folder = new_folder(args, len(pairs) > 1)
     if len(pairs) == 1:
         return [(settled[0], folder, None)]
     return [(settings, folder / f"{settings.task}-s{settings.seed}", None) for settings in settled]

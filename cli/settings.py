@@ -30,13 +30,14 @@ def settle(args):
     method, official = METHODS[args.method], args.task in TASKS
     settings = argparse.Namespace(**vars(args))
     settings.device = device_of(args.device or "auto")
-    weights = args.weights or mini_encoder(device=settings.device)
-    settings.weights = str(Path(weights).resolve())  # so that --evaluate and --resume find it from anywhere
 
     given = {f.name: getattr(args, f.name) for f in fields(Recipe) if getattr(args, f.name) is not None}
     given |= {"window": tuple(args.window)} if args.window else {}
     given.pop("dropout", None)  # not a matter of the gates: see below
     settings.decisions = RECIPES[args.recipe or "ours"](**given)
+
+    weights = args.weights or mini_encoder(device=settings.device)  # all that can be refused before has been
+    settings.weights = str(Path(weights).resolve())  # so that --evaluate and --resume find it from anywhere
 
     defaults = {"lr": method.lr[official], "warmup": settings.decisions.warmup}
     if not args.steps:
@@ -77,6 +78,8 @@ def check_flags(args):
     if args.max_length < LEAST_LENGTH:
         room = "room for four special tokens and a word of both sentences"
         raise ValueError(f"--max-length must be at least {LEAST_LENGTH}, {room}, got {args.max_length}")
+    if args.dropout is not None and len(args.dropout) > 2:
+        raise ValueError(f"--dropout takes one rate or two, got {len(args.dropout)}")
     if args.weights is None and args.task not in MINI_TASKS:
         raise ValueError(f"task {args.task} needs --weights DIR, the checkpoint of a RoBERTa or BERT encoder")
 
@@ -90,8 +93,6 @@ def dropout_rates(args, recipe, weights):
         config = read_config(Path(weights))
         return [config.hidden_dropout_prob, config.attention_probs_dropout_prob]
     rates = rates if isinstance(rates, list) else [rates]
-    if len(rates) > 2:
-        raise ValueError(f"--dropout takes one rate or two, got {len(rates)}")
     return rates * 2 if len(rates) == 1 else rates
 
 
@@ -118,11 +119,13 @@ def read_settings(folder, device=None, **changes):
         raise FileNotFoundError(f"no settings.json in {folder}; expected the folder of a run") from None
     damaged = ValueError(f"{folder}/settings.json is damaged, or of another version of this program")
 
-    def refuse(message):
+    def refuse(*_):
         raise damaged
 
+    if "weights" not in found:  # or the tiny encoder would be pre-trained before it is refused
+        raise damaged
     parser = build_parser()
-    parser.error = refuse
+    parser.error = parser.print_help = refuse
     args = parser.parse_args(flags_of({**found, "device": "cpu"}))
     args.seed = args.seed[0]
     args.device = "cpu"
