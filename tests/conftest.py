@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,12 @@ def tiny_decoder(tmp_path_factory):
     config = transformers.LlamaConfig(**shape, **heads, initializer_range=0.3, bos_token_id=1, eos_token_id=2)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def go(tiny_weights, tmp_path, monkeypatch):
+    """Run the main job on the tiny random encoder, in an empty folder: go("--flag", value ...) -> summary."""
+    from main_job import main_job
+
+    monkeypatch.chdir(tmp_path)
+    return partial(main_job, weights=tiny_weights)
