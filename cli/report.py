@@ -76,7 +76,7 @@ def finish_run(settings, folder, model, allocator, journal, predicted, dev):
     }
     if settings.method == "salora":
         summary["recipe"] = settings.recipe
-    write_atomically(folder / "adapter.pt", lambda path: save_adapter(model, path))
+    save_adapter(model, folder / "adapter.pt")
     schedule = getattr(allocator, "schedule", None)
     short = too_short(schedule.window) if schedule else ""
     write_run(folder, journal, summary, settings.rank, short)

@@ -7,10 +7,12 @@ checked as a whole before the model changes. PEFT's files are read and written i
 
 import os
 from math import isfinite
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from hub.checkpoints import write_atomically
 from salora import SaLoRALinear, finished_layers, replace_modules, salora_layers
 
 FORMAT = "salora-1"
@@ -146,11 +148,11 @@ def save_adapter(model, path):
     """Write the finished adapter to a file, atomically. `base` weights are not in it.
 
     Save before `merge`, which leaves no adapter. Raises ValueError while a RankAllocator is still at work: a snapshot
-    on the way is `adapter_state`.
+    on the way is `adapter_state`. OSError where the file cannot be written.
     """
     finished_layers(model)
-    torch.save(adapter_state(model), f"{path}.part")
-    os.replace(f"{path}.part", path)
+    state = adapter_state(model)
+    write_atomically(Path(path), lambda part: torch.save(state, part))
 
 
 def load_adapter(model, path):
