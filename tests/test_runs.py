@@ -1,254 +1,282 @@
-"""Nothing lost, nothing let in: run folders that were interrupted, damaged, shared, edited or cannot be written."""
+"""Nothing lost, nothing let in: what is refused, and runs that were interrupted, damaged, shared, edited or exported."""
 
-import json
 import os
-import shutil
+import resource
+import signal
 import subprocess
 import sys
-from pathlib import Path
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
-from test_program import FILES, adapter_of, go, log_of, quick_pictures, refused  # noqa: F401  (fixtures)
+from main_job import (
+    FILES,
+    adapter_of,
+    copy_of,
+    edit_settings,
+    interrupt,
+    json_of,
+    losses_of,
+    main_job,
+    names,
+    refused,
+)
 
 import train_glue_mini
-from cli import journal
-from cli.files import check_free, claimed, digest_of
-from cli.flags import TRIPLET_METHODS
-from cli.runs import read_settings
+from cli import report, setup
+from cli import settings as cli_settings
+from cli.afterwards import reopen
+from cli.files import check_free, claimed, digest_of, make_folder
+from cli.journal import Journal
+from cli.settings import read_settings
 from glue import pretrain
-from peers import PEERS
+from glue.tasks import task_of
+from hub.roberta import save_pretrained
+from peers import METHODS
 from salora import salora_layers
+from tiny_transformer import TinyTransformer, TransformerConfig
 
 
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+@pytest.fixture(scope="module")
+def kept(tiny_weights, tmp_path_factory):
+    """Folders that tests only read, or copy: of a finished run, and of one that was interrupted in its third epoch."""
+    folder = tmp_path_factory.mktemp("kept")
+    main_job("--out", folder / "finished", weights=tiny_weights)
+    interrupt(main_job, "--weights", tiny_weights, "--out", folder / "interrupted", after=14)
+    return SimpleNamespace(finished=folder / "finished", interrupted=folder / "interrupted")
 
 
-def stop_after(monkeypatch, steps, error=KeyboardInterrupt):
-    """The next run ends with this error in its step `steps` + 1."""
-    task_loss, calls = train_glue_mini.task_loss, []
+# Bad input
 
-    def loss(outputs, labels):
-        calls.append(1)
-        if len(calls) > steps:
-            raise error
-        return task_loss(outputs, labels)
+REFUSED = [  # flags, and what the line says
+    ("--task mini-snli", "invalid choice: 'mini-snli'"),
+    ("--budget 0", "budget must be in (0, 1], got 0.0"),
+    ("--method adalora --budget 2", "budget must be in (0, 1], got 2.0"),
+    ("--window 0.6 0.5", "0 <= start <= end <= 1, got start=0.6, end=0.5"),
+    ("--rank 0", "argument --rank: expected a whole number above 0, got '0'"),
+    ("--steps many", "argument --steps: expected a whole number above 0, got 'many'"),
+    (f"--epochs {10**400}", "argument --epochs: expected a number below 1e+36"),
+    ("--gate-lr fast", "argument --gate-lr: expected auto or a number above 0, got 'fast'"),
+    ("--gate-lr 1e38", "argument --gate-lr: expected a number below 1e+36, got '1e38'"),
+    ("--lr -1", "argument --lr: expected a number above 0, got '-1'"),
+    ("--beta nan", "argument --beta: expected a number, 0 or above, got 'nan'"),
+    ("--beta=", "argument --beta: expected a number, 0 or above, got ''"),
+    ("--dropout 1.5", "argument --dropout: expected a number from 0 to below 1, got '1.5'"),
+    ("--dropout 0.1 0.1 0.1", "--dropout takes one rate or two, got 3"),
+    ("--warmup 1", "argument --warmup: expected a number from 0 to below 1, got '1'"),
+    ("--max-length 5", "--max-length must be at least 6, room for four special tokens"),
+    ("--seed 0 1 0", "--seed takes different numbers below 10^9, got 0 1 0"),
+    (f"--seed {10**16}", "--seed takes different numbers below 10^9, got 10000000000000000"),
+    ("--epochs 1 --steps 1", "argument --steps: not allowed with argument --epochs"),
+    ("--data .", "task mini-cola is generated and reads no --data: drop it, or take --task cola"),
+    ("--method full --rank 4", "--rank is about adapters, and --method full has none"),
+    ("--method head --alpha 4", "--alpha is about low-rank adapters, and --method head has none"),
+    ("--method sora --budget 0.5", "--budget is about a budget, and --method sora has none"),
+    ("--method adalora --sparse-lambda 1", "--sparse-lambda is about a threshold, and --method adalora has none"),
+    ("--method alora --no-canonical", "--canonical is about trained gates, and --method alora has none"),
+    (f"--rank {10**25}", "--rank 10000000000000000000000000 is above 16, the width of the encoder"),
+    ("--method prefix --rank 65", "--rank 65 is above 64, four times the encoder's width"),
+    ("--method prompt --rank 41", "--rank 41 leaves room for 5 tokens of a row: take a shorter prompt"),
+    ("--device meta", "no device 'meta' here"),
+    ("--device cuda:99", "no device 'cuda:99' here"),
+    ("--device abacus", "no device 'abacus' here"),
+    ("--weights nowhere", "nowhere; expected the folder of a RoBERTa or BERT checkpoint"),
+    ("--weights=", "argument --weights: expected a path, got an empty text"),
+    ("--task cola", "task cola needs --data DIR"),
+    ("--task cola --data nowhere", "no file nowhere/train.tsv"),
+    ("--predict test.tsv", "--predict needs --evaluate RUN"),
+    ("--resume nowhere", "no settings.json in nowhere; expected the folder of a run"),
+    ("--evaluate nowhere", "no settings.json in nowhere; expected the folder of a run"),
+    ("--export nowhere", "no settings.json in nowhere; expected the folder of a run"),
+    ("--resume nowhere --lr 1", "--resume takes its settings from the run: drop --lr"),
+]
 
-    monkeypatch.setattr(train_glue_mini, "task_loss", loss)
+
+@pytest.mark.parametrize("flags,message", REFUSED, ids=[flags[:40] for flags, _ in REFUSED])
+def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(go, tmp_path, capsys, flags, message):
+    assert message in refused(capsys, go, *flags.split())
+    assert list(tmp_path.iterdir()) == []
 
 
-def interrupt(go, monkeypatch, out, *flags, steps=14):  # noqa: F811
-    with monkeypatch.context() as now, pytest.raises(SystemExit):
-        stop_after(now, steps)
-        go("--out", out, *flags)
-
-
-# Runs that ended early
-
-
-def test_a_run_that_ended_before_its_first_checkpoint_starts_anew_with_the_same_command(go, tmp_path, monkeypatch):  # noqa: F811
-    interrupt(go, monkeypatch, tmp_path / "run", steps=2)
-    assert names(tmp_path / "run") == ["settings.json"]
-    again, straight = go("--out", tmp_path / "run"), go("--out", tmp_path / "other")
-    assert again["adapter_digest"] == straight["adapter_digest"] and names(tmp_path / "run") == FILES
-
-
-def test_a_folder_is_free_if_it_holds_nothing_but_what_an_early_end_leaves(tmp_path):
-    check_free(tmp_path / "new")
-    for found, free in (
-        ([], True),
-        (["settings.json"], True),
-        (["settings.json.part"], True),
-        (["settings.json", "checkpoint.pt.part"], True),
-        (["settings.json", "adapter.pt", "log.csv", "training.png.part"], True),
-        (["settings.json", "checkpoint.pt"], False),
-        (["settings.json", "summary.json"], False),
-        (["settings.json", "notes.txt"], False),
-        (["adapter.pt"], False),
+def test_all_that_can_be_refused_is_refused_before_an_encoder_is_pre_trained(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli_settings, "mini_encoder", lambda **_: pytest.fail("it should not have come so far"))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "settings.json").write_text('{"task": "mini-cola"}')
+    for flags, message in (
+        ("--window 1 0", "0 <= start <= end <= 1"),
+        ("--method full --dropout 0 0 0", "--dropout takes one rate or two"),
+        ("--out file", "file is a file: choose another --out"),
+        ("--out .", "is not empty: choose another --out"),
+        ("--resume .", "settings.json is damaged"),
+        ("--task cola --data .", "task cola needs --weights DIR"),
+        ("--evaluate file", "no settings.json in file; expected the folder of a run"),
     ):
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        folder.mkdir()
-        for name in found:
-            (folder / name).touch()
-        if free:
-            check_free(folder)
-        else:
-            with pytest.raises(FileExistsError, match="choose another --out"):
-                check_free(folder)
+        assert message in refused(capsys, train_glue_mini.main, flags.split())
+    assert (tmp_path / "file").read_text() == "mine" and names(tmp_path) == ["file", "settings.json"]
 
 
-def test_a_run_with_a_checkpoint_is_not_begun_anew_by_mistake(go, tmp_path, monkeypatch, capsys):  # noqa: F811
-    interrupt(go, monkeypatch, tmp_path / "run")
-    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    assert "holds an interrupted run: --resume it, or" in refused(capsys, go, "--out", tmp_path / "run")
-    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+def test_an_encoder_without_room_for_the_words_is_refused(go, tmp_path, capsys):
+    save_pretrained(TinyTransformer(TransformerConfig(20, 8, 1, 1, 8, 48, 2)), tmp_path / "small")
+    assert "no tokenizer.json, vocab.json or vocab.txt in" in refused(capsys, go, "--weights", tmp_path / "small")
 
 
-def test_a_run_that_diverges_leaves_no_checkpoint_and_starts_anew(go, tmp_path, capsys, monkeypatch):  # noqa: F811
-    with monkeypatch.context() as now:
-        stop_after(now, 14, FloatingPointError("the loss is nan"))
-        assert "the loss is nan" in refused(capsys, go, "--out", tmp_path / "run")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_diverges_ends_with_the_step_and_what_to_do(go, capsys, method):
+    message = refused(capsys, go, "--method", method, "--lr", 1e30, "--steps", 8)
+    assert "error: the loss is nan at step " in message and message.endswith(": try a smaller --lr")
+
+
+def test_an_svd_that_does_not_converge_is_one_line(go, capsys, monkeypatch):
+    def diverge(*values, **options):
+        raise torch.linalg.LinAlgError("linalg.svd: the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", diverge)
+    assert "failed to converge" in refused(capsys, go)
+
+
+# Interruptions
+
+
+def test_an_interruption_says_how_to_go_on(go, tmp_path, kept, capsys, monkeypatch):
+    def stop(*values):
+        raise KeyboardInterrupt
+
+    for module, name in ((setup, "load_task"), (train_glue_mini, "task_loss")):
+        with monkeypatch.context() as now, pytest.raises(SystemExit) as exit_:
+            now.setattr(module, name, stop)
+            go("--out", tmp_path / "run" / name)
+        assert exit_.value.code == 130
+        assert capsys.readouterr().err == "\ninterrupted; no epoch was finished\n"
+    run = copy_of(kept.interrupted, tmp_path / "begun")
+    interrupt(go, "--resume", run, after=2)
+    assert capsys.readouterr().err == f"\ninterrupted; go on from the last whole epoch with --resume {run}\n"
+
+
+def interrupted_at(word, folder, *flags, **environment):
+    """(exit status, what it said on stderr) of a program that gets Ctrl-C once a line with the word is printed."""
+    command = [sys.executable, "-u", train_glue_mini.__file__, "--out", folder / "run", *flags]
+    program = subprocess.Popen(list(map(str, command)), cwd=folder, env={**os.environ, **environment}, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    while word not in (line := program.stdout.readline()):
+        assert line, program.stderr.read()
+    program.send_signal(signal.SIGINT)
+    return program.wait(timeout=60), program.stderr.read()
+
+
+def test_an_interruption_while_torch_is_imported_prints_nothing(tmp_path):
+    (tmp_path / "torch.py").write_text("import time\nprint('importing')\ntime.sleep(60)\n")
+    assert interrupted_at("importing", tmp_path, PYTHONPATH=str(tmp_path)) == (-signal.SIGINT, "")
+
+
+def test_an_interruption_of_the_program_is_said_in_a_line(tmp_path, tiny_weights):
+    status, said = interrupted_at("step", tmp_path, "--weights", tiny_weights, "--steps", 100_000)
+    assert (status, said) == (130, "\ninterrupted; no epoch was finished\n")
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_anew_with_the_same_command(go, tmp_path, kept):
+    interrupt(go, "--out", tmp_path / "run", after=2)
     assert names(tmp_path / "run") == ["settings.json"]
-    go("--out", tmp_path / "run")
+    again = go("--out", tmp_path / "run")
+    assert again["adapter_digest"] == json_of(kept.finished)["adapter_digest"] and names(tmp_path / "run") == FILES
 
 
-def test_weights_that_are_not_finite_never_replace_a_checkpoint(go, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_a_run_with_a_checkpoint_is_not_begun_anew_by_mistake(go, kept, capsys):
+    before = (kept.interrupted / "checkpoint.pt").read_bytes()
+    assert "holds an interrupted run: --resume it, or" in refused(capsys, go, "--out", kept.interrupted)
+    assert (kept.interrupted / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_run_that_diverges_leaves_no_checkpoint(go, tmp_path, capsys, monkeypatch):
+    add = Journal.add
+
+    def diverge(journal, step, *rest):
+        if step == 14:
+            raise FloatingPointError("the loss is nan")
+        add(journal, step, *rest)
+
+    monkeypatch.setattr(Journal, "add", diverge)
+    assert "the loss is nan" in refused(capsys, go, "--out", tmp_path / "run")
+    assert names(tmp_path / "run") == ["settings.json"], "so that the same command starts anew"
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(go, capsys, monkeypatch):
     """Between two looks at the loss a checkpoint falls due."""
-    written, save = [], torch.save
+    written, save, begin_epoch = [], torch.save, Journal.begin_epoch
 
-    def spoil(model, step):
+    def spoil(journal, step, model, *rest):
         if step == 12:
             next(iter(salora_layers(model).values())).A.data[0, 0] = float("nan")
+        begin_epoch(journal, step, model, *rest)
 
-    begin = journal.Journal.begin_epoch
-
-    def begin_epoch(self, step, model, *rest):
-        spoil(model, step)
-        begin(self, step, model, *rest)
-
-    monkeypatch.setattr(journal.Journal, "begin_epoch", begin_epoch)
+    monkeypatch.setattr(Journal, "begin_epoch", spoil)
     monkeypatch.setattr(torch, "save", lambda state, path: (written.append(state), save(state, path)))
-    assert "weights are not finite at step 12" in refused(capsys, go, "--out", tmp_path / "run")
+    assert "weights are not finite at step 12" in refused(capsys, go)
     assert [state["journal"]["step"] for state in written] == [6]
 
 
-# Resume
+# Edited, damaged and foreign files
 
 
-@pytest.mark.parametrize("key, value", [("steps", 10), ("batch_size", 4), ("rows", 40), ("lr", 1e-3), ("density", 0.4)])
-def test_settings_that_were_edited_are_not_resumed(go, tmp_path, monkeypatch, capsys, key, value):  # noqa: F811
-    interrupt(go, monkeypatch, tmp_path / "run")
-    path = tmp_path / "run" / "settings.json"
-    settings = json.loads(path.read_text())
-    path.write_text(json.dumps({**settings, key: value}))
-    message = refused(capsys, go, "--resume", path.parent)
-    assert f"the interrupted run had {key} {settings[key]}, but now it is {value}" in message
-    path.write_text(json.dumps(settings))
-    assert go("--resume", path.parent)["steps"] == 20, "and the checkpoint is still there"
+def test_settings_that_were_edited_are_not_resumed(go, tmp_path, kept, capsys):
+    run = copy_of(kept.interrupted, tmp_path / "run")
+    before = json_of(run, "settings")
+    for key, value in {"steps": 10, "batch_size": 4, "rows": 40, "lr": 1e-3, "budget": 0.4}.items():
+        edit_settings(run, **{**before, key: value})
+        message = refused(capsys, go, "--resume", run)
+        assert f"the interrupted run had {key} {before[key]}, but now it is {value}" in message
+    edit_settings(run, **before)
+    assert go("--resume", run)["steps"] == 20, "and the checkpoint is still there"
 
 
-@pytest.mark.parametrize("part", ["adapter", "optimizer", "allocator", "journal", "plan"])
-def test_a_checkpoint_of_other_content_is_not_resumed(go, tmp_path, monkeypatch, capsys, part):  # noqa: F811
-    interrupt(go, monkeypatch, tmp_path / "run")
-    path = tmp_path / "run" / "checkpoint.pt"
+@pytest.mark.parametrize("change", [{"budget": 2}, {"rank": "8"}, {"rank": None}, {"window": [0.2]}, {"window": 3},
+                                    {"method": "full"}, {"task": ["mini-cola"]}, {"canonical": 1}, {"lr": "fast"},
+                                    {"more": 1}, {"seed": 1.5}, {"dropout": [2, 2]}, {"help": True}])  # fmt: skip
+def test_settings_that_the_program_would_not_have_written_are_refused(tmp_path, kept, change):
+    assert read_settings(kept.finished).budget == 0.5
+    (tmp_path / "settings.json").write_bytes((kept.finished / "settings.json").read_bytes())
+    edit_settings(tmp_path, **change)
+    with pytest.raises(ValueError, match="settings.json is damaged, or of another version"):
+        read_settings(tmp_path)
+
+
+def test_damaged_and_foreign_files_are_refused_and_left_alone(go, tmp_path, kept, capsys):
+    run = copy_of(kept.interrupted, tmp_path / "run")
+    finished = copy_of(kept.finished, tmp_path / "finished")
+    path, adapter = run / "checkpoint.pt", finished / "adapter.pt"
     saved = torch.load(path, weights_only=True)
-    saved[part] = {**saved[part], "more": 1}
-    torch.save(saved, path)
-    message = refused(capsys, go, "--resume", path.parent)
-    assert "checkpoint.pt is damaged: what it holds is not what was saved" in message
+    altered = [{**saved, part: {**saved[part], "more": 1}} for part in ("adapter", "optimizer", "allocator", "journal")]
+    for where, flag, content, message in (
+        *((path, "--resume", data, "checkpoint.pt is damaged or not") for data in (b"", b"noise", b"PK\x03\x04 half")),
+        *((path, "--resume", state, "is damaged: what it holds is not what was saved") for state in altered),
+        (path, "--resume", {**saved, "digest": torch.ones(1).expand(9)}, "is damaged: what it holds"),
+        (path, "--resume", {"format": "another"}, "checkpoint.pt is not a checkpoint of this program"),
+        (path, "--resume", [1], "checkpoint.pt is not a checkpoint of this program"),
+        *((adapter, "--evaluate", data, "adapter.pt is damaged") for data in (b"", b"version 1", b"PK\x03\x04 half")),
+        (adapter, "--evaluate", [1], "not a SaLoRA adapter"),
+        *((run / "settings.json", "--resume", text, "settings.json is damaged") for text in (b"{", b"[]", b"null")),
+        (finished / "settings.json", "--evaluate", b"{}", "settings.json is damaged"),
+    ):
+        where.write_bytes(content) if isinstance(content, bytes) else torch.save(content, where)
+        before = where.read_bytes()
+        assert message in refused(capsys, go, flag, where.parent)
+        assert where.read_bytes() == before
 
 
-@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
-def test_other_weights_in_the_encoders_folder_are_noticed(go, tmp_path, monkeypatch, capsys, tiny_weights, flag):  # noqa: F811
-    weights = Path(shutil.copytree(tiny_weights, tmp_path / "weights"))
-    if flag == "--resume":
-        interrupt(go, monkeypatch, tmp_path / "run", "--weights", weights)
-    else:
-        go("--out", tmp_path / "run", "--weights", weights)
+def test_other_weights_in_the_encoders_folder_and_another_adapter_are_noticed(go, tmp_path, tiny_weights, capsys):
+    weights = copy_of(tiny_weights, tmp_path / "weights")
+    for seed in (0, 1):
+        go("--out", tmp_path / f"run{seed}", "--weights", weights, "--seed", seed, "--steps", 8)
+    interrupt(go, "--out", tmp_path / "part", "--weights", weights, after=14)
+    finished = copy_of(tmp_path / "run0", tmp_path / "run2")
+    (finished / "adapter.pt").write_bytes((tmp_path / "run1" / "adapter.pt").read_bytes())
+    assert "adapter.pt is not the adapter that the run left there" in refused(capsys, go, "--evaluate", finished)
     tensors = torch.load(weights / "pytorch_model.bin", weights_only=True)
     next(iter(tensors.values())).add_(1)
     torch.save(tensors, weights / "pytorch_model.bin")
-    message = refused(capsys, go, flag, tmp_path / "run")
-    assert "frozen weights" in message or "holds other weights than those" in message
-
-
-def test_another_adapter_in_a_run_is_noticed(go, tmp_path, capsys):  # noqa: F811
-    go("--out", tmp_path / "a")
-    go("--out", tmp_path / "b", "--seed", 1)
-    (tmp_path / "a" / "adapter.pt").write_bytes((tmp_path / "b" / "adapter.pt").read_bytes())
-    assert "adapter.pt is not the adapter that the run left there" in refused(capsys, go, "--evaluate", tmp_path / "a")
-
-
-@pytest.mark.parametrize("change", [{"density": 2}, {"rank": "8"}, {"rank": None}, {"window": [0.2]}, {"window": 3},
-                                    {"method": "full"}, {"task": ["mini-cola"]}, {"canonical": 1}, {"lr": "fast"},
-                                    {"more": 1}, {"seed": 1.5}, {"dropout": [2, 2]}])  # fmt: skip
-def test_settings_that_the_program_would_not_have_written_are_refused(go, tmp_path, change):  # noqa: F811
-    go("--out", tmp_path / "run")
-    path = tmp_path / "run" / "settings.json"
-    before = json.loads(path.read_text())
-    assert vars(read_settings(path.parent))["density"] == 0.5
-    path.write_text(json.dumps({**before, **change}))
-    with pytest.raises(ValueError, match="settings.json is damaged, or of another version"):
-        read_settings(path.parent)
-
-
-# Folders and files
-
-
-def test_a_folder_is_one_processs_alone_until_that_ends(go, tmp_path, capsys):  # noqa: F811
-    code = f"""
-import sys
-sys.path.insert(0, {str(Path(train_glue_mini.__file__).parent)!r})
-from pathlib import Path
-from cli.files import claimed
-with claimed(Path({str(tmp_path / "run")!r}), new=True):
-    print("mine", flush=True)
-    sys.stdin.read()
-"""
-    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "mine\n"
-    assert "another run is at work in" in refused(capsys, go, "--out", tmp_path / "run")
-    other.kill()
-    other.wait()
-    assert go("--out", tmp_path / "run")["steps"] == 20
-
-
-def test_a_claimed_folder_into_which_nothing_came_is_gone_again(tmp_path):
-    with pytest.raises(ValueError), claimed(tmp_path / "a" / "b", new=True):
-        raise ValueError
-    assert names(tmp_path) == []
-
-
-@pytest.mark.parametrize("kilobytes", [0, 4, 20])
-def test_a_full_disk_ends_the_run_with_one_line_and_no_half_file(tmp_path, tiny_weights, kilobytes):
-    """A limit on the size of files stands for the disk: the settings, the adapter or a picture does not fit."""
-    flags = ["--weights", tiny_weights, "--rows", 48, "--batch-size", 8, "--steps", 20, "--device", "cpu"]
-    code = f"""
-import resource, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train_glue_mini
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes * 1024}, {kilobytes * 1024}))
-train_glue_mini.main({[str(flag) for flag in [*flags, "--out", tmp_path / "run"]]!r})
-"""
-    environment = {name: value for name, value in os.environ.items() if "COVERAGE" not in name}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot be written: " in done.stderr, done.stderr
-    assert not list(tmp_path.rglob("*.part"))
-
-
-def test_closed_standard_output_is_one_line(tmp_path, tiny_weights):
-    flags = ["--weights", tiny_weights, "--rows", "48", "--steps", "200", "--out", tmp_path / "run", "--device", "cpu"]
-    program = subprocess.Popen([sys.executable, train_glue_mini.__file__, *map(str, flags)], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
-    program.stdout.close()
-    error = program.stderr.read()
-    assert program.wait() == 2 and error == "train_glue_mini.py: error: standard output was closed\n"
-
-
-def test_an_unwritable_place_is_refused_before_anything_long(go, tmp_path, capsys, monkeypatch):  # noqa: F811
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(train_glue_mini, "prepare", lambda *_: pytest.fail("it should not have come so far"))
-    assert "Not a directory" in refused(capsys, go, "--out", tmp_path / "file" / "run")
-
-
-def test_a_place_where_the_tiny_encoder_cannot_be_kept_is_refused_before_it_is_trained(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(pretrain, "pretrain", lambda *_: pytest.fail("it should not have come so far"))
-    with pytest.raises(OSError):
-        pretrain.mini_encoder(tmp_path / "file")
-
-
-def test_pretraining_that_is_interrupted_leaves_nothing_behind(tmp_path, monkeypatch):
-    def stop(device):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pretrain, "pretrain", stop)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain.mini_encoder(tmp_path / "runs")
-    assert names(tmp_path / "runs") == []
+    assert "holds other weights than those that the run in" in refused(capsys, go, "--evaluate", tmp_path / "run0")
+    assert "the interrupted run had frozen weights " in refused(capsys, go, "--resume", tmp_path / "part")
 
 
 def test_equal_digests_mean_equal_content():
@@ -258,71 +286,185 @@ def test_equal_digests_mean_equal_content():
     assert digest_of({"a": torch.ones(2).bfloat16()}) == digest_of({"a": torch.ones(4)[::2].bfloat16()})
 
 
-# What a run says of itself
+# Folders and files
 
 
-def test_a_summary_says_what_was_run_with_what(go, tmp_path):  # noqa: F811
-    summary = go("--out", tmp_path / "run", "--recipe", "paper")
+@pytest.mark.parametrize("found,free", [
+    ("", True), ("settings.json", True), ("settings.json.part", True), ("settings.json checkpoint.pt.part", True),
+    ("settings.json adapter.pt log.csv training.png.part", True), ("settings.json checkpoint.pt", False),
+    ("settings.json summary.json", False), ("settings.json notes.txt", False), ("adapter.pt", False),
+])  # fmt: skip
+def test_a_folder_is_free_if_it_holds_nothing_but_what_an_early_end_leaves(tmp_path, found, free):
+    for name in found.split():
+        (tmp_path / name).touch()
+    if not free:
+        with pytest.raises(FileExistsError, match="choose another --out"):
+            check_free(tmp_path)
+    else:
+        check_free(tmp_path)
+
+
+def test_default_folders_are_numbered_on_and_a_given_one_is_never_overwritten(go, tmp_path, capsys):
+    folder = tmp_path / "runs" / "mini-cola-salora-s0"
+    folder.mkdir(parents=True)
+    (folder / "mine").touch()
+    go("--steps", 2)
+    assert names(folder.parent) == [folder.name, f"{folder.name}-1"]
+    assert "is not empty: choose another --out" in refused(capsys, go, "--out", folder)
+    assert names(folder) == ["mine"]
+
+
+def test_a_folder_is_one_runs_alone_until_that_ends(go, tmp_path, capsys):
+    with claimed(tmp_path / "run", new=True):
+        assert "another run is at work in" in refused(capsys, go, "--out", tmp_path / "run")
+    assert go("--out", tmp_path / "run", "--steps", 2)["steps"] == 2
+
+
+def test_a_claimed_folder_into_which_nothing_came_is_gone_again(tmp_path):
+    with pytest.raises(ValueError), claimed(tmp_path / "a" / "b", new=True):
+        raise ValueError
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("kilobytes", [0, 4, 20])
+def test_a_full_disk_ends_the_run_with_one_line_and_no_half_file(go, tmp_path, capsys, kilobytes):
+    """A limit on the size of files stands for the disk: the settings, a checkpoint or the adapter does not fit."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, before[1]))
+    try:
+        message = refused(capsys, go, "--out", tmp_path / "run", "--steps", 6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "cannot be written: " in message and not list(tmp_path.rglob("*.part"))
+
+
+def test_closed_standard_output_is_one_line(go, capsys, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as now, open(writer, "w") as closed:
+        now.setattr(sys, "stdout", closed)
+        with pytest.raises(SystemExit) as exit_:
+            go()
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "train_glue_mini.py: error: standard output was closed\n"
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused_before_anything_long(go, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for module, name in ((train_glue_mini, "prepare"), (pretrain, "pretrain")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("it should not have come so far"))
+    assert "Not a directory" in refused(capsys, go, "--out", tmp_path / "file" / "run")
+    with pytest.raises(OSError):
+        pretrain.mini_encoder(tmp_path / "file")
+    for folder in (tmp_path / "file", tmp_path / "file" / "study"):
+        with pytest.raises(NotADirectoryError, match="choose another --out"):
+            make_folder(folder)
+
+
+# Afterwards
+
+
+def test_a_summary_and_settings_say_what_was_run_with_what(go, tmp_path, kept):
+    go("--out", tmp_path / "paper", "--recipe", "paper", "--steps", 10)
+    go("--out", tmp_path / "full", "--method", "full", "--steps", 10)
+    summary, settings = json_of(tmp_path / "paper"), json_of(tmp_path / "paper", "settings")
     assert summary["recipe"] == "paper" and summary["command"].startswith("train_glue_mini.py --out ")
     assert set(summary["versions"]) == {"python", "torch", "numpy"}
-    assert summary["versions"]["torch"] == torch.__version__
-    assert "recipe" not in go("--method", "lora")
+    assert settings["gate_lr"] == pytest.approx(14 / 3) and settings["dropout"] == [0.1, 0.1]
+    ours, full = json_of(kept.finished, "settings"), json_of(tmp_path / "full", "settings")
+    assert ours["gate_lr"] == 7 and ours["dropout"] == [0, 0], "the values that were used, and not auto"
+    assert "recipe" not in full and "gate_lr" not in full and full["dropout"] == [0.1, 0.1]
+    assert None not in [*settings.values(), *ours.values(), *full.values()]
 
 
-@pytest.mark.parametrize("flags", [["--recipe", "paper"], [], ["--method", "lora"], ["--method", "full"]])
-def test_settings_hold_the_values_that_were_used_and_none_is_null(go, tmp_path, flags):  # noqa: F811
-    go("--out", tmp_path / "run", *flags)
-    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
-    assert None not in settings.values() and settings["dropout"] in ([0.0, 0.0], [0.1, 0.1])
-    assert ("gate_lr" in settings) == ("recipe" in settings) == (flags in ([], ["--recipe", "paper"]))
-    if "recipe" in settings:
-        assert settings["gate_lr"] == pytest.approx(14 / (2 if settings["recipe"] == "ours" else 6)), "and not auto"
+def test_a_finished_run_scores_the_same_again_from_any_folder_and_stays_as_it_is(go, tmp_path, tiny_weights, capsys,
+                                                                                 monkeypatch):  # fmt: skip
+    monkeypatch.chdir(tiny_weights.parent)
+    summary = go("--weights", tiny_weights.name, "--task", "mini-stsb", "--out", tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    monkeypatch.chdir(tmp_path)
+    assert go("--evaluate", "run") == {"task": "mini-stsb", "metric": "pearson", "score": summary["score"]}
+    assert "mini-stsb: pearson " in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    edit_settings(tmp_path / "run", device="cuda:9")
+    assert "no device 'cuda:9' here" in refused(capsys, go, "--evaluate", "run")
+    assert go("--evaluate", "run", "--device", "cpu")["score"] == summary["score"]
 
 
-def test_deterministic_algorithms_are_used_where_they_are_asked_for(go):  # noqa: F811
-    for flags, expected in ((["--deterministic"], True), ([], False)):
-        go(*flags)
-        assert torch.are_deterministic_algorithms_enabled() == expected
+def test_a_run_that_is_not_finished_is_neither_evaluated_nor_exported(go, kept, capsys):
+    for flag in ("--evaluate", "--export"):
+        message = refused(capsys, go, flag, kept.interrupted)
+        assert f"is not finished: go on with --resume {kept.interrupted}" in message
+    assert f"no {kept.finished / 'checkpoint.pt'}: the run is finished" in refused(capsys, go, "--resume", kept.finished)
 
 
-# Export
+def test_predictions_are_what_glue_wants_submitted(go, tmp_path, kept, capsys):
+    rows = ["the dog chased the cat .", "the film was dull .", "cat the the ."] * 3
+    run, test = copy_of(kept.finished, tmp_path / "run"), tmp_path / "test.tsv"
+    test.write_text("index\tsentence\n" + "".join(f"{i}\t{row}\n" for i, row in enumerate(rows)))
+    go("--evaluate", run, "--predict", test)
+    lines = (run / "CoLA.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction" and [line.split("\t")[0] for line in lines[1:]] == [*map(str, range(9))]
+    answers = [line.split("\t")[1] for line in lines[1:]]
+    assert set(answers) <= {"0", "1"} and answers[:3] == answers[3:6] == answers[6:]
+    assert "9 rows of" in capsys.readouterr().out
+    test.write_text("index\ttext\n0\ta\n")
+    assert "has no column sentence" in refused(capsys, go, "--evaluate", run, "--predict", test)
 
 
-@pytest.mark.parametrize(
-    "method", ["salora", "lora", "full", *(name for name, peer in PEERS.items() if not peer.adds_modules)]
-)
-def test_an_exported_run_opens_elsewhere_with_the_same_outputs(go, tmp_path, method, capsys):  # noqa: F811
+@pytest.mark.parametrize("task,test,predicted,file,lines", [
+    ("mnli", "test_matched.tsv", [2, 0], "MNLI-m.tsv", ["0\tcontradiction", "1\tentailment"]),
+    ("mnli", "test_mismatched.tsv", [1], "MNLI-mm.tsv", ["0\tneutral"]),
+    ("stsb", "test.tsv", [5.3, 1.23456], "STS-B.tsv", ["0\t5.000", "1\t1.235"]),
+])  # fmt: skip
+def test_predictions_use_the_names_of_labels_and_of_both_test_sets(tmp_path, task, test, predicted, file, lines):
+    path = report.write_predictions(tmp_path, task_of(task), test, predicted)
+    assert path.name == file and path.read_text().splitlines() == ["index\tprediction", *lines]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_opens_again_with_the_same_score_and_what_is_exported_with_the_same_outputs(go, tmp_path, capsys, method):
+    run, adds_modules = tmp_path / "run", METHODS[method].adds_modules
+    summary = go("--out", run, "--method", method, "--steps", 10)
+    assert go("--evaluate", run)["score"] == summary["score"]
+    assert (f"{method} adds modules to the encoder: the run can be eval" in capsys.readouterr().out) == adds_modules
+    before = names(run)
+    if adds_modules:
+        assert f"--method {method} adds modules to the encoder, which" in refused(capsys, go, "--export", run)
+        assert names(run) == before
+        return
     transformers = pytest.importorskip("transformers")
-    from cli.afterwards import reopen
-
-    summary = go("--out", tmp_path / "run", "--method", method)
-    written = go("--export", tmp_path / "run")
-    out = capsys.readouterr().out
-    assert "transformers.AutoModelForSequenceClassification.from_pretrained" in out
-    ours, encode = reopen(read_settings(tmp_path / "run"), tmp_path / "run", summary)
+    written = go("--export", run)
+    assert "transformers.AutoModelForSequenceClassification.from_pretrained" in capsys.readouterr().out
+    ours, encode = reopen(read_settings(run), run, summary)
     ids = torch.tensor([encode([("the dog chased the cat .", None, 0)])[0][0]])
     expected = ours.eval()(ids)
     opened = {"merged": transformers.AutoModelForSequenceClassification}
-    if method in TRIPLET_METHODS:
+    if METHODS[method].low_rank:
         opened["peft"] = pytest.importorskip("peft").AutoPeftModelForSequenceClassification
-    assert set(written) == set(opened)
+    assert set(written) == set(opened) and names(run) == sorted([*before, *opened])
     for name, loader in opened.items():
         theirs = loader.from_pretrained(written[name]).eval()
         assert torch.allclose(theirs(ids).logits, expected, atol=1e-5), name
-    assert {"peft", "merged"} & set(names(tmp_path / "run")) == set(opened)
 
 
-@pytest.mark.parametrize("method", [name for name, peer in PEERS.items() if peer.adds_modules])
-def test_a_run_that_adds_modules_says_at_once_that_it_cannot_be_exported(go, tmp_path, capsys, method):  # noqa: F811
-    go("--method", method, "--steps", 2, "--out", tmp_path / "run")
-    said = f"{method} adds modules to the encoder: the run can be evaluated, but not merged or exported"
-    assert said in capsys.readouterr().out
-    before = names(tmp_path / "run")
-    message = refused(capsys, go, "--export", tmp_path / "run")
-    assert f"--method {method} adds modules to the encoder, which no checkpoint has room for" in message
-    assert names(tmp_path / "run") == before
-
-
-def test_a_run_that_is_not_finished_is_not_exported(go, tmp_path, monkeypatch, capsys):  # noqa: F811
-    interrupt(go, monkeypatch, tmp_path / "run")
-    assert "is not finished: go on with --resume" in refused(capsys, go, "--export", tmp_path / "run")
+def test_an_official_task_runs_with_a_bert_checkpoint(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] a good bad film . very".split()
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    config = transformers.BertConfig(vocab_size=len(words), **sizes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers.BertForSequenceClassification(config).save_pretrained("bert")
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words) + "\n")
+    texts = [(f"{'very ' * (i % 3)}{word}", label) for i in range(20) for word, label in (("good", 1), ("bad", 0))]
+    rows = ["sentence\tlabel"] + [f"a {text} film .\t{label}" for text, label in texts]
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.tsv").write_text("\n".join(rows) + "\n")
+    flags = "--task sst2 --data . --weights bert --lr 0.02 --epochs 12 --device cpu --batch-size 8 --out run"
+    summary = main_job(*flags.split(), "--rows", 40)
+    assert summary["score"] == 1.0 and summary["density_kept"] <= 0.5
+    assert "tensors not used: classifier.bias" in capsys.readouterr().out
+    assert main_job("--evaluate", "run", "--data", tmp_path)["score"] == 1.0
