@@ -13,8 +13,9 @@ from strategies import generator, seeds
 from glue import metrics, mini, pretrain
 from glue.tasks import DEV_ROWS, NAMES, TASKS, TRAIN_ROWS, load_task, read_rows, task_of
 from glue.tokens import MiniTokenizer, batch_of, batches_of, collate, tokenizer_for
+from hub.roberta import load_pretrained
 from hub.tokenizers import load_tokenizer
-from tiny_transformer import MaskedLM, SequenceClassifier, TinyTransformer, TransformerConfig, load_pretrained
+from tiny_transformer import MaskedLM, SequenceClassifier, TinyTransformer, TransformerConfig
 
 # mini-GLUE
 
