@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import generator, seeds
 
 from glue import metrics, mini, pretrain
-from glue.tasks import DEV_ROWS, NAMES, TASKS, TRAIN_ROWS, load_task, read_rows, task_of
+from glue.tasks import DEV_ROWS, TASKS, TRAIN_ROWS, load_task, read_rows, task_of
 from glue.tokens import MiniTokenizer, batch_of, batches_of, collate, tokenizer_for
 from hub.roberta import load_pretrained
 from hub.tokenizers import load_tokenizer
@@ -159,8 +159,8 @@ def write_official(folder, name, change=lambda text: text, end="\n", mark=""):
     return where
 
 
-@pytest.mark.parametrize("end,mark", [("\n", ""), ("\r\n", ""), ("\n", "\ufeff"), ("\r\n", "\ufeff")])
 @pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("end,mark", [("\n", ""), ("\r\n", "\ufeff")])
 def test_official_layouts_are_read_with_any_line_end_and_byte_order_mark(tmp_path, name, end, mark):
     where = write_official(tmp_path, name, end=end, mark=mark)
     assert load_task(name, tmp_path) == (expected_rows(name), expected_rows(name))
@@ -217,11 +217,9 @@ def test_unlabeled_files_need_no_label_column(tmp_path):
 
 
 def test_real_glue_files_have_their_published_sizes(glue_dir):
-    for name, train, dev in (("cola", 8551, 1043), ("mrpc", 3668, 408), ("sst2", 67349, 872)):
+    for name, train, dev, positive in (("cola", 8551, 1043, 721), ("mrpc", 3668, 408, 279), ("sst2", 67349, 872, 444)):
         rows = load_task(name, glue_dir)
-        assert (len(rows[0]), len(rows[1])) == (train, dev)
-    majority = np.mean([row[2] for row in load_task("mrpc", glue_dir)[1]])
-    assert round(float(majority), 3) == 0.684
+        assert (len(rows[0]), len(rows[1]), sum(row[2] for row in rows[1])) == (train, dev, positive)
 
 
 # Tokens
@@ -250,14 +248,6 @@ def test_collate_pads_to_the_longest_row():
     ids, mask, types, labels = collate([([0, 5, 2], [0, 0, 0], 1), ([0, 5, 6, 7, 2], [0, 0, 1, 1, 1], 0)], pad=1)
     assert ids.tolist() == [[0, 5, 2, 1, 1], [0, 5, 6, 7, 2]] and mask.tolist() == [[1, 1, 1, 0, 0], [1] * 5]
     assert types.tolist() == [[0] * 5, [0, 0, 1, 1, 1]] and labels.tolist() == [1, 0]
-
-
-def test_byte_level_bpe_of_roberta_from_vocab_and_merges(roberta_tokenizer_dir):
-    pytest.importorskip("tokenizers")
-    tokenizer = load_tokenizer(roberta_tokenizer_dir)
-    assert tokenizer.encode([("Hello world!", None, 0)], 16)[0][0] == [0, 31414, 232, 328, 2]
-    ids = tokenizer.encode([("Hello world!", "Hello", 0)], 16)[0][0]
-    assert ids == [0, 31414, 232, 328, 2, 2, 31414, 2]
 
 
 def reference_tokenizer(family, encoder_dir, roberta_dir):
@@ -315,9 +305,7 @@ def test_more_words_than_the_encoder_has_are_refused(tmp_path):
     assert tokenizer_for(tmp_path, TransformerConfig(vocab_size=6), mini=False).size == 6
     with pytest.raises(ValueError, match="has 6 words, but config.json says vocab_size 5"):
         tokenizer_for(tmp_path, TransformerConfig(vocab_size=5), mini=False)
-
-
-def test_a_folder_without_tokenizer_files_has_none(tmp_path):
+    (tmp_path / "vocab.txt").unlink()
     assert load_tokenizer(tmp_path) is None
 
 
@@ -379,17 +367,12 @@ def test_correlations_equal_scipys(pairs):
         assert metrics.spearman(x, y) == pytest.approx(stats.spearmanr(x, y)[0], abs=1e-9)
 
 
-def test_second_metrics_and_dev_files_are_glues():
+def test_metrics_and_dev_files_are_glues():
+    assert {task.metric for task in TASKS.values()} | {"f1", "spearman"} == set(metrics.METRICS)
     assert {name for name, task in TASKS.items() if task.also == "f1"} == {"mrpc", "qqp"}
     assert TASKS["stsb"].also == "spearman"
     assert {task.dev for name, task in TASKS.items() if name != "mnli"} == {"dev.tsv"}
     assert TASKS["mnli"].dev == "dev_matched.tsv"
-
-
-def test_every_task_has_metrics_that_exist():
-    for name in NAMES:
-        task = task_of(name)
-        assert task.metric in metrics.METRICS and (not task.also or task.also in metrics.METRICS)
 
 
 # Pre-training

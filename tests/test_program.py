@@ -99,7 +99,8 @@ def test_the_start_and_the_status_line_say_what_is_going_on(go, run, capsys):
     assert "11,346 parameters, 3,890 trained, 3,584 budgeted" in run.said  # 2 blocks of (4 x 32 + 2 x 48) x 8
     assert "gates train from step 8 to 10 of 20, gate lr 7; fewer than 50 steps are too short" in run.said
     assert "step 10/20 | loss 0." in run.said and " | C 0.500 -> 0.5 | kept " in run.said and "/96 | " in run.said
-    assert f"kept {run.summary['adapter_params_kept']:,} of 3,584 adapter parameters: {run.summary['density_kept']:.4f}" in run.said
+    kept, density = run.summary["adapter_params_kept"], run.summary["density_kept"]
+    assert f"kept {kept:,} of 3,584 adapter parameters: {density:.4f}" in run.said
     go("--recipe", "paper")
     assert " -> 0.5 | lambda " in capsys.readouterr().out
 
@@ -418,7 +419,8 @@ def test_settings_follow_from_task_method_and_recipe(tiny_weights):
     assert (ours.rule, ours.survivors, ours.canonical, ours.beta) == ("budget", "one", True, 0.0)
     assert (ours.restart, ours.recipe, ours.epochs, ours.budget, ours.rank) == (True, "ours", 12, 0.5, 8)
     assert settings("--task sst2").epochs == 3 and settings("--steps 5").epochs is None
-    assert settings("--recipe paper --rule budget").rule == "budget"
+    given = settings("--recipe paper --rule budget --epochs 5 --rank 4 --lr 0.1")
+    assert (given.rule, given.epochs, given.rank, given.lr) == ("budget", 5, 4, 0.1)
     assert (paper.dropout, ours.dropout, full.dropout, lora.dropout) == ([0.1, 0.1], [0, 0], [0.1, 0.1], [0, 0])
     assert (full.rank, full.alpha, lora.budget, lora.recipe) == (None, None, None, None)
     assert settings("--recipe paper").decisions == rank_allocator.Recipe.paper()

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -12,25 +13,19 @@ from cli.flags import build_parser
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.M | re.S)
-PROGRAMS = [block for kind, block in BLOCKS if kind == "python"]
-NUMBER = r"\d\.?\d*e-\d+"  # a loss: its last digits are the machine's
+TO_COPY = ["hard_concrete.py", "salora.py", "budget.py", "rank_allocator.py", "guard.py"]
 
 
-def test_the_program_runs_as_it_stands_and_prints_what_follows_it(tmp_path):
-    program = PROGRAMS[0]
-    expected = BLOCKS[BLOCKS.index(("python", program)) + 1][1]
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+def test_the_program_runs_beside_the_five_files_alone_and_prints_what_follows_it(tmp_path):
+    [i] = [i for i, (kind, block) in enumerate(BLOCKS) if kind == "python" and "RankAllocator" in block]
+    assert all(f"`{name}`" in TEXT for name in TO_COPY)
+    for name in TO_COPY:
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "program.py").write_text(BLOCKS[i][1])
+    done = subprocess.run([sys.executable, "-I", "-c", "import runpy, sys; sys.path.insert(0, '.'); "
+                           "runpy.run_path('program.py')"], cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert re.sub(NUMBER, "x", done.stdout) == re.sub(NUMBER, "x", expected)
-    losses = re.findall(NUMBER, done.stdout)
-    assert len(losses) == 2 and losses[0] == losses[1], "merged, the model is the same"
-
-
-def test_the_trainer_callback_is_the_one_that_is_tested_and_has_at_most_twenty_lines():
-    [callback] = [program for program in PROGRAMS if "TrainerCallback" in program]
-    assert callback in (ROOT / "tests" / "trainer_callback.py").read_text(encoding="utf-8")
-    lines = callback[callback.index("class ") :].splitlines()
-    assert len([line for line in lines if line.strip()]) <= 20
+    assert done.stdout == BLOCKS[i + 1][1]
 
 
 def commands():
@@ -53,5 +48,4 @@ def test_every_file_that_is_named_is_there():
 
 
 def test_it_stays_short():
-    text = re.sub(r"^```python\n.*?^```$", "", TEXT, flags=re.M | re.S)
-    assert len(text.splitlines()) <= 135, "without the two programs"
+    assert len(TEXT.splitlines()) <= 145

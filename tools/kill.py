@@ -1,6 +1,6 @@
 """Kill runs of the main job at a random moment, resume them, and compare what comes out with a run left alone.
 
-    python tests/kill.py 50 [--seed 0]        50 kills over ten variants of the main job; a few minutes
+    python tools/kill.py 50 [--seed 0]        50 kills over ten variants of the main job; a few minutes
 
 A third of the kills fall while a file is being written. A run that dies before its first checkpoint is started anew
 with the same command. Equal means: adapter, log and score to the bit. Exit status 1 where they are not.
@@ -21,11 +21,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_glue_mini
-from tiny_transformer import TinyTransformer, TransformerConfig, save_pretrained
+from hub.roberta import save_pretrained
+from tiny_transformer import TinyTransformer, TransformerConfig
 
 VARIANTS = [
     "", "--recipe paper", "--method lora", "--method full", "--method head", "--controller sgd", "--precision bf16",
-    "--controller sgd --beta 0.1", "--accumulate 3 --dropout 0.1", "--density 0.2 --rank 4",
+    "--controller sgd --beta 0.1", "--accumulate 3 --dropout 0.1", "--budget 0.2 --rank 4",
 ]  # fmt: skip
 STEPS = 120  # 20 epochs, so that there are 20 checkpoints to be killed in
 

@@ -1,4 +1,4 @@
-"""How tests/fuzz.py changes valid files: bytes, values inside of JSON, pickles and tensors, or the kind of file."""
+"""How tools/fuzz.py changes valid files: bytes, values inside of JSON, pickles and tensors, or the kind of file."""
 
 import copy
 import io

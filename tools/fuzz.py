@@ -1,6 +1,6 @@
 """Damaged and hostile files: a reader may return, or raise ValueError or OSError, and must do nothing else.
 
-    python tests/fuzz.py KIND SECONDS [--seed N] [--inputs N]       KIND: rows, config, weights, index, adapter, peft,
+    python tools/fuzz.py KIND SECONDS [--seed N] [--inputs N]       KIND: rows, config, weights, index, adapter, peft,
                                                                     tokenizer, checkpoint, settings, or all
 Every input is one valid file with a few changes: bytes, or values of the JSON, pickle or tensors inside. Reported are
 any other exception, more than 1 s of CPU time or 5 s in all, more than 500 MB of memory, and a model that a reader
@@ -27,29 +27,25 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from changes import FORMATS, changed, load_safetensors, replaced, save_safetensors, save_torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-import cli.setup  # noqa: E402
-from budget import RankAllocator  # noqa: E402
-from cli.flags import build_parser, recipe_of, settle  # noqa: E402
+from cli.flags import build_parser  # noqa: E402
 from cli.journal import Journal  # noqa: E402
-from cli.runs import interrupted, read_run, write_settings  # noqa: E402
+from cli.runs import interrupted, read_run  # noqa: E402
+from cli.settings import settle, write_settings  # noqa: E402
 from cli.setup import build  # noqa: E402
 from glue.tasks import TASKS, read_rows  # noqa: E402
+from hub.adapters import load_adapter, load_adapter_state, save_adapter  # noqa: E402
 from hub.peft import export_peft, import_peft  # noqa: E402
+from hub.roberta import load_pretrained, save_pretrained  # noqa: E402
 from hub.tokenizers import load_tokenizer  # noqa: E402
-from salora import adapt, load_adapter, load_adapter_state, save_adapter  # noqa: E402
-from tiny_transformer import (  # noqa: E402
-    MaskedLM,
-    TinyTransformer,
-    TransformerConfig,
-    load_pretrained,
-    save_pretrained,
-)
+from rank_allocator import RankAllocator  # noqa: E402
+from salora import adapt  # noqa: E402
+from tiny_transformer import MaskedLM, TinyTransformer, TransformerConfig  # noqa: E402
 from train_glue_mini import fine_tune  # noqa: E402
 
 CPU_SECONDS, SECONDS, MEGABYTES = 1, 5, 500
@@ -213,7 +209,6 @@ def read_tokenizer(where):
 def saved_run(folder):
     """(settings.json, checkpoint.pt, parser, arguments) of a run that was interrupted after its fourth epoch."""
     save_pretrained(small_encoder(), folder / "weights")
-    cli.setup.mini_encoder = lambda **_: folder / "weights"  # no pre-training here
     parser, run = build_parser(), folder / "run"
     flags = ["--weights", str(folder / "weights"), "--device", "cpu", "--steps", "10", "--rank", "3"]
     settings = settle(parser.parse_args(flags))
@@ -229,7 +224,7 @@ def saved_run(folder):
 
 def trainers(model, settings):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    return optimizer, RankAllocator(model, optimizer, settings.steps, settings.density, recipe_of(settings))
+    return optimizer, RankAllocator(model, optimizer, settings.steps, settings.budget, settings.decisions)
 
 
 def checkpoint(folder):
@@ -248,13 +243,7 @@ def checkpoint(folder):
 def settings(folder):
     path, _, parser, args = saved_run(folder)
 
-    def read():
-        found, _ = read_run(args, parser, "resume", "device")
-        model, _ = build(found)
-        if found.method == "salora":
-            trainers(model, found)
-
-    return [([path], read)]
+    return [([path], lambda: build(read_run(args, parser, "resume", "device")[0]))]
 
 
 # Running
