@@ -16,7 +16,7 @@ import train_glue_mini
 from cli import report, setup
 from cli import settings as cli_settings
 from cli.afterwards import reopen
-from cli.files import check_free, claimed, digest_of, make_folder
+from cli.files import append, check_free, claimed, digest_of, has_row, make_folder, read_table, rows_with
 from cli.journal import Journal
 from cli.settings import read_settings
 from glue import pretrain
@@ -348,6 +348,16 @@ def test_a_file_in_the_place_of_a_folder_is_refused_before_anything_long(go, tmp
     for folder in (tmp_path / "file", tmp_path / "file" / "study"):
         with pytest.raises(NotADirectoryError, match="choose another --out"):
             make_folder(folder)
+
+
+def test_a_table_grows_by_rows_and_knows_which_runs_are_done(tmp_path):
+    path = tmp_path / "table.csv"
+    assert read_table(path) == [] and not has_row(path, seed=0)
+    for seed in (0, 1):
+        append(path, {"arm": "lora-4", "seed": seed, "loss": 0.5 + seed})
+    assert path.read_text().splitlines() == ["arm,seed,loss", "lora-4,0,0.5", "lora-4,1,1.5"]
+    assert rows_with(path, arm="lora-4", seed=1) == [{"arm": "lora-4", "seed": "1", "loss": "1.5"}]
+    assert has_row(path, seed=0) and not has_row(path, arm="lora-8", seed=0)
 
 
 # Afterwards
