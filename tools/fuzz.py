@@ -64,20 +64,20 @@ class Hang(BaseException):
     """A reader took too long."""
 
 
+def contents(model):
+    """All that a refused file must leave alone, as plain values."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [type(m) for m in model.modules()], [(name, p.tolist(), p.requires_grad) for name, p in tensors]
+
+
 def unchanged_if_refused(make, read, path):
     """Call read(make(), path); where it refuses, the model must be what it was."""
     model = make()
-    names = [*model.named_parameters(), *model.named_buffers()]
-    before = [(name, p.detach().clone(), p.requires_grad) for name, p in names]
-    kinds = [type(m) for m in model.modules()]
+    before = contents(model)
     try:
         read(model, path)
     except (ValueError, OSError):
-        names = [*model.named_parameters(), *model.named_buffers()]
-        same = [type(m) for m in model.modules()] == kinds and len(names) == len(before)
-        for (name, value, grad), (now, p) in zip(before, names):
-            same = same and name == now and torch.equal(value, p) and grad == p.requires_grad
-        if not same:
+        if contents(model) != before:
             raise Changed("the model was changed before the file was refused") from None
         raise
 
