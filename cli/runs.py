@@ -28,7 +28,7 @@ def errors_as_lines(parser, hint="no epoch was finished"):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more when it ends
         parser.error("standard output was closed")
-    except (ValueError, OSError, FloatingPointError, torch.linalg.LinAlgError) as error:
+    except (ValueError, OSError, FloatingPointError, torch.linalg.LinAlgError, torch.OutOfMemoryError) as error:
         parser.error(str(error))
     except KeyboardInterrupt as stop:
         parser.exit(130, f"\ninterrupted; {str(stop) or hint}\n")
