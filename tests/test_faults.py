@@ -9,6 +9,7 @@ from pathlib import Path
 import conftest
 import pytest
 from conftest import EQUATIONS, IMPL, MODULES, ROOT
+
 from tools import faults
 
 
@@ -49,8 +50,9 @@ def test_files_in_a_folder_replace_ours_and_a_failed_test_points_to_its_equation
     text = (ROOT / "hard_concrete.py").read_text(encoding="utf-8")
     (tmp_path / "hard_concrete.py").write_text(text.replace("-0.1, 1.1, 1.0", "-0.1, 1.1, 0.5"), encoding="utf-8")
     test = "tests/test_hard_concrete.py::test_constants_are_the_papers"
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", test], cwd=ROOT, text=True,
-                          env={**os.environ, "SALORA_IMPL": os.path.relpath(tmp_path, ROOT)}, capture_output=True)  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", test]
+    environment = {**os.environ, "SALORA_IMPL": os.path.relpath(tmp_path, ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert f"hard_concrete from {tmp_path / 'hard_concrete.py'}\nsalora from {ROOT / 'salora.py'}\n" in done.stdout
     assert "What this test states" in done.stdout and "hard_concrete.py, Eq. (7): g = " in done.stdout

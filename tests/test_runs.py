@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -117,12 +118,14 @@ def test_a_run_that_diverges_ends_with_the_step_and_what_to_do(go, capsys, metho
     assert "error: the loss is nan at step " in message and message.endswith(": try a smaller --lr")
 
 
-def test_an_svd_that_does_not_converge_is_one_line(go, capsys, monkeypatch):
-    def diverge(*values, **options):
-        raise torch.linalg.LinAlgError("linalg.svd: the algorithm failed to converge")
-
-    monkeypatch.setattr(torch.linalg, "svd", diverge)
-    assert "failed to converge" in refused(capsys, go)
+def test_an_svd_that_does_not_converge_and_memory_that_is_too_small_are_one_line(go, capsys, monkeypatch):
+    for module, name, error in (
+        (torch.linalg, "svd", torch.linalg.LinAlgError("linalg.svd: the algorithm failed to converge")),
+        (train_glue_mini, "task_loss", torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")),
+    ):
+        with monkeypatch.context() as now:
+            now.setattr(module, name, Mock(side_effect=error))
+            assert " ".join(str(error).split()) in refused(capsys, go)
 
 
 # Interruptions

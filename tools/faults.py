@@ -113,7 +113,7 @@ FAULTS = {  # file: [(function, or "" for what is outside; text that occurs once
     ],
     "cli/runs.py": [
         ("errors_as_lines", "FloatingPointError, ", "", "test_a_run_that_diverges_ends_with_the_step_and_what_to_do"),
-        ("errors_as_lines", ", torch.linalg.LinAlgError", "", "test_an_svd_that_does_not_converge_is_one_line"),
+        ("errors_as_lines", "torch.linalg.LinAlgError, ", "", "test_an_svd_that_does_not_converge_and_memory_that_is_too_small_are_one_line"),
         ("interrupted", 'saved.pop("digest", None) == digest_of(saved)', 'saved.pop("digest", None) is not None',
          "test_damaged_and_foreign_files_are_refused_and_left_alone"),
         ("read_run", "more = [k for k", "more = [] and [k for k",
