@@ -199,6 +199,27 @@ def test_lora_is_salora_with_its_gates_open(go, tmp_path):
         assert isinstance(layer, dict) or layer == b[name]
 
 
+def test_alora_scores_by_the_negative_loss_of_rows_that_it_does_not_train_on(go, monkeypatch):
+    seen, fine_tune, prepare = {}, train_glue_mini.fine_tune, train_glue_mini.prepare
+
+    def watched(model, rows, optimizer, allocator, **more):
+        held_out = [row for row in seen["train"] if row not in rows]
+        assert len(rows) == 42 and len(held_out) == 6, "an eighth of 48 rows"
+        (ids, mask, types), labels = train_glue_mini.batch_of(held_out, model, "cpu")
+        loss = torch.nn.functional.cross_entropy(model.eval()(ids, mask, types), labels)
+        model.train()
+        assert allocator.score() == pytest.approx(-loss.item()) and model.training
+        return fine_tune(model, rows, optimizer, allocator, **more)
+
+    def noted(settings):
+        model, seen["train"], dev = prepare(settings)
+        return model, seen["train"], dev
+
+    monkeypatch.setattr(train_glue_mini, "fine_tune", watched)
+    monkeypatch.setattr(train_glue_mini, "prepare", noted)
+    go("--method", "alora", "--rank", 2, "--steps", 12, "--dropout", 0.5)
+
+
 # Phases
 
 
