@@ -49,8 +49,8 @@ def test_a_folder_without_any_of_our_files_is_refused(tmp_path, monkeypatch, pyt
 def test_files_in_a_folder_replace_ours_and_a_failed_test_points_to_its_equation(tmp_path):
     text = (ROOT / "hard_concrete.py").read_text(encoding="utf-8")
     (tmp_path / "hard_concrete.py").write_text(text.replace("-0.1, 1.1, 1.0", "-0.1, 1.1, 0.5"), encoding="utf-8")
-    test = "tests/test_hard_concrete.py::test_constants_are_the_papers"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", test]
+    test = ["tests/test_hard_concrete.py", "-k", "constants_are_the_papers"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *test]
     environment = {**os.environ, "SALORA_IMPL": os.path.relpath(tmp_path, ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
