@@ -14,6 +14,7 @@ from main_job import FILES, adapter_of, interrupt, json_of, log_of, losses_of, m
 
 import rank_allocator
 import train_glue_mini
+from budget import GateSchedule
 from cli import report
 from cli.flags import build_parser, device_of
 from cli.journal import Journal
@@ -242,6 +243,16 @@ def test_noise_is_drawn_once_a_step_of_the_window_and_gates_move_only_there(go, 
     assert len(draws) == 6 and all(not torch.equal(a, b) for a, b in zip(draws, draws[1:], strict=False))
     assert all(not theta.any() for theta in seen[:5]), "log theta stays 0 until the window's first step is done"
     assert all(not torch.equal(a, b) for a, b in zip(seen[4:10], seen[5:10], strict=False))
+
+
+@pytest.mark.equation("projection", "phases")
+def test_the_expected_density_follows_its_target_down_to_the_budget(go, tmp_path):
+    go("--window", 0.2, 0.8, "--out", tmp_path / "run")
+    schedule = GateSchedule(20, 0.2, 0.8)
+    window = [row for row in log_of(tmp_path / "run") if row["phase"] == "window"]
+    expected = [schedule.target_at(int(row["step"]) - 1, 0.5) for row in window]
+    assert [float(row["C"]) for row in window] == pytest.approx(expected, abs=1e-4)
+    assert len(window) == 12 and expected[0] > 0.8 and expected[-1] == 0.5
 
 
 # Resume: six epochs of six steps and one of four; the window of `ours` is steps 16 to 20, that of `paper` 8 to 20

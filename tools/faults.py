@@ -14,8 +14,10 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from io import StringIO
 from multiprocessing import get_context
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
@@ -23,225 +25,447 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-FAULTS = {  # file: [(function, or "" for what is outside; text that occurs once in it; what replaces it; the test)]
-    "train_glue_mini.py": [
-        ("", "signal.signal(signal.SIGINT, signal.SIG_DFL)", "signal.getsignal(signal.SIGINT)",
-         "test_an_interruption_while_torch_is_imported_prints_nothing"),
-        ("task_loss", "outputs.view_as(labels)", "outputs",
-         "test_loss_is_cross_entropy_of_classes_and_squared_error_of_scores"),
-        ("fine_tune", "    model.train()\n", "", "test_gradients_of_the_main_loop_are_those_of_alg_1"),
-        ("fine_tune", "range(allocator.step, allocator", "range(0, allocator",
-         "test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit[salora-before]"),
-        ("fine_tune", 'seed_of(seed, "batches", epoch)', 'seed_of(seed, "batches")',
-         "test_every_epoch_of_every_seed_has_its_own_order_and_dropout"),
-        ("fine_tune", 'seed_of(seed, "dropout", epoch, worker())', 'seed_of(seed, "dropout")',
-         "test_every_epoch_of_every_seed_has_its_own_order_and_dropout"),
-        ("fine_tune", "lr * allocator.lr_factor(step)", "lr",
-         "test_main_loop_warms_the_learning_rate_up_anew_and_restarts_it_if_asked"),
-        ("fine_tune", "inputs, labels = batch_of(part, model, device)",
-         'inputs, labels = batch_of(part, model, device); __import__("budget").resample(allocator.layers)',
-         "test_micro_batches_of_a_step_see_one_mask_and_every_step_of_the_window_its_own"),
-        ("fine_tune", "(len(part) / len(batch))", "(1 / accumulate)",
-         "test_accumulating_equals_the_whole_batch_noise_included"),
-        ("fine_tune", "        optimizer.zero_grad()\n", "", "test_gradients_of_the_main_loop_are_those_of_alg_1"),
-        ("run", "score = lambda: -loss_of", "score = lambda: loss_of",
-         "test_alora_in_the_main_job_scores_by_the_loss_of_rows_held_out_of_training"),
-        ("main", "args.evaluate is not None or args.predict is not None", "args.evaluate is not None",
-         "test_bad_input_is_one_clear_line_and_leaves_nothing_behind[--predict test.tsv]"),
-        ("main", "redirect_stdout(None) if worker() > 0 else", "nullcontext() if worker() > 0 else",
-         "test_two_processes_train_like_one_and_only_the_first_speaks"),
-    ],
-    "cli/afterwards.py": [
-        ("predict", "torch.tensor(order).argsort()", "torch.tensor(order)",
-         "test_predictions_come_in_the_order_of_the_rows"),
-        ("predict", "    model.eval()\n", "", "test_predictions_come_in_the_order_of_the_rows"),
-        ("reopen", 'frozen_digest(model) != summary.get("frozen_digest")', "False",
-         "test_other_weights_in_the_encoders_folder_and_another_adapter_are_noticed"),
-        ("reopen", 'digest_of(adapter_state(model)) != summary.get("adapter_digest")', "False",
-         "test_other_weights_in_the_encoders_folder_and_another_adapter_are_noticed"),
-    ],
-    "cli/files.py": [
-        ("make_folder", "(FileExistsError, NotADirectoryError)", "FileExistsError",
-         "test_a_file_in_the_place_of_a_folder_is_refused_before_anything_long"),
-        ("check_free", "found and not {", "False and not {",
-         "test_default_folders_are_numbered_on_and_a_given_one_is_never_overwritten"),
-        ("check_free", 'if path.name != "checkpoint.pt.part"', "if True",
-         "test_a_folder_is_free_if_it_holds_nothing_but_what_an_early_end_leaves"),
-        ("claimed", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
-         "test_a_folder_is_one_runs_alone_until_that_ends"),
-        ("claimed", '(folder / "checkpoint.pt").unlink(missing_ok=True)', "pass",
-         "test_a_run_that_diverges_leaves_no_checkpoint"),
-        ("claimed", '        if not (folder / "checkpoint.pt").is_file():\n            raise\n', "",
-         "test_an_interruption_says_how_to_go_on"),
-        ("_feed", 'f"{value.dtype} {tuple(value.shape)}"', 'f"{value.dtype}"', "test_equal_digests_mean_equal_content"),
-        ("_feed", " or 0 in value.stride()", "", "test_damaged_and_foreign_files_are_refused_and_left_alone"),
-    ],
-    "cli/flags.py": [
-        ("positive", "if float(text) >= LARGEST:", "if False:",
-         "test_bad_input_is_one_clear_line_and_leaves_nothing_behind"),
-        ("share", "if value >= 1:", "if value > 1:", "test_bad_input_is_one_clear_line_and_leaves_nothing_behind"),
-        ("device_of", 'name.startswith("cuda") and', "False and",
-         "test_under_torchrun_a_process_takes_the_cuda_device_of_its_own_rank"),
-    ],
-    "cli/journal.py": [
-        ("trace_of", "layer.B.T @ layer.B - I", "layer.A @ layer.A.T - I",
-         "test_a_trace_has_every_matrix_at_every_logged_step_and_changes_no_number"),
-        ("trace_of", "layer.gate.open_probability().sum()", "layer.gate.settled().sum()",
-         "test_a_trace_has_every_matrix_at_every_logged_step_and_changes_no_number"),
-        ("Journal.begin_epoch", "if not all(p.isfinite().all()", "if not all(True",
-         "test_weights_that_are_not_finite_never_replace_a_checkpoint"),
-        ("Journal.begin_epoch", '"rows": self.rows', '"rows": []',
-         "test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit[lora-after]"),
-        ("Journal.restore", 'if saved["fingerprint"].get(name) != value:', "if False:",
-         "test_settings_that_were_edited_are_not_resumed"),
-        ("Journal.restore", '        self.trace = state["trace"]\n', "",
-         "test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit[salora-before]"),
-        ("Journal.add", "(self.running / self.counted).item()", "self.running.item()",
-         "test_a_log_row_is_the_mean_loss_of_the_steps_since_the_last_one"),
-        ("Journal.add", "not math.isfinite(mean)", "False",
-         "test_a_run_that_diverges_ends_with_the_step_and_what_to_do"),
-    ],
-    "cli/pictures.py": [
-        ("rank_grid", "split_name(name)[::-1]", "split_name(name)",
-         "test_the_table_of_ranks_has_a_line_per_block_and_a_column_per_matrix"),
-    ],
-    "cli/report.py": [
-        ("finish_run", '(folder / "checkpoint.pt").unlink(missing_ok=True)', "pass",
-         "test_every_task_runs_within_its_budget_and_ends_up_in_a_table"),
-        ("write_predictions", "min(5.0, max(0.0, p))", "p",
-         "test_predictions_use_the_names_of_labels_and_of_both_test_sets"),
-    ],
-    "cli/runs.py": [
-        ("errors_as_lines", "FloatingPointError, ", "", "test_a_run_that_diverges_ends_with_the_step_and_what_to_do"),
-        ("errors_as_lines", "torch.linalg.LinAlgError, ", "", "test_an_svd_that_does_not_converge_and_memory_that_is_too_small_are_one_line"),
-        ("interrupted", 'saved.pop("digest", None) == digest_of(saved)', 'saved.pop("digest", None) is not None',
-         "test_damaged_and_foreign_files_are_refused_and_left_alone"),
-        ("read_run", "more = [k for k", "more = [] and [k for k",
-         "test_bad_input_is_one_clear_line_and_leaves_nothing_behind"),
-        ("read_finished", 'not (folder / "summary.json").is_file()', "False",
-         "test_a_run_that_is_not_finished_is_neither_evaluated_nor_exported"),
-    ],
-    "cli/settings.py": [
-        ("settle", "str(Path(weights).resolve())", "str(weights)",
-         "test_a_finished_run_scores_the_same_again_from_any_folder_and_stays_as_it_is"),
-        ("settle", "if getattr(args, name) is None:", "if True:", "test_settings_follow_from_task_method_and_recipe"),
-        ("check_flags", "if given and not there:", "if False:",
-         "test_bad_input_is_one_clear_line_and_leaves_nothing_behind"),
-        ("dropout_rates", 'args.method not in ("full", "head")', "True",
-         "test_settings_follow_from_task_method_and_recipe"),
-        ("read_settings", 'if used(settings) != {**found, "device": "cpu"}:', "if False:",
-         "test_settings_that_the_program_would_not_have_written_are_refused"),
-        ("read_settings", 'device or str(found.get("device"))', 'str(found.get("device"))',
-         "test_a_finished_run_scores_the_same_again_from_any_folder_and_stays_as_it_is"),
-    ],
-    "cli/setup.py": [
-        ("seed_of", "getrandbits(63)", "getrandbits(1)",
-         "test_every_epoch_of_every_seed_has_its_own_order_and_dropout"),
-        ("build", "use_deterministic_algorithms(bool(settings.deterministic))", "use_deterministic_algorithms(False)",
-         "test_deterministic_algorithms_are_used_where_they_are_asked_for"),
-    ],
-    "cli/workers.py": [
-        ("start_workers", "        import torch._dynamo", "        pass",
-         "test_two_processes_train_like_one_and_only_the_first_speaks"),
-        ("share_of", "batch[worker() + workers() * i :: stride]", "batch[worker() :: stride]",
-         "test_accumulating_equals_the_whole_batch_noise_included"),
-        ("add_up", "dist.all_reduce(flat)", "pass", "test_two_processes_train_like_one_and_only_the_first_speaks"),
-        ("add_up", "p.grad = grad.view_as(p)", "pass", "test_two_processes_train_like_one_and_only_the_first_speaks"),
-    ],
-    "glue/metrics.py": [
-        ("f1", "float(2 * hits / both)", "float(hits / both)", "test_metrics_by_hand"),
-        ("pearson", "np.ptp(predicted) == 0 or np.ptp(gold) == 0", "not x.any() or not y.any()",
-         "test_a_constant_whose_mean_is_rounded_has_no_correlation"),
-        ("spearman", "(counts - 1) / 2", "0", "test_metrics_by_hand"),
-    ],
-    "glue/mini.py": [
-        ("change", " if concept not in taken]", "]", "test_labels_of_pairs_follow_from_the_words_alone"),
-        ("cola", '"this" if is_plural else "these"', '"these" if is_plural else "this"',
-         "test_grammar_faults_are_really_faults"),
-        ("sst2", "praise != turned", "praise == turned", "test_sentiment_follows_from_the_clause_that_decides"),
-    ],
-    "glue/pretrain.py": [
-        ("trained_once", "shutil.rmtree(part, ignore_errors=True)", "pass",
-         "test_of_two_runs_that_pre_train_at_once_the_first_to_finish_leaves_its_encoder"),
-        ("corrupt", "(chance < rate) & (ids > tokenizer.mask)", "(chance < rate)",
-         "test_corruption_hides_words_only_and_of_a_pair_one_side_only"),
-    ],
-    "glue/tasks.py": [
-        ("read_rows", "utf-8-sig", "utf-8",
-         "test_official_layouts_are_read_with_any_line_end_and_byte_order_mark"),
-        ("read_rows", '.split("\\n")\n', ".splitlines()\n",
-         "test_quotes_and_odd_line_separators_are_part_of_a_sentence"),
-    ],
-    "glue/tokens.py": [
-        ("MiniTokenizer.encode_pair", "(a if len(a) > len(b) else b).pop()", "(b or a).pop()",
-         "test_truncation_takes_from_the_longer_sentence"),
-        ("collate", "ids + [pad] * (longest", "ids + [0] * (longest", "test_collate_pads_to_the_longest_row"),
-        ("batches_of", "random.Random(seed).sample", "random.Random(0).sample",
-         "test_batches_hold_every_row_once_in_an_order_that_the_seed_decides"),
-    ],
-}  # fmt: skip
+# (file and function, or the whole file; the test that notices; pairs of a text that occurs once there and what replaces
+# it). A test is called by the beginning of its name, after "test_", as far as that is unique.
+TABLE = [
+    ("hard_concrete.py sample_gate", "sample_matches_eq", ("torch.logit(u) + log_theta", "torch.logit(u) - log_theta"),
+     ("(torch.logit(u) + log_theta) / tau", "torch.logit(u) + log_theta / tau"),
+     ("(torch.logit(u) + log_theta) / tau", "torch.logit(u) + log_theta"), ("torch.logit(u)", "torch.log(u)"),
+     ("/ tau) * (zeta - gamma) + gamma\n", "/ tau) * zeta + gamma\n")),
+    ("hard_concrete.py sample_gate", "clamped_samples_have_no_gradient_and_open_ones_have", ("s.clamp(0, 1)", "s")),
+    ("hard_concrete.py prob_above", "probabilities_median_and_mean_match_a_stratified_grid",
+     ("log_theta - tau * log", "log_theta - log"), ("log_theta - tau * log((t", "log_theta + tau * log((t"),
+     ("log_theta - tau * log((t", "log_theta / tau - log((t")),
+    ("hard_concrete.py prob_above", "constants_are_the_papers_and_a_fresh_gate_is_open_with_probability_11_in_12",
+     ("log((t - gamma) / (zeta - t))", "log((zeta - t) / (t - gamma))")),
+    ("hard_concrete.py mean_gate", "mean_gate_at_tau_1_has_a_closed_form", ("leggauss(64)", "leggauss(2)")),
+    ("hard_concrete.py HardConcreteGate.__init__", "a_gates_state_loads_into", ("persistent=False", "persistent=True")),
+    ("hard_concrete.py HardConcreteGate.__init__", "a_free_gate_samples", ("torch.full((r,), 0.5)", "torch.rand(r)")),
+    ("hard_concrete.py HardConcreteGate.state", "a_gate_is_held_then_free_then", ('return "held"', 'return "fixed"')),
+    ("hard_concrete.py HardConcreteGate.forward", "pruned_and_merged_layers_equal_the", ("self.training and ", "")),
+    ("hard_concrete.py HardConcreteGate.forward", "forward_is_eq_5_by_naive_loops_with_sampled_gates_in_train_and",
+     ("sample_gate(self.log_theta, self.u)", "sample_gate(self.log_theta, torch.rand_like(self.u))")),
+    ("hard_concrete.py HardConcreteGate.open_probability", "expected_density_and_its_gradient_are_eq_11_by_hand",
+     ("prob_open(self.log_theta) if", "prob_open(self.log_theta.detach()) if")),
+    ("hard_concrete.py set_data", "a_loop_by_hand_with_a_scheduler_gives", ("p.data = torch.empty(0", "torch.empty(0")),
+    ("hard_concrete.py prob_one", "probabilities_median_and_mean_match_a", ("log_theta, 1.0", "log_theta, 0.999"),
+     ("return prob_above(log_theta, 1.0,", "return 1 - prob_above(log_theta, 0.0,")),
+    ("hard_concrete.py median_gate", "probabilities_median_and_mean_match_a_stratified_grid",
+     ("log_theta / tau", "log_theta"), ("* (zeta - gamma) + gamma).clamp(0, 1)", "* zeta).clamp(0, 1)")),
+    ("hard_concrete.py mean_gate", "probabilities_median_and_mean_match_a", ("w / 2", "w"), (".sum(0)", ".sum()")),
+    ("hard_concrete.py", "constants_are_the_papers_and_a_fresh_gate_is_open", ("-0.1, 1.1, 1.0", "-0.1, 1.1, 2 / 3")),
+    ("hard_concrete.py HardConcreteGate.fix", "a_gate_is_held_then_free_then_fixed_and_log_theta_trains_only_while_it",
+     ("self.log_theta.requires_grad_(False)", "pass"), ("        self.log_theta.requires_grad_(False)\n", "")),
+    ("hard_concrete.py HardConcreteGate.open_probability", "a_gate_is_held_then_free_then_fixed_and_log_theta_trains",
+     ("(self.settled() > 0).float()", "self.settled()")),
+    ("hard_concrete.py HardConcreteGate.keep", "pruned_and_merged_layers_equal_the_masked_one_whatever_the_noise",
+     ("self.u[kept]", "self.u[: len(kept)]"), ("else self.fixed[kept]", "else self.fixed[: len(kept)]")),
+    ("hard_concrete.py HardConcreteGate._load_from_state_dict", "a_gates_state", ('("held", "fixed")', '("fixed",)')),
+    ("hard_concrete.py HardConcreteGate.__init__", "constants_are_the_papers_and_a_fresh_gate_is_open_with_probability",
+     ("nn.Parameter(torch.zeros(r))", "nn.Parameter(torch.ones(r))")),
+    ("hard_concrete.py HardConcreteGate.forward", "a_gate_is_held_then_free_then_fixed_and_log_theta_trains_only_while",
+     ('if self.training and self.state == "free"', "if self.training")),
+    ("hard_concrete.py HardConcreteGate.forward", "a_free_gate", ("sample_gate(self.log_theta, self.u)  # Eq. (7)",
+     "sample_gate(self.log_theta, torch.rand_like(self.u).clamp(1e-6, 1 - 1e-6))"),
+     ("sample_gate(self.log_theta, self.u)  # Eq. (7)", "(sample_gate(self.log_theta, self.u) > 0).float()")),
+    ("hard_concrete.py set_data", "gradients_of_the_main_loop_are_those_of_alg_1_with_one_mask_per_step",
+     ("    p.data = torch.empty(0, dtype=torch.float16 if p.dtype != torch.float16 else torch.float32, "
+      "device=p.device)\n",
+     "")),
+    ("salora.py SaLoRALinear.__init__", "a_fresh_layer_changes_nothing_and_a_is_drawn_so", ("/ k**0.5", "/ r**0.5"),
+     ("nn.Parameter(base.weight.new_zeros(d, r))", "nn.Parameter(torch.randn(d, r) / k**0.5)")),
+    ("salora.py SaLoRALinear.__init__", "only_triplets_and_gates_have", ("base.requires_grad_(False)", "base")),
+    ("salora.py SaLoRALinear.forward", "gradients_agree_with_finite_differences",
+     ("self.gate()", "self.gate().detach()")),
+    ("salora.py SaLoRALinear.forward", "closed_gates_leave_exactly_the", ("self.base(x) + F", "self.base(x) - F"),
+     ("(self.scale * self.gate()).to", "(self.scale * torch.ones_like(self.gate())).to"),
+     ("(self.scale * self.gate()).to", "self.gate().to"),
+     ("return self.base(x) + F", "return self.gate().mean() * self.base(x) + F"),
+     ("return self.base(x) + F", "return F"), ("h = F.linear(x, self.A)", "h = F.linear(x, self.B.T)")),
+    ("salora.py SaLoRALinear.keep", "pruning_slices_gradients_and_every_moment_and_clip_lists_and_schedulers_go_on",
+     ("None if grad is None else grad.index_select(axis, kept)", "None")),
+    ("salora.py adapt", "what_cannot_be_adapted_is_refused_and_nothing_is_left_half_done",
+     ('n.endswith("." + target)', "n.endswith(target)"), ("re.fullmatch", "re.match")),
+    ("salora.py adapt", "a_layer_with_two_names_is_adapted_under_both", ("if name and id(m) not in inside", "if name")),
+    ("salora.py adapt", "adapt_replaces_by_suffix_and_by_pattern_and_freezes", ("model.requires_grad_(False)", "pass")),
+    ("salora.py orthogonality", "orthogonality_is_eq_9_by", ("(layer.B.T @ layer.B - I)", "(layer.B.T @ layer.B)"),
+     ("layer.A @ layer.A.T - I", "layer.A.T @ layer.A - torch.eye(layer.A.shape[1])"),
+     ("(layer.A @ layer.A.T - I).square().sum()", "(layer.A @ layer.A.T - I).square().mean()"),
+     ("(layer.A @ layer.A.T - I).square().sum()", "(layer.A @ layer.A.T - I).norm()")),
+    ("salora.py canonicalize", "canonical_triplets_in_half_precision_and_of_an_untrained_layer",
+     ("if not layer.B.any():", "if False:"), ("p.to(torch.promote_types(p.dtype, torch.float32))", "p")),
+    ("salora.py canonicalize", "canonical_triplets_keep_the_product_and_are_a_singular_basis",
+     ("Qb @ U * S.sqrt()", "Qb @ U * S"), ("Rb @ Ra.T", "Rb @ Ra")),
+    ("salora.py merge", "weights_of_another_phase_or_run_are", ("finished_layers(model)", "salora_layers(model)")),
+    ("salora.py merge", "merging_leaves_what_shares_a_weight_as_it_was",
+     ("nn.Parameter(layer.base.weight + layer.delta(), requires_grad=False)", "layer.base.weight.add_(layer.delta())")),
+    ("salora.py SaLoRALinear.scale", "pruned_and_merged_layers_equal_the_masked_one", ("/ self.r0", "/ self.r")),
+    ("salora.py SaLoRALinear.forward", "forward_is_eq_5_by_naive_loops_with", ("self.gate()", "self.gate.settled()")),
+    ("salora.py SaLoRALinear.delta", "pruned_and_merged_layers_equal_the", ("self.gate.settled()", "self.gate()"),
+     ("self.scale * (self.B * self.gate.settled().to(self.B.dtype)) @ self.A", "self.scale * self.B @ self.A")),
+    ("salora.py SaLoRALinear.keep", "pruned_and_merged_layers_equal_the_masked_one_whatever_the_noise",
+     ("p.data.index_select(axis, kept)", "p.data.narrow(axis, 0, len(kept))")),
+    ("salora.py replace_modules", "a_layer_with_two", ("parent._modules.items()", "list(parent.named_children())")),
+    ("salora.py prune", "pruned_and_merged_layers_equal_the_masked_one_whatever_the_noise",
+     ("settled().nonzero()", "settled().round().nonzero()"), ("gate.settled().nonzero()", "gate().nonzero()"),
+     ("layer.gate.settled().nonzero()", "(layer.gate.settled() > 0.5).nonzero()")),
+    ("salora.py SaLoRALinear.scale", "closed_gates_leave", ("return self.alpha / self.r0", "return self.alpha")),
+    ("salora.py merge", "pruned_and_merged_layers_equal_the_masked_one_whatever_the_noise",
+     ("layer.base.weight + layer.delta()", "layer.base.weight - layer.delta()")),
+    ("salora.py layer_list", "gradients_of_the_main_loop_are_those_of_alg_1_with_one_mask_per_step",
+     ("list(layers.values() if isinstance(layers, dict) else layers)", "list(layers)")),
+    ("budget.py total_parameters", "budget_rule_never_overspends_wastes_no_room_and", ("layer.r0 *", "layer.r *")),
+    ("budget.py kept_density", "survivors_are_worth_one_or_their_median_and", ("settled() > 0", "settled() > 0.5")),
+    ("budget.py resample", "noise_that_falls_on_the_edge_is_moved_inside", (".clamp(EPS, 1 - EPS)", "")),
+    ("budget.py resample", "noise_is_one_draw_for_all_layers_and_stays_until_it_is_drawn_anew",
+     ("copy_(part)", "copy_(u[: layer.r])"), ("generator=generator, device=device)", "device=device)")),
+    ("budget.py start_gates", "gates_start_at_odds_that_grow_with_energy_per_parameter_and_c_as_in_the_paper",
+     ("project(layers, C_START)", "pass"), ("    project(layers, C_START)\n", "")),
+    ("budget.py project", "projection_puts_c_on_the_target_by_one_shift_for_all_however_far_away_they_are",
+     ("(C < density)", "(C > density)"), ("@ (cost / cost.sum())", "@ torch.full_like(cost, 1 / len(cost))")),
+    ("budget.py best_within_budget", "budget_rule_loses_no_triplet_to_rounding",
+     ("floor(budget * total_parameters(layers) + 1e-6)", "budget * total_parameters(layers)"),
+     ("if layers[i].triplet_size <= left", "if left > 0"), ("left -= layers[i].triplet_size", "left -= 1")),
+    ("budget.py check_budget", "impossible_budgets_rules_and_windows_are_refused", ("0 < budget", "0 <= budget")),
+    ("budget.py GateSchedule.phase", "phases_partition_the_steps_in", ("step < self.T_end", "step <= self.T_end")),
+    ("budget.py GateSchedule.target_at", "the_target_of_the_schedule_falls_from", ("1 - 2 * progress", "1 - progress"),
+     ("(step + 1 - self.T_start) / self.window", "(step - self.T_start) / self.window")),
+    ("budget.py Lagrangian.forward", "quadratic_penalty_is_eq_12", ("** 2", "** 4"),
+     ("return self.lam[0] * (C - self.target) ** 2", "return self.lam[0] * (C - self.target)")),
+    ("budget.py Lagrangian.__init__", "lambda_climbs_the_penalty_and_is_never_negative", (", maximize=True", "")),
+    ("budget.py expected_density", "expected_density_and_its_gradient", ("* layer.triplet_size for", "* layer.r0 for"),
+     ("open_probability().sum() * layer.triplet_size", "open_probability().sum()"),
+     ("open_probability().sum() * layer.triplet_size", "open_probability().mean() * layer.triplet_size")),
+    ("budget.py best_within_budget", "budget_rule_never_overspends", ("triplet_size <= left", "triplet_size < left"),
+     ("-t[0])", "(-t[0], -t[1], -t[2]))"), ("key=lambda t: -t[0]", "key=lambda t: t[0]"),
+     ("masks[i][j] = True", "masks[i][j] = True\n        else:\n            break")),
+    ("budget.py freeze_gates", "survivors_are_worth_one_or_their_median_and", ("median > 0 for", "median > 0.5 for")),
+    ("budget.py Lagrangian.ascend", "lambda_climbs_the_penalty_and_is_never_negative",
+     ("self.lam.clamp_(min=0)", "pass"), ("        self.optimizer.zero_grad()\n", "")),
+    ("budget.py", "noise_that_falls_on_the_edge_is_moved_inside", ("EPS = 1e-6", "EPS = 1e-12")),
+    ("budget.py", "gates_start_at_odds_that_grow_with_energy_per_parameter", ("C_START = 11 / 12", "C_START = 1.0")),
+    ("budget.py freeze_gates", "budget_rule_loses_no", ('if survivors == "one" else', 'if survivors != "one" else')),
+    ("budget.py GateSchedule.__init__", "phases_partition_the_steps", ("start=0.2, end=0.5):", "start=0.2, end=0.8):")),
+    ("budget.py Lagrangian.forward", "lambda_climbs_the_penalty_and_is_never_negative",
+     ("return self.lam[0] * (C - self.target) ** 2", "return self.lam[0].detach() * (C - self.target) ** 2")),
+    ("rank_allocator.py RankAllocator.__init__", "main_loop_holds_gates_then_frees_then_fixes_them_at_exactly_t_start",
+     ("max(0.01, TRAVEL / max(1, self.schedule.window))", "0.01")),
+    ("rank_allocator.py RankAllocator.__init__", "the_seed_of_an_allocator", ("manual_seed(seed)", "manual_seed(0)")),
+    ("rank_allocator.py RankAllocator.before_step", "gradients_of_the", ("resample(self.layers, self.noise)", "pass")),
+    ("rank_allocator.py RankAllocator.after_step", "main_loop_drives_c_to_the", ("self.lagrangian.ascend()", "pass")),
+    ("rank_allocator.py RankAllocator.after_step", "any_recipe_on_any_shapes_has_its_phases_on_time_and_never",
+     ("target_at(self.step, self.budget)", "target_at(self.step - 1, self.budget)")),
+    ("rank_allocator.py RankAllocator._release", "moments_start_anew", ("self.optimizer.state.pop(p, None)", "pass")),
+    ("rank_allocator.py RankAllocator.state_dict", "a_hook_forgotten_doubled_or_out_of_order_is_refused_and_what_was",
+     ('self.guard.expect("before_step", "state_dict")', "pass"),
+     ('        self.guard.expect("before_step", "state_dict")\n', "")),
+    ("rank_allocator.py RankAllocator.load_state_dict", "a_loop_resumed_in_any_phase_goes_on_equal_to_the_bit",
+     ('requires_grad_(gates == "free")', "requires_grad_(False)"), ('self.noise.set_state(state["noise"])', "pass"),
+     ('self.lagrangian.optimizer.load_state_dict(state["ascent"])', "pass"),
+     ('self.gate_optimizer.load_state_dict(state["gate_optimizer"])', "pass"),
+     ('        self.noise.set_state(state["noise"])\n', ""),
+     ('        self.gate_optimizer.load_state_dict(state["gate_optimizer"])\n', ""),
+     ('        self.lagrangian.optimizer.load_state_dict(state["ascent"])\n', "")),
+    ("rank_allocator.py RankAllocator.lr_factor", "main_loop_warms_the", ("(0, T_start, T_end)", "(0, T_start)"),
+     ("T_end if self.recipe.restart and step >= T_end else 0", "T_end if self.recipe.restart else 0")),
+    ("rank_allocator.py RankAllocator.penalty", "gradients_of_the_main_loop_are_those_of_alg_1_with_one_mask_per_step",
+     ("self.recipe.beta * orthogonality", "orthogonality"),
+     ("self.lagrangian(expected_density(self.layers))", "self.lagrangian(torch.tensor(kept_density(self.layers)))")),
+    ("rank_allocator.py RankAllocator.after_step", "gradients_of_the", ("self.gate_optimizer.zero_grad()", "pass")),
+    ("rank_allocator.py RankAllocator._enter_phase", "any_recipe_on_any_shapes_has_its_phases_on_time_and_never",
+     ("self.step == self.schedule.T_end", "self.step == self.schedule.T_end + 1")),
+    ("rank_allocator.py RankAllocator._decide", "pruning_slices_gradients_and_every_moment_and_clip_lists_and",
+     ("value.index_select(axis, kept)", "value.narrow(axis, 0, len(kept)).clone()")),
+    ("rank_allocator.py RankAllocator.finish", "weights_of_another_phase_or_run_are_refused_and_nothing_is_saved_or",
+     ("self.guard.check_kept(self.kept_end)", "pass"), ("        self.guard.check_kept(self.kept_end)\n", "")),
+    ("rank_allocator.py lr_factor", "main_loop_holds_gates_then_frees_then_fixes_them_at_exactly_t_start_and_t_end",
+     ("return fall * min(1,", "return min(1,"), ("(since + 1) / (warmup", "since / (warmup")),
+    ("rank_allocator.py RankAllocator.lr_factor", "main_loop_holds", ("if self.recipe.restart and step", "if step")),
+    ("rank_allocator.py lr_factor", "main_loop_warms_the", ("max(1, total_steps - falls_from)", "total_steps")),
+    ("rank_allocator.py RankAllocator.after_step", "a_loop_resumed_in_any_phase_goes_on_equal_to_the_bit",
+     ("            self.gate_optimizer.zero_grad()\n", "")),
+    ("rank_allocator.py RankAllocator._enter_phase", "a_loop_by_hand_with_a_scheduler_gives_any_net_its_budget",
+     ("if self.step == self.schedule.T_start", "if self.step == self.schedule.T_start + 1")),
+    ("rank_allocator.py RankAllocator._decide", "a_loop_by_hand_with_a_scheduler_gives_any_net_its_budget",
+     ("self.C_end = expected_density(self.layers).item()\n"
+      "        freeze_gates(self.layers, self.budget, self.recipe.rule, self.recipe.survivors)",
+      "freeze_gates(self.layers, self.budget, self.recipe.rule, self.recipe.survivors)\n"
+      "        self.C_end = expected_density(self.layers).item()"),
+     ("state[p][key] = value.index_select(axis, kept)", "state[p][key] = value"),
+     ("zip((layer.A, layer.B), before, (0, 1))", "zip((layer.A, layer.B), before, (1, 0))"),
+     ("        self.C_end = expected_density(self.layers).item()\n        freeze_gates", "        freeze_gates")),
+    ("rank_allocator.py RankAllocator.after_step", "main_loop_holds_gates_then_frees_then_fixes_them_at_exactly_t",
+     ("self.gate_optimizer.step()  # down", "pass  # down")),
+    ("rank_allocator.py RankAllocator.after_step", "the_expected_density_follows_its_target_down_to_the_budget",
+     ("project(self.layers, self.schedule.target_at(self.step, self.budget))", "project(self.layers, self.budget)")),
+    ("rank_allocator.py RankAllocator.__init__", "weights_of_another_phase_or_run_are_refused_and_nothing_is_saved_or",
+     ("            layer.allocating = True\n", "            pass\n")),
+    ("rank_allocator.py RankAllocator.finish", "a_loop_by_hand_with_a_scheduler_gives_any_net_its_budget",
+     ("            layer.allocating = False\n", "            pass\n")),
+    ("guard.py Guard.before_step", "steps_of_another_number_too_many_and_too_few_are_refused",
+     ("step >= self.allocator.total_steps", "step > self.allocator.total_steps"),
+     ("any(layer.r < layer.r0 for layer in layers)", "False")),
+    ("guard.py Guard.after_backward", "a_step_without_gradients_or_without_noise_in_the_window_is_refused",
+     ("layers and all(layer.B.grad is None for layer in layers)", "False"),
+     ('if self.allocator.phase == "window" and not all(layer.training for layer in layers):',
+      "if not all(layer.training for layer in layers):")),
+    ("guard.py Guard.load_state_dict", "a_state_of_other_decisions_or_of_another_phase_is", ("saved != now", "False")),
+    ("guard.py Guard.load_state_dict", "after_an_interruption_in_the_middle_of", ('self.due = "before_step"', "pass")),
+    ("guard.py Guard.finish", "what_happens_to_a_model_or_an_optimizer_later_is", ("self.check_parts()", "pass")),
+    ("guard.py Guard.check_parts", "what_an_allocator_cannot_work_with", ("id(layer.gate.log_theta) in held", "False"),
+     ("if id(layer.A) not in held or id(layer.B) not in held:", "if id(layer.A) not in held:"),
+     ("            if layer.gate.log_theta.dtype in (torch.float16, torch.bfloat16):", "            if False:"),
+     ("if issubclass(kind, nn.parallel.DistributedDataParallel):", "if False:")),
+    ("guard.py Guard.check_scaler", "an_enabled_grad_scaler_is_refused_before_its", (" and scaler.is_enabled()", "")),
+    ("guard.py Guard.check_processes", "several_processes_must_say_that_they_sum_gradients_and_then_must_agree",
+     ("[-value for value in sums]", "[value for value in sums]")),
+    ("guard.py Guard.after_step", "an_optimizer_whose_state_cannot_be_sliced_is", ("self.check_moments()", "pass")),
+    ("guard.py Guard.__init__", "a_hook_forgotten_doubled_or", ("register_step_pre_hook", "register_step_post_hook")),
+    ("guard.py Guard.see_step", "a_hook_forgotten_doubled_or_out_of_order_is", ("if self.stepped:", "if False:")),
+    ("guard.py Guard.see_step", "an_enabled_grad_scaler_is_refused_before_its_first", ("self.check_scaler()", "pass")),
+    ("guard.py Guard.check_gates", "any_recipe_on_any_shapes_has", ("step <= schedule.T_end", "step < schedule.T_end")),
+    ("guard.py unwrapped", "pruning_slices_gradients_and_every_moment", ("optimizer = optimizer.optimizer", "break"),
+     ('    while hasattr(optimizer, "optimizer"):\n        optimizer = optimizer.optimizer\n', "")),
+    ("guard.py Guard.before_step", "a_hook_forgotten_doubled_or_out_of_order_is_refused_and_what_was_due_is_still",
+     ('        self.due, self.stepped = "after_backward", False', '        self.due = "after_backward"')),
+    ("guard.py Guard.after_step", "a_hook_forgotten", ("        if not self.stepped:\n", "        if False:\n")),
+    ("guard.py Guard.finish", "a_hook_forgotten_doubled_or_out_of_order_is_refused_and_what_was_due_is_still_possible",
+     ("        if step != total_steps:\n", "        if step > total_steps:\n")),
+    ("guard.py Guard.before_step", "weights_of_another_phase_or_run_are_refused_and_nothing_is_saved_or_merged_before",
+     ("            self.check_gates(step)\n        elif", "            pass\n        elif")),
+    ("guard.py Guard.check_parts", "what_happens_to_a_model_or_an_optimizer_later_is_refused_at_the_next_phase",
+     ("        if list(salora_layers(model).values()) != list(layers.values()):", "        if False:")),
+    ("guard.py Guard.before_step", "several_processes_must_say_that", ("            self.check_processes()\n", "")),
+    ("guard.py Guard.__init__", "what_an_allocator_cannot_work_with_is_refused_with_a_reason",
+     ("if not isinstance(allocator.total_steps, int) or allocator.total_steps < 1:", "if allocator.total_steps < 1:")),
+    ("tiny_transformer.py Block.attention", "masked_tokens_are_not_looked_at", ("attn_mask=mask", "attn_mask=None")),
+    ("tiny_transformer.py Block.attention", "encoder_and_decoder_equal_the_naive", ("if self.training else 0.0", ""),
+     ("self.heads, -1).transpose(1, 2) for f", "self.heads, -1) for f"), ("h.transpose(1, 2).reshape", "h.reshape"),
+     ("(self.query, self.key, self.value))\n", "(self.key, self.query, self.value))\n")),
+    ("tiny_transformer.py TinyTransformer.forward", "positions_start_at_pad_plus_one_and_padding_keeps_the_padding",
+     ("real.cumsum(1) * real", "(real.cumsum(1) - 1) * real"), ("real.cumsum(1) * real +", "real.cumsum(1) +")),
+    ("tiny_transformer.py TinyTransformer.forward", "recomputing_activations_changes_no_gradient",
+     ("use_reentrant=False)", "use_reentrant=False, preserve_rng_state=False)")),
+    ("tiny_transformer.py SequenceClassifier.forward", "classifier_reads_the_first_token", ("[:, 0]", "[:, -1]"),
+     ('torch.tanh(self.classifier["dense"](self.dropout(x)))', 'self.classifier["dense"](self.dropout(x))')),
+    ("tiny_transformer.py MaskedLM.forward", "masked_lm_head_is_dense_gelu_norm_and", (", self.lm_head.bias)", ")")),
+    ("tiny_transformer.py init_weights", "encoder_starts_with_the_deviation_of_its_config_zero_biases_and_zero_padding",
+     ("nn.init.zeros_(module.weight.data[module.padding_idx])", "pass")),
+    ("tiny_transformer.py Block.forward", "encoder_and_decoder_equal_the_naive_one_and_padding_on_either_side_changes",
+     ("F.gelu(self.up(x))", 'F.gelu(self.up(x), approximate="tanh")'),
+     ("x = self.norm1(x + self.dropout(self.attention(x, mask)))",
+      "x = x + self.dropout(self.attention(self.norm1(x), mask))")),
+    ("tiny_transformer.py Block.__init__", "encoder_and_decoder_equal_the_naive_one_and_padding_on_either_side_changes",
+     ("nn.LayerNorm(d, eps), nn.LayerNorm(d, eps)", "nn.LayerNorm(d), nn.LayerNorm(d)")),
+    ("tiny_transformer.py TinyTransformer.forward", "encoder_and_decoder_equal_the_naive_one_and", (".tril()", ""),
+     (" + self.token_type(token_type_ids)", ""), ("x = self.dropout(self.norm(x))", "x = self.dropout(x)"),
+     ("attention_mask = real\n", "attention_mask = torch.ones_like(real)\n"),
+     ("        if self.config.is_decoder:\n", "        if False:\n"),
+     ("mask.new_ones(seq, seq).tril()", "mask.new_ones(seq, seq).tril(1)")),
+    ("tiny_transformer.py Block.attention", "encoder_drops_out_in_train_mode",
+     ("p = self.attention_dropout if self.training else 0.0", "p = 0.0")),
+    ("tiny_transformer.py TransformerConfig.max_length", "positions_start_at_pad_plus_one_and_padding_keeps_the",
+     ("self.max_position_embeddings - self.pad_token_id - 1", "self.max_position_embeddings")),
+    ("tiny_transformer.py TransformerConfig.__post_init__", "impossible_configs_are_refused_by_field_before_they_cost",
+     ("self.pad_token_id >= self.vocab_size or ", "")),
+    ("train_glue_mini.py", "an_interruption_while_torch_is_imported_prints_nothing",
+     ("signal.signal(signal.SIGINT, signal.SIG_DFL)", "signal.getsignal(signal.SIGINT)")),
+    ("train_glue_mini.py task_loss", "loss_is_cross_entropy_of_classes_and", ("outputs.view_as(labels)", "outputs")),
+    ("train_glue_mini.py fine_tune", "gradients_of_the_main_loop_are_those_of_alg_1_with_one_mask_per_step",
+     ("    model.train()\n", ""), ("inputs, labels = batch_of(part, model, device)",
+      'inputs, labels = batch_of(part, model, device); __import__("budget").resample(allocator.layers)'),
+     ("        optimizer.zero_grad()\n", "")),
+    ("train_glue_mini.py fine_tune", "a_resumed_run_equals_the_uninterrupted_one_bit_for_bit[salora-before]",
+     ("range(allocator.step, allocator", "range(0, allocator")),
+    ("train_glue_mini.py fine_tune", "every_epoch_of", ('seed_of(seed, "batches", epoch)', 'seed_of(seed, "batches")'),
+     ('seed_of(seed, "dropout", epoch, worker())', 'seed_of(seed, "dropout")')),
+    ("train_glue_mini.py fine_tune", "main_loop_warms_the_learning_rate_up", ("lr * allocator.lr_factor(step)", "lr")),
+    ("train_glue_mini.py fine_tune", "accumulating_equals_the_whole", ("(len(part) / len(batch))", "(1 / accumulate)")),
+    ("train_glue_mini.py run", "alora_scores_by_the_negative", ("score = lambda: -loss_of", "score = lambda: loss_of"),
+     ("train, held_out = hold_out(", "_, held_out = hold_out(")),
+    ("train_glue_mini.py loss_of", "alora_scores_by_the_negative_loss_of", ("model.eval()(*inputs)", "model(*inputs)")),
+    ("train_glue_mini.py main", "two_processes_train_like_one_and_only_the_first_speaks",
+     ("redirect_stdout(None) if worker() > 0 else", "nullcontext() if worker() > 0 else")),
+    ("cli/afterwards.py predict", "predictions_come_in_the", ("torch.tensor(order).argsort()", "torch.tensor(order)")),
+    ("cli/afterwards.py reopen", "other_weights_in", ('frozen_digest(model) != summary.get("frozen_digest")', "False")),
+    ("cli/files.py check_free", "default_folders_are_numbered_on_and_a_given", ("found and not {", "False and not {")),
+    ("cli/files.py claimed", "a_folder_is_one_runs", ("fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass")),
+    ("cli/files.py claimed", "an_interruption_says_how_to_go_on",
+     ('        if not (folder / "checkpoint.pt").is_file():\n            raise\n', "")),
+    ("cli/files.py _feed", "equal_digests_mean_equal", ('f"{value.dtype} {tuple(value.shape)}"', 'f"{value.dtype}"')),
+    ("cli/flags.py positive", "bad_input_is_one_clear_line_and_leaves", ("if float(text) >= LARGEST:", "if False:")),
+    ("cli/flags.py device_of", "under_torchrun_a_process_takes_the_cuda", ('name.startswith("cuda") and', "False and")),
+    ("cli/journal.py trace_of", "a_trace_has", ("layer.gate.open_probability().sum()", "layer.gate.settled().sum()")),
+    ("cli/journal.py Journal.begin_epoch", "weights_that_are", ("if not all(p.isfinite().all()", "if not all(True")),
+    ("cli/journal.py Journal.begin_epoch", "a_resumed_run_equals_the[lora-after]", ('"rows": self.rows', '"rows": []')),
+    ("cli/journal.py Journal.restore", "settings_that_were_edited_are_not_resumed",
+     ('if saved["fingerprint"].get(name) != value:', "if False:")),
+    ("cli/pictures.py rank_grid", "the_table_of_ranks_has_a_line_per", ("split_name(name)[::-1]", "split_name(name)")),
+    ("cli/pictures.py open_probabilities", "the_gates_that", ("for row in reversed(trace):", "for row in trace:")),
+    ("cli/report.py finish_run", "every_task_runs", ('(folder / "checkpoint.pt").unlink(missing_ok=True)', "pass")),
+    ("cli/report.py write_predictions", "predictions_use_the_names_of_labels_and_of", ("min(5.0, max(0.0, p))", "p")),
+    ("cli/runs.py errors_as_lines", "a_run_that_diverges_ends_with_the_step_and_what_to", ("FloatingPointError, ", "")),
+    ("cli/runs.py interrupted", "damaged_and_foreign_files_are_refused_and_left_alone",
+     ('saved.pop("digest", None) == digest_of(saved)', 'saved.pop("digest", None) is not None')),
+    ("cli/runs.py read_run", "bad_input_is_one_clear_line_and_leaves", ("more = [k for k", "more = [] and [k for k")),
+    ("cli/settings.py settle", "settings_follow_from_task_method_and", ("if getattr(args, name) is None:", "if True:")),
+    ("cli/settings.py check_flags", "bad_input_is_one_clear_line_and_leaves", ("if given and not there:", "if False:")),
+    ("cli/settings.py dropout_rates", "settings_follow_from_task", ('args.method not in ("full", "head")', "True")),
+    ("cli/setup.py seed_of", "every_epoch_of_every_seed_has_its_own_order_and", ("getrandbits(63)", "getrandbits(1)")),
+    ("cli/workers.py start_workers", "two_processes_train_like_one", ("        import torch._dynamo", "        pass")),
+    ("cli/workers.py share_of", "accumulating_equals_the_whole_batch_noise_included",
+     ("batch[worker() + workers() * i :: stride]", "batch[worker() :: stride]")),
+    ("course/bare_loop.py before_step", "the_bare_loop_is_a_script_that", ("            canonicalize(layer)\n", "")),
+    ("course/checking.py _near", "a_wrong_solution_fails_and_the_first[2-no clamp]", ("abs(a - b) <= within", "True")),
+    ("course/exercises.py chosen", "exercises_are_chosen_by_numbers", (" or not set(found) <= EXERCISES.keys()", "")),
+    ("course/grade.py _marks", "points_are_signed", ('valid = end is not None and not end["changed"]', "valid = True")),
+    ("course/graft.py _insert", "a_function_runs_for_all_who_call_it_and_its", ("setattr(theirs, key, value)", "pass")),
+    ("course/graft.py blanked", "the_references_own_answer_is_gone", ("dict.fromkeys(names, exercise.stub)", "{}")),
+    ("course/judge.py judge", "a_class_is_graded_into_a_table_and", ("        _fence(folder, student, refused)\n", "")),
+    ("course/lesson.py Lesson.words", "a_student_reads_what_a", ("happened = str(error)", "happened = repr(error)")),
+    ("course/make_handout.py blanks", "a_handout_has_blanks_for_answers_and_what_gives_them_away_and_nothing_of_the",
+     ('f"left out: it gives away exercise {exercise.number}"', "exercise.stub")),
+    ("course/run.py written_in", "run_trains_with_functions_that_are_written", (" and not is_stub(nodes[name])", "")),
+    ("experiments/arms.py nearest", "an_arm_that_is_not_in_a_table_takes_the_nearest_of_its_family_or_of_its_kind",
+     ('(arm.family, "salora-16" if arm.is_cut else "lora")', '(arm.family, "lora")')),
+    ("experiments/compare.py fresh_rows", "generated_tasks_are_tuned", ("[TRAIN_ROWS + DEV_ROWS :]", "[TRAIN_ROWS:]")),
+    ("experiments/cost.py Stepper.__init__", "what_is_measured_is_in_its_phase",
+     ("layer.gate.log_theta.data[R // 2 :] = -5.0", "layer.gate.log_theta.data[R:] = -5.0")),
+    ("experiments/decoder.py data_of", "held_out_sentences_and_those_to_tune_on_are", ("if row not in held_out]", "]")),
+    ("experiments/figures.py measure", "figure_1_adapts_one_place_and_no_other",
+     ('if place not in ("", matrix, f"block-{block}"):', 'if place not in ("", matrix):')),
+    ("experiments/ladder.py rungs", "the_ladder_leads_from_the_papers_recipe_to_ours_by_one_change_a_rung",
+     ("recipe = replace(recipe, **values)", "recipe = replace(Recipe.paper(), **values)")),
+    ("experiments/planted_ranks.py cut_by_svd", "a_cut_by_svd_keeps_the", ("        canonicalize(layer)\n", "")),
+    ("experiments/plots.py methods", "the_picture_of_a_comparison_ranks_arms", ("reverse=not lower", "reverse=lower")),
+    ("experiments/real.py data_of", "rows_to_train_on_to_tune_on_and_to_score_are_different_rows",
+     ("everything[n_tune : n_tune + n_score], everything[n_tune + n_score :]",
+      "everything[n_tune : n_tune + n_score], everything[n_tune:]")),
+    ("experiments/shift.py train", "alora_scores_ranks_on_texts_that_it_does_not_train_on_the_same_in_every_run",
+     ("        batches, held_out = hold_out(data.train, 1)", "        held_out = hold_out(data.train, 1)[1]")),
+    ("experiments/study.py Study.run", "every_run_is", ("        if has_row(path, **key):\n            return\n", "")),
+    ("experiments/study.py Study.tune", "tuning_has_a_seed_of_its_own_and_runs_take_the_best_mean_over_its_tasks",
+     ("self.run(args, path, key, task, arm, TUNE_SEED, trial)", "self.run(args, path, key, task, arm, 0, trial)")),
+    ("experiments/study.py Study.ranking", "tuning_has_a_seed_of_its", ("reverse=not self.lowest", "reverse=False")),
+    ("experiments/table2.py data_of", "held_out_sentences_are_asked_for_the_other_sentiment_and_are_not_trained_on",
+     ("asked = [(sentence, not praise) for", "asked = [(sentence, praise) for")),
+    ("experiments/tables.py paired", "differences_are_over_the_seeds_that_both", ("set.intersection(*", "set.union(*")),
+    ("glue/decoder.py batch_of", "the_loss_is_the_mean_that_a_loop_over_all_words_gives",
+     ("positions[i, start - 1 : len(words) - 1] = True", "positions[i, start - 1 : len(words)] = True")),
+    ("glue/metrics.py pearson", "a_constant_whose_mean_is_rounded_has_no_correlation",
+     ("np.ptp(predicted) == 0 or np.ptp(gold) == 0", "not x.any() or not y.any()")),
+    ("glue/mini.py change", "labels_of_pairs_follow_from_the_words_alone", (" if concept not in taken]", "]")),
+    ("glue/pretrain.py trained_once", "of_two_runs_that_pre", ("shutil.rmtree(part, ignore_errors=True)", "pass")),
+    ("glue/tasks.py read_rows", "official_layouts_are_read_with_any_line_end_and_byte_order", ("utf-8-sig", "utf-8")),
+    ("glue/tokens.py MiniTokenizer.encode_pair", "truncation_takes_from_the_longer_sentence",
+     ("(a if len(a) > len(b) else b).pop()", "(b or a).pop()")),
+    ("hub/adapters.py _layer_state", "saved_adapters_come_back_exactly", ('"r0": layer.r0', '"r0": layer.r'),
+     ("fixed=gate.fixed", "fixed=None")),
+    ("hub/adapters.py _is_sound", "a_state_that_is_damaged_is_refused_and", ("bool(value.isfinite().all())", "True")),
+    ("hub/adapters.py copy_of", "a_snapshot_shares_no_memory_with_the_model_nor_two_models_with", (".clone()", "")),
+    ("hub/adapters.py save_adapter", "weights_of_another_phase_or_run_are_refused", ("finished_layers(model)", "pass")),
+    ("hub/adapters.py load_adapter_state", "saved_adapters_come_back_exactly",
+     ("new = {id(layer): layer.base for layer in salora_layers(model).values()}", "new = {}")),
+    ("hub/checkpoints.py read_index", "files_that_are_missing_or_damaged_are", (' or ".." in Path(shard).parts', "")),
+    ("hub/checkpoints.py check_regular", "pipes_devices_and_folders_are_refused_rather_than_waited_for",
+     ("not stat.S_ISREG(mode)", "not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))")),
+    ("hub/checkpoints.py write_atomically", "an_atomic_write_that_fails_leaves_what_was_there",
+     ("(OSError, RuntimeError) as error", "OSError as error")),
+    ("hub/decoder.py load_decoder", "what_cannot_be_used_is_one_line_and_exit_status_2",
+     ('    if info["missing_keys"]:  # they would be random', "    if False:")),
+    ("hub/peft.py export_peft", "classifiers_give_the", ("B * (layer.scale * largest / alpha)", "B * layer.scale")),
+    ("hub/peft.py exportable_layers", "what_peft_has_no_words_for_is", ("if len(names) > len(layers):", "if False:")),
+    ("hub/peft.py write_adapter", "a_failed_export_leaves_the_files_as_they", ("allow_nan=False", "allow_nan=True")),
+    ("hub/peft.py literal_name", "settings_that_are", ('and not re.fullmatch(r"[\\w.-]+", text)', "and not text")),
+    ("hub/peft.py look_up", "patterns_are_compared_as_names_like_peft_matches_them",
+     ('not whole and module.endswith("." + name)', 'module.endswith("." + name)')),
+    ("hub/roberta.py", "models_equal_transformers", ('"key": "attention.self.key"', '"key": "attention.self.value"')),
+    ("hub/roberta.py load_pretrained", "tensors_that_are_missing", ("check_tensors(stored, shapes, folder)", "pass")),
+    ("hub/roberta.py read_config", "impossible_configs_are_refused_by", ("not least <= value <= most", "value > most"),
+     ("None if field.name in SIZES else field.default", "field.default")),
+    ("hub/roberta.py load_pretrained", "models_equal_transformers_in_both_directions",
+     ("(0, 0, config.pad_token_id + 1, 0)", "(0, 0, 0, config.pad_token_id + 1)")),
+    ("hub/roberta.py load_pretrained", "an_encoder_opens_its_own_folder",
+     ("replace(read_config(folder), **changes)", "read_config(folder)")),
+    ("hub/roberta.py read_config", "what_a_config_leaves_out_is_what_published", ('"layer_norm_eps": 1e-12, ', "")),
+    ("hub/roberta.py load_pretrained", "impossible_configs_are_refused_by_field_before_they_cost_anything",
+     ("if depth != config.num_hidden_layers:", "if depth < config.num_hidden_layers:")),
+    ("hub/tokenizers.py errors_of", "panics_become_errors_and_interruptions_pass",
+     ('isinstance(error, Exception) or type(error).__name__ == "PanicException"', "True")),
+    ("hub/tokenizers.py RealTokenizer.encode", "rows_that_a", ("if largest >= self.size:", "if largest > 10**9:")),
+    ("hub/trainer.py RankCallback.on_train_begin", "a_callback_of_trainer_gives_a", ("state.global_step > 0", "False")),
+    ("peers/__init__.py allocator_for", "a_method_starts_as_its_paper_says_trains_what_the", ("warmup=warmup, ", "")),
+    ("peers/adalora.py budget_at", "adalora_budget_falls_along_a_cubic_from_all_triplets_to", ("left**3", "left**2")),
+    ("peers/adalora.py AdaLoRA.measure", "adalora_has_the_importances_and_masks", ("(I - I_bar).abs()", "I - I_bar")),
+    ("peers/adalora.py AdaLoRA.after_step", "adalora_has_the_importances_and", ("t % self.interval == 0", "True")),
+    ("peers/adapters.py Adapter.forward", "an_adapter_is_a_bottleneck_with_a_residual", ("h + self.up", "self.up")),
+    ("peers/adapters.py houlsby", "a_method_starts_as_its_paper_says_trains", ("norm.requires_grad_(True)", "pass")),
+    ("peers/allocator.py Allocator.finish", "a_peer_starts_as_the_frozen_model_and_finishes_as_plain_lora_with_the",
+     ("layer.B *= layer.gate.settled().to(layer.B.dtype)", "pass")),
+    ("peers/allocator.py Allocator.before_step", "a_step_out_of_order_a", ("step != self.step", "step < self.step")),
+    ("peers/alora.py ALoRA.importance", "alora_scores_are", ("everything - without + alone", "everything - without")),
+    ("peers/alora.py ALoRA.plan", "alora_closes_the_worst_and_opens_where_none_was_closed", ("if i not in losers", "")),
+    ("peers/alora.py ALoRA.start_afresh", "alora_opens_ranks_afresh_so_that_opening", ("layer.B[:, j] = 0", "pass")),
+    ("peers/bias.py Rescaled.forward", "ia3_equals_rescaled_weights",
+     ("self.base(x * self.scale)", "self.base(x) * self.scale.mean()")),
+    ("peers/prefix.py PrefixBlock.attention", "prefix_attention_is_a_mixture_of", ("value=True", "value=False")),
+    ("peers/prefix.py PromptedTransformer.forward", "a_prompt_is_read_like_words_in_front_of", ("value=1", "value=0")),
+    ("peers/rm_lora.py RMLoRA.after_step", "rm_lora_changes", ("tensor.index_copy_(axis, rest, before)", "pass")),
+    ("peers/rm_lora.py RMLoRA.after_backward", "the_orthogonality_of_b_and_a_is_part_of_the_gradient",
+     ("(self.beta * orthogonality(self.layers)).backward()", "pass")),
+    ("peers/sora.py soft_threshold", "sora_prox_is_the_closed_form", ("(x.abs() - xi).clamp_min(0)", "(x.abs() - xi)")),
+    ("peers/sora.py lambda_at", "sora_lambda_rises_in_seven_equal", ("(level / (levels - 1))", "(level / levels)")),
+]  # fmt: skip
+FAULTS = [(place, old, new, test) for place, test, *pairs in TABLE for old, new in pairs]
 
 
-def all_faults():
-    """The table as a list of (file, function, old, new, test)."""
-    return [(file, *row) for file, rows in FAULTS.items() for row in rows]
-
-
-def lines_of(source, function):
-    """The first line of a function or class, its decorators included, and the line after its last, counted from 0. Of
-    two with one name the first; everything for "". Raises ValueError where there is none."""
-    node = ast.parse(source)
-    if not function:
-        return 0, len(source.splitlines())
-    for name in function.split("."):
-        inner = [child for child in ast.walk(node) if child is not node and getattr(child, "name", None) == name]
-        if not inner:
-            raise ValueError(f"no function {function}")
-        node = inner[0]
-    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    return first - 1, node.end_lineno
-
-
-def broken(file, function, old, new):
-    """The text of a file with a fault in it. Raises ValueError for a row of the table that has lost its place."""
+def broken(place, old, new):
+    """(file, its text with the fault). Raises ValueError where the text is not there once in this place."""
+    file, _, function = place.partition(" ")
     source = (ROOT / file).read_text(encoding="utf-8")
-    lines = source.splitlines(keepends=True)
-    try:
-        first, end = lines_of(source, function)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    node, lines = ast.parse(source), source.splitlines(keepends=True)
+    first, end = 0, len(lines)
+    for name in function.split(".") if function else []:
+        found = [inner for inner in ast.walk(node) if inner is not node and getattr(inner, "name", None) == name]
+        if not found:
+            raise ValueError(f"{place} is not there")
+        node = found[0]
+        first, end = node.lineno - 1, node.end_lineno
     text = "".join(lines[first:end])
     if text.count(old) != 1 or old == new:
-        where = f"{file}, {function or 'as a whole'},"
-        raise ValueError(f"{where} holds {old!r} {text.count(old)} times, but should once, and {new!r} must be another")
+        raise ValueError(f"{place} holds {old!r} {text.count(old)} times, but should once, and {new!r} must be another")
     changed = "".join(lines[:first]) + text.replace(old, new) + "".join(lines[end:])
     try:
         compile(changed, file, "exec")
-    except SyntaxError as error:
-        raise ValueError(f"{file}, {function}: {new!r} in the place of {old!r} is no program: {error}") from None
-    return changed
+    except SyntaxError:
+        raise ValueError(f"{place} with {new!r} in the place of {old!r} is no program") from None
+    return file, changed
 
 
 def test_id(test):
-    """tests/FILE.py::test for the name of a test, or FILE.py::test where two files have one of that name."""
-    name = test.split("::")[-1].split("[")[0]
-    files = [path for path in sorted((ROOT / "tests").glob("test_*.py"))
-             if re.search(rf"^ *def {name}\(", path.read_text(encoding="utf-8"), re.M)]  # fmt: skip
-    files = [path for path in files if "::" not in test or path.name == test.split("::")[0]]
-    if len(files) != 1:
-        raise ValueError(f"{len(files)} files have a test {test}")
-    return f"tests/{files[0].name}::{test.split('::')[-1]}"
+    """pytest's id of a test. Raises ValueError unless exactly one has this name or, where none has, begins with it."""
+    start, bracket, parameters = test.partition("[")
+    named, begun = [], []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        for name in re.findall(r"^ *def test_(\w+)\(", path.read_text(encoding="utf-8"), re.M):
+            whole = f"tests/{path.name}::test_{name}{bracket}{parameters}"
+            named += [whole] if name == start else []
+            begun += [whole] if name.startswith(f"{start}_") else []
+    found = named or begun
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} tests are called {start}, or begin so")
+    return found[0]
 
 
 def check(rows):
     """Raises ValueError for all rows that have lost their place or their test."""
     problems = []
     for *fault, test in rows:
-        for find in (lambda: broken(*fault), lambda: test_id(test)):
-            try:
-                find()
-            except ValueError as error:
-                problems.append(str(error))
+        try:
+            broken(*fault)
+            test_id(test)
+        except ValueError as error:
+            problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -265,8 +489,8 @@ def run_tests(tests, change=None):
 
 def attempt(row):
     """(whether the fault was noticed, what pytest said)."""
-    file, function, old, new, test = row
-    status, said = run_tests([test_id(test)], (file, broken(file, function, old, new)))
+    *fault, test = row
+    status, said = run_tests([test_id(test)], broken(*fault))
     return status == 1, said  # 1: tests ran, and some failed
 
 
@@ -276,29 +500,44 @@ def tests_pass(tests):
     return status == 0, said
 
 
+PROCESSES = get_context("forkserver")  # in which what takes long to import is there already
+PROCESSES.set_forkserver_preload(["torch._dynamo", "hypothesis", "pytest", "matplotlib.figure"])
+
+
+def send(end, function, item):
+    end.send(function(item))
+
+
+def in_process(function, item):
+    """function(item), from a process of its own, which may start others. Raises EOFError where it fails."""
+    ours, theirs = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=send, args=(theirs, function, item))
+    process.start()
+    theirs.close()
+    result = ours.recv()
+    process.join()
+    return result
+
+
 def in_processes(function, items):
-    """Yields function(item) in order, each from a process of its own; what takes long to import is there already."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "hypothesis", "pytest", "matplotlib.figure"])
-    with context.Pool(os.cpu_count(), maxtasksperchild=1) as pool:
-        results = pool.imap(function, items)
-        for _ in items:
-            yield results.next(timeout=900)
+    """Yields function(item) in order, each from a process of its own, as many at a time as there are cores."""
+    with ThreadPool(os.cpu_count()) as threads:
+        yield from threads.imap(partial(in_process, function), items)
 
 
 def attempt_all(rows):
     """Try all faults, and print a line for each. Returns the lines of those that no test noticed."""
     survivors = []
     for row, (noticed, said) in zip(rows, in_processes(attempt, rows)):
-        file, function, old, new, test = (" ".join(text.split()) for text in row)
-        line = f"{file}, {function or 'outside of functions'}: {old}  ->  {new or 'nothing'}  ({test})"
+        place, old, new, test = (" ".join(text.split()) for text in row)
+        line = f"{place}: {old}  ->  {new or 'nothing'}  ({test})"
         print(("noticed  " if noticed else "SURVIVED ") + line + ("" if noticed else "\n" + said), flush=True)
         survivors += [] if noticed else [line]
     return survivors
 
 
 def main(words):
-    started, rows = time.time(), [row for row in all_faults() if words in " ".join(row)]
+    started, rows = time.time(), [row for row in FAULTS if words in " ".join(row)]
     check(rows)
     survivors = attempt_all(rows)
     print(f"{len(rows) - len(survivors)} of {len(rows)} faults noticed in {time.time() - started:.0f} s")
