@@ -63,7 +63,7 @@ TUNED = {name: trial for trial, names in BEST.items() for name in names.split()}
 
 
 def permute_words(texts, rng):
-    old = mini.vocabulary()[len(mini.GLUE_WORDS) :]
+    old = mini.VOCABULARY[len(mini.GLUE_WORDS) :]
     new = rng.sample(old, len(old))
     words = dict(zip(new, new[1:] + new[:1]))
     return [tuple(s and " ".join(words.get(word, word) for word in s.split()) for s in text) for text in texts]

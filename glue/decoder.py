@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from glue.instructions import InstructionTokenizer, texts_to_read
-from glue.pretrain import LR, WARMUP, mini_config, train, trained_once
+from glue.pretrain import LR, MINI, WARMUP, train, trained_once
 from tiny_transformer import MaskedLM, TinyTransformer
 
 TEXTS, STEPS, BATCH = 40_000, 6000, 32
@@ -36,7 +36,7 @@ def batch_of(rows, model=None, device="cpu"):
 
 
 def decoder_config():
-    return replace(mini_config(), vocab_size=InstructionTokenizer().size, max_position_embeddings=72, type_vocab_size=1,
+    return replace(MINI, vocab_size=InstructionTokenizer().size, max_position_embeddings=72, type_vocab_size=1,
                    is_decoder=True)  # fmt: skip
 
 

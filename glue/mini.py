@@ -40,11 +40,10 @@ def past(verb):
     return verb + ("d" if verb.endswith("e") else "ed")
 
 
-def vocabulary():
-    """Every word that a sentence can hold, in a fixed order, without repetition."""
-    nouns, verbs = " ".join(NOUNS).split(), " ".join(VERBS).split()
-    forms = [n + "s" for n in nouns] + [v + "s" for v in verbs] + [past(v) for v in verbs]
-    return GLUE_WORDS + nouns + verbs + forms + " ".join(QUALITIES + PLACES).split() + THINGS + GOOD + BAD
+# Every word that a sentence can hold, in a fixed order, without repetition
+SINGULAR, INFINITIVE = " ".join(NOUNS).split(), " ".join(VERBS).split()
+FORMS = [n + "s" for n in SINGULAR] + [v + "s" for v in INFINITIVE] + [past(v) for v in INFINITIVE]
+VOCABULARY = GLUE_WORDS + SINGULAR + INFINITIVE + FORMS + " ".join(QUALITIES + PLACES).split() + THINGS + GOOD + BAD
 
 
 # Scenes: a concept for every slot, said or asked about in words.

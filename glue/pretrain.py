@@ -22,27 +22,24 @@ from hub.roberta import save_pretrained
 from tiny_transformer import MaskedLM, TinyTransformer, TransformerConfig
 
 TEXTS, BATCH, STEPS, WARMUP, LR = 40_000, 64, 1400, 50, 3e-3
-
-
-def mini_config():
-    return TransformerConfig(
-        vocab_size=len(MiniTokenizer().words),
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=256,
-        max_position_embeddings=48,
-        type_vocab_size=2,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.1,
-    )
+MINI = TransformerConfig(
+    vocab_size=MiniTokenizer().size,
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=256,
+    max_position_embeddings=48,
+    type_vocab_size=2,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    initializer_range=0.1,
+)
 
 
 def mini_encoder(folder="runs", device="cpu"):
     """The folder of the pre-trained encoder, which is trained on first use, in about 40 s on two cores."""
-    training = (TEXTS, BATCH, STEPS, WARMUP, LR)
-    recipe = (MaskedLM.__name__, mini_config(), *training, mini.vocabulary(), mini.corpus(100))
+    world = Path(mini.__file__).read_text(encoding="utf-8")  # which generates all that it reads
+    recipe = (MaskedLM.__name__, MINI, TEXTS, BATCH, STEPS, WARMUP, LR, world)
     return trained_once("encoder", recipe, lambda: pretrain(device), folder)
 
 
@@ -79,7 +76,7 @@ def pretrain(device="cpu", steps=STEPS):
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     tokenizer = MiniTokenizer()
-    lm = MaskedLM(TinyTransformer(mini_config())).to(device)
+    lm = MaskedLM(TinyTransformer(MINI)).to(device)
     texts = tokenizer.encode([(*text, 0) for text in mini.corpus(TEXTS)])
     texts.sort(key=lambda text: len(text[0]))  # texts of equal length meet in a batch: no padding
     batches = [collate(texts[i : i + BATCH], tokenizer.pad) for i in range(0, TEXTS, BATCH)]

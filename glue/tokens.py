@@ -18,7 +18,7 @@ class MiniTokenizer:
     """The words of mini-GLUE: <s> first </s> second </s>, type 0 up to the first </s> and 1 after it."""
 
     def __init__(self):
-        self.words = SPECIAL + mini.vocabulary()
+        self.words = SPECIAL + mini.VOCABULARY
         self.ids = {word: i for i, word in enumerate(self.words)}
         self.start, self.pad, self.stop, self.unknown, self.mask = range(len(SPECIAL))
         self.size = len(self.words)

@@ -190,7 +190,9 @@ def test_quadratic_penalty_is_eq_12(C, target, lam):
 
 
 @pytest.mark.equation("12")
-@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30), st.sampled_from([torch.optim.Adam, torch.optim.SGD]))
+@given(
+    st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30), st.sampled_from([torch.optim.Adam, torch.optim.SGD])
+)
 def test_lambda_climbs_the_penalty_and_is_never_negative(densities_seen, Optimizer):
     lagrangian = Lagrangian(0.5, 0.3, Optimizer)
     by_hand = 0.3 * sum((C - 0.5) ** 2 for C in densities_seen)

@@ -56,7 +56,7 @@ def test_generated_rows_are_reproducible_distinct_balanced_and_split_without_ove
     labels = task_of(task).num_labels if task_of(task).labels else 6
     shares = np.bincount([int(row[2]) for row in dev], minlength=labels) / len(dev)
     assert len(shares) == labels and abs(shares - 1 / labels).max() < 0.06
-    known = set(mini.vocabulary())
+    known = set(mini.VOCABULARY)
     assert all(word in known for row in train + dev for text in row[:2] if text for word in text.split())
 
 
@@ -407,12 +407,12 @@ def test_mini_encoder_is_trained_once_and_then_read(tmp_path, monkeypatch, capsy
 
 
 def test_of_two_runs_that_pre_train_at_once_the_first_to_finish_leaves_its_encoder(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "pretrain", lambda device: TinyTransformer(pretrain.mini_config()))
+    monkeypatch.setattr(pretrain, "pretrain", lambda device: TinyTransformer(pretrain.MINI))
 
     def slower(device):
         first = pretrain.mini_encoder(tmp_path)  # the other run, while this one trains
         (first / "mine").touch()
-        return TinyTransformer(pretrain.mini_config())
+        return TinyTransformer(pretrain.MINI)
 
     faster, calls = pretrain.pretrain, iter([slower, None])
     monkeypatch.setattr(pretrain, "pretrain", lambda device: (next(calls) or faster)(device))
