@@ -1,4 +1,4 @@
-"""What is done with a trained model: predictions, and scoring or labeling with a finished run."""
+"""What comes after training: predictions, and scoring, labeling or exporting a finished run."""
 
 from functools import partial
 from pathlib import Path

@@ -57,7 +57,7 @@ def has_row(path, **values):
 
 
 def check_free(folder):
-    """Raises FileExistsError for a folder with anything in it but what a run leaves that never got to a checkpoint."""
+    """Raises FileExistsError for a folder that holds anything but the leftovers of a run that never reached a checkpoint."""
     if not folder.exists():
         return
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""What a run keeps while it trains: a log, a status line now and then, a checkpoint an epoch."""
+"""What a run keeps while it trains: a log, a status line now and then, a checkpoint per epoch."""
 
 import math
 import time
@@ -46,7 +46,7 @@ class Journal:
         return self.seconds_before + time.time() - self.started
 
     def begin_epoch(self, step, model, optimizer, allocator):
-        """Leave a checkpoint. The running loss starts anew, so that a resumed run has the same log.
+        """Leave a checkpoint. The running loss starts over, so that a resumed run has the same log.
 
         Raises FloatingPointError, and leaves the last one, where a trained weight is not finite.
         """
@@ -67,7 +67,7 @@ class Journal:
         write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def restore(self, saved, optimizer, allocator):
-        """Go on from a checkpoint, after the model has got its part of it.
+        """Go on from a checkpoint, after the model has loaded its part of it.
 
         Raises ValueError, before anything changes, where the interrupted run had another fingerprint.
         """

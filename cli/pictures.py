@@ -111,7 +111,7 @@ def open_probabilities(log, trace):
 
 
 def draw_gates(log, trace, path):
-    """An animation of P(g > 0) of all gates, a panel a block and a row a matrix, above C over the steps.
+    """An animation of P(g > 0) of all gates, a panel per block and a row per matrix, above C over the steps.
 
     log, trace: the rows of log.csv and trace.csv, dicts of texts.
     """

@@ -26,7 +26,7 @@ TRACE = ["step", "layer", "rank", "open", "log_theta", "orth_A", "orth_B"]  # of
 
 
 def announce(settings, folder, model, train, dev, allocator):
-    """Say what is going to happen, and write settings.json."""
+    """Print what the run is about to do, and write settings.json."""
     everything = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     budgeted = total_parameters(salora_layers(model))
@@ -51,7 +51,7 @@ def too_short(window):
 
 
 def finish_run(settings, folder, model, allocator, journal, predicted, dev):
-    """Score, write the files of the run, say how it went. Returns the summary."""
+    """Score, write the files of the run, print how it went. Returns the summary."""
     task, layers = task_of(settings.task), salora_layers(model)
     gold = [row[2] for row in dev]
     summary = {

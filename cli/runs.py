@@ -19,7 +19,7 @@ STUDY = "the same command goes on with this run"  # the hint of a study, which k
 
 @contextmanager
 def errors_as_lines(parser, hint="no epoch was finished"):
-    """What the user can mend ends the program with one line and exit status 2.
+    """Errors that the user can fix end the program with one line and exit status 2.
 
     An interruption ends it with exit status 130, and says how to go on: what the KeyboardInterrupt says, or `hint`.
     """

@@ -103,7 +103,7 @@ def used(settings, **more):
 
 
 def write_settings(settings, folder, gate_lr=None):
-    """Write settings.json. gate_lr: what "auto" came to in this run."""
+    """Write settings.json. gate_lr: the value that "auto" took in this run."""
     text = json.dumps(used(settings, gate_lr=gate_lr), indent=1) + "\n"
     write_atomically(folder / "settings.json", lambda path: path.write_text(text, encoding="utf-8"))
 

@@ -17,7 +17,7 @@ from tiny_transformer import SequenceClassifier
 
 
 def seed_of(*names):
-    """A seed for every use of chance in a run, so that no two of them draw the same numbers."""
+    """A seed for each source of randomness in a run, so that no two of them draw the same numbers."""
     return random.Random(repr(names)).getrandbits(63)
 
 
@@ -48,7 +48,7 @@ def build(settings):
 
 
 def prepare(settings):
-    """All that bad input can break: (model, train, dev), the rows encoded."""
+    """Everything that bad input can break: (model, train, dev), the rows encoded."""
     train, dev = load_task(settings.task, settings.data)
     model, encode = build(settings)
     return model, encode(train[: settings.rows]), encode(dev)

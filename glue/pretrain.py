@@ -1,8 +1,8 @@
-"""The encoder that the generated tasks need: RoBERTa in small, pre-trained as a masked language model on mini-GLUE.
+"""The encoder that the generated tasks need: a small RoBERTa, pre-trained as a masked language model on mini-GLUE.
 It is kept with its masked-LM head: `load_pretrained(mini_encoder(), MaskedLM)` predicts words.
 
 Half of the words of one sentence of a pair are hidden, so that the other sentence has to be consulted, and 30 % of a
-sentence that stands alone. Of the hidden words 55 % become <mask>, 35 % the word that another text has at that place,
+sentence that stands alone. Of the hidden words 55 % become <mask>, 35 % the word that another text has at that position,
 10 % stay: a model that must tell right words from plausible ones learns to compare.
 """
 
@@ -61,7 +61,7 @@ def trained_once(kind, recipe, train, folder="runs"):
 
 
 def corrupt(ids, types, tokenizer, generator):
-    """Hide words of a batch. ids, types (batch, seq) -> (ids with words hidden, mask of the places to predict)."""
+    """Hide words of a batch. ids, types (batch, seq) -> (ids with words hidden, mask of the positions to predict)."""
     pair = types.any(1, keepdim=True)  # (batch, 1)
     side = torch.randint(2, (len(ids), 1), generator=generator)
     rate = torch.where(pair, 0.5 * (types == side), torch.tensor(0.3))  # (batch, seq)
