@@ -57,7 +57,7 @@ def has_row(path, **values):
 
 
 def check_free(folder):
-    """Raises FileExistsError for a folder that holds anything but the leftovers of a run that never reached a checkpoint."""
+    """Raises FileExistsError for a folder that holds more than what a run leaves before its first checkpoint."""
     if not folder.exists():
         return
     if not folder.is_dir():

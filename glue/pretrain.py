@@ -2,8 +2,8 @@
 It is kept with its masked-LM head: `load_pretrained(mini_encoder(), MaskedLM)` predicts words.
 
 Half of the words of one sentence of a pair are hidden, so that the other sentence has to be consulted, and 30 % of a
-sentence that stands alone. Of the hidden words 55 % become <mask>, 35 % the word that another text has at that position,
-10 % stay: a model that must tell right words from plausible ones learns to compare.
+sentence that stands alone. Of the hidden words 55 % become <mask>, 35 % the word that another text has at that
+position, 10 % stay: a model that must tell right words from plausible ones learns to compare.
 """
 
 import hashlib
