@@ -139,28 +139,6 @@ def planted(rows, most):
     return figure
 
 
-def methods(points, label, lower):
-    """Scores of arms, the best on top: those about as large as lora-4, and in a second panel all others.
-
-    points: (arm, parameters in the end, score, bar below it, bar above it). lower: whether lower is better.
-    """
-    points = sorted(points, key=lambda point: point[2], reverse=not lower)
-    size = {arm: parameters for arm, parameters, *_ in points}.get("lora-4", 0)
-    alike = [point for point in points if abs(point[1] - size) < size / 5]
-    groups = {"about as large as LoRA r = 4": alike, "smaller or larger": [p for p in points if p not in alike]}
-    groups = {title: group for title, group in groups.items() if group}
-    figure, axes = panels(1, len(groups), 7.5 * len(groups), 1.5 + 0.45 * max(map(len, groups.values())))
-    colors = {"salora": BLUE, "lora": BLACK, "adalora": ORANGE, "sora": ORANGE, "alora": ORANGE, "rm-lora": ORANGE}
-    for axis, (title, group) in zip(axes, groups.items()):
-        for height, (arm, _, score, below, above) in enumerate(group):
-            color = colors.get(method(arm), RED)
-            axis.errorbar(score, height, xerr=[[below], [above]], fmt="o", color=color, ms=9, lw=2, capsize=4)
-        axis.set_yticks(range(len(group)), [f"{arm} ({parameters:,.0f})" for arm, parameters, *_ in group])
-        axis.set(title=f"{title} (parameters in the end)", xlabel=label, ylim=(len(group) - 0.5, -0.5))
-        axis.grid(alpha=0.3)
-    return figure
-
-
 def loss_by_size(rows):
     """Loss against size, a panel a task and a line a family; None without lora-8, with which arms are compared.
 
