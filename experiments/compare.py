@@ -156,7 +156,7 @@ STUDY = Study(
     add_flags=add_flags,
     same=("steps", "rows", "precision"),
 )
-ON_GLUE = replace(STUDY, tasks=list(TASKS))
+ON_GLUE = replace(STUDY, tasks=list(TASKS), needs=("data", "weights"))
 ON_SHIFT = replace(
     shift.STUDY,
     doc=__doc__,

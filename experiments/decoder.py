@@ -84,11 +84,12 @@ def loss_of(model, rows):
 
 def measure(args, task, arm, seed, trial):
     """One run: its loss, its size relative to LoRA r = 8, and its ranks."""
+    device = device_of(args.device)
     train, tuning, held_out = data_of(args.model, args.data)
-    model, _ = load_decoder(args.model, args.device)
+    model, _ = load_decoder(args.model, device)
     torch.manual_seed(seed)
     adapt(model, TARGETS, arm.start, alpha=SCALE * arm.start)
-    bf16 = torch.autocast(torch.device(args.device).type, torch.bfloat16)
+    bf16 = torch.autocast(torch.device(device).type, torch.bfloat16)
     [lr] = trial
     study.fit(model, in_batches(train, args.batch_size, seed), arm, lr=lr, seed=seed, steps=args.steps,
               batch_of=lambda batches, *rest: batch_of(batches[0], *rest),
@@ -121,12 +122,6 @@ def add_flags(parser):
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
 
 
-def check(args):
-    if not args.report and not (args.model and args.data):
-        raise ValueError("a run needs --model MODEL and --data DIR")
-    args.device = device_of(args.device)
-
-
 STUDY = study.Study(
     doc=__doc__,
     name="decoder",
@@ -142,7 +137,7 @@ STUDY = study.Study(
     arm_of=arm_of,
     rivals=shift.rivals,
     add_flags=add_flags,
-    check=check,
+    needs=("model", "data"),
     same=("steps", "precision", "batch_size"),
 )
 main = STUDY.main

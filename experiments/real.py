@@ -3,11 +3,10 @@
     python experiments/real.py --data GLUE --weights MINILM --tune      learning rate of every arm, on seed 100
     python experiments/real.py --data GLUE --weights MINILM             every arm, seeds 0 to 4
 
-Official dev sets have 400 to 1,000 rows, which alone is a standard error of .01 to .03: more than ranks can be worth.
-So the official *training* rows are split once and for all into rows to train on, rows to tune on, and rows to score,
-10,000 of SST-2, 3,000 of CoLA and 1,000 of MRPC. A seed draws 2,000 of the first (--rows), for 8 epochs of batches of
-32, the start and the order. Dev rows are not used. All arms have scale 2 (alpha / rank at creation) and their own
-learning rate on each task; lora-4-found and lora-4-shuffled have that of lora-4.
+Official dev sets have 400 to 1,000 rows, which alone gives a standard error of .01 to .03: more than ranks can be
+worth. So the official *training* rows are split once and for all into rows to train on, to tune on, and to score. A
+seed draws --rows of the first, the start and the order of batches of 32. Dev rows are not used. All arms have scale 2
+(alpha / rank at creation) and their own learning rate on each task; lora-4-found and lora-4-shuffled have lora-4's.
 """
 
 import random
@@ -41,7 +40,7 @@ POOL = 8 * BATCH  # rows of similar length within a pool share a batch, which ha
 
 @lru_cache(maxsize=2)
 def data_of(task, folder, weights, seed, n):
-    """(n rows to train on, rows to score), encoded; for the tuning seed the latter are those to tune on."""
+    """(n rows to train on, rows to score), encoded; with the tuning seed the latter are those to tune on."""
     everything, _ = load_task(task, folder)
     everything = random.Random(f"split {task}").sample(everything, len(everything))
     n_tune, n_score = SPLIT[task]
@@ -111,11 +110,6 @@ def add_flags(parser):
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="default fp32")
 
 
-def check(args):
-    if not args.report and not (args.data and args.weights):
-        raise ValueError("--data and --weights are needed, the folders of GLUE's files and of the encoder")
-
-
 STUDY = Study(
     doc=__doc__,
     name="real",
@@ -129,7 +123,7 @@ STUDY = Study(
     by_task=True,
     equal=0.005,
     add_flags=add_flags,
-    check=check,
+    needs=("data", "weights"),
     same=("rows", "epochs", "precision"),
 )
 main = STUDY.main
