@@ -102,8 +102,8 @@ def times_of(names, shape, batch_size, rounds, device):
 def whole_run(phases, window):
     """Seconds per step of a run, from those of its three phases."""
     start, end = window
-    shares = (start, end - start, 1 - end)
-    return sum(share * seconds for share, seconds in zip(shares, phases))
+    before, inside, after = phases
+    return start * before + (end - start) * inside + (1 - end) * after
 
 
 def measure(args, shape, batch_size):
@@ -112,9 +112,11 @@ def measure(args, shape, batch_size):
     found = dict(zip(names, times_of(names, shape, batch_size, args.rounds, args.device)))
     for name, recipe in RECIPES.items():
         found[name] = whole_run([found[f"{name} {phase}"] for phase in PHASES], recipe().window)
+    rows = []
     for name, seconds in found.items():
-        yield {"shape": shape, "batch_size": batch_size, "device": args.device, "arm": name, "rounds": args.rounds,
-               "ms": round(1000 * seconds, 3), "ratio": round(seconds / found["lora-8"], 3)}  # fmt: skip
+        row = {"shape": shape, "batch_size": batch_size, "device": args.device, "arm": name, "rounds": args.rounds}
+        rows.append({**row, "ms": round(1000 * seconds, 3), "ratio": round(seconds / found["lora-8"], 3)})
+    return rows
 
 
 def main(argv=None):
@@ -136,7 +138,7 @@ def main(argv=None):
                 if has_row(path, shape=shape, batch_size=batch_size, device=args.device):
                     continue
                 print(f"{shape}, batch {batch_size} ...", flush=True)
-                for row in list(measure(args, shape, batch_size)):
+                for row in measure(args, shape, batch_size):
                     append(path, row)
         rows = read_table(path)
         print(in_columns([list(rows[0]), *(list(row.values()) for row in rows)]))

@@ -4,12 +4,10 @@
     python experiments/decoder.py --model MODEL --data DIR --seeds 0 1 2       all arms, each at its best learning rate
 
 MODEL is a folder that `transformers` has saved, such as SmolLM2-135M-Instruct, with its tokenizer. DIR holds Yelp's
-reviews (Li et al. 2018), one sentence a line: sentiment.dev.0 and .1 to train on, 1,000 sentences of sentiment.test.0
-and .1 to hold out. Adapters go into the seven linear maps of every layer.
-
-A seed draws the sentences of a batch, their order and the start; the held-out sentences are always the same. Tuning
-uses 300 sentences that are neither trained on nor reported; an arm that was not tuned takes the learning rate of its
-family, or of LoRA, at the nearest size. Losses are in nats per token, in fp32. Left out: packing, other scales.
+reviews (Li et al. 2018), one sentence per line: sentiment.dev.0 and .1 to train on, 1,000 sentences of sentiment.test.0
+and .1 to hold out. Adapters go into the seven linear maps of every layer. A seed draws the batches, their order and the
+start. Tuning uses 300 further sentences; an arm that was not tuned takes the learning rate of its family, or of LoRA,
+at the nearest size. Losses are in nats per token, in fp32. Left out: packing, other scales.
 """
 
 import argparse
@@ -48,23 +46,23 @@ def data_of(model, folder):
 
 
 def rows_of(folder, part, tokenizer):
-    """One row a sentence: a start, which is only read, its words, and a stop. Raises OSError or ValueError."""
+    """A row for every sentence: a start token, which is only read, its words, and a stop token."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     rows = []
     for path in (Path(folder) / f"sentiment.{part}.{label}" for label in (0, 1)):
         if not path.is_file():
-            raise FileNotFoundError(f"no file {path}; expected text with one sentence a line")
+            raise FileNotFoundError(f"no file {path}; expected text with one sentence per line")
         for line in path.read_text(encoding="utf-8").split("\n"):
             if line.strip():
                 ids = tokenizer(line.strip(), add_special_tokens=False).input_ids[: LONGEST - 2]
                 rows.append(([start, *ids, tokenizer.eos_token_id], 1))
     if not rows:
-        raise ValueError(f"{path} and its like are empty; expected text with one sentence a line")
+        raise ValueError(f"{path} and its like are empty; expected text with one sentence per line")
     return rows
 
 
 def in_batches(rows, size, seed):
-    """Rows of similar length share a batch, so that little is padded; the seed decides which of them do."""
+    """Rows of similar length share a batch, so little is padded; the seed decides which of them do."""
     rows = random.Random(f"batches {seed}").sample(rows, len(rows))
     rows.sort(key=lambda row: len(row[0]))
     return [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -114,10 +112,9 @@ def default(args, task, arm):
 
 
 def add_flags(parser):
-    parser.add_argument("--model", metavar="MODEL", help="folder of a decoder of the LLaMA family and its tokenizer, "
-                        "saved by transformers")  # fmt: skip
+    parser.add_argument("--model", metavar="MODEL", help="folder of a decoder and its tokenizer")
     parser.add_argument("--data", metavar="DIR", help="folder of the text files")
-    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="sentences a step (default 16)")
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="sentences per step (default 16)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of training (default fp32)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
 

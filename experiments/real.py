@@ -16,11 +16,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import peers
+from cli.afterwards import predict
 from cli.flags import positive
 from experiments import arms
 from experiments.study import TUNE_SEED, Study, fit
@@ -51,7 +51,7 @@ def data_of(task, folder, weights, seed, n):
 
 
 def batches_of(rows, epochs, seed):
-    """All batches of all epochs: each epoch is shuffled, cut into pools, and these into batches of similar length."""
+    """All batches of all epochs: each epoch is shuffled and cut into pools, a pool into batches of similar length."""
     rng, batches = random.Random(f"batches {seed}"), []
     for _ in range(epochs):
         shuffled = rng.sample(rows, len(rows))
@@ -61,23 +61,8 @@ def batches_of(rows, epochs, seed):
     return batches
 
 
-@torch.no_grad()
-def score(model, rows, metric, autocast):
-    """(metric, mean cross-entropy in nats) over encoded rows."""
-    model.eval()
-    rows = sorted(rows, key=lambda row: len(row[0]))
-    logits, labels = [], []
-    for i in range(0, len(rows), 4 * BATCH):
-        inputs, gold = batch_of(rows[i : i + 4 * BATCH], model, "cpu")
-        with autocast:
-            logits.append(model(*inputs).float())
-        labels.append(gold)
-    logits, labels = torch.cat(logits), torch.cat(labels)
-    return METRICS[metric](logits.argmax(1).tolist(), labels.tolist()), F.cross_entropy(logits, labels).item()
-
-
 def measure(args, task, arm, seed, trial):
-    """One run: its score and loss, its size relative to LoRA r = 8, and its ranks."""
+    """One run: its score, its size relative to LoRA r = 8, and its ranks."""
     rows, test = data_of(task, args.data, args.weights, seed, args.rows)
     with redirect_stdout(None):
         encoder, _ = load_pretrained(args.weights)
@@ -91,13 +76,13 @@ def measure(args, task, arm, seed, trial):
     autocast = torch.autocast("cpu", torch.bfloat16) if args.precision == "bf16" else nullcontext()
     fit(model, batches, arm, lr=trial[0], seed=seed, steps=len(batches), autocast=autocast,
         batch_of=lambda batches, model, device: batch_of(batches[0], model, device))  # fmt: skip
-    metric, loss = score(model, test, task_of(task).metric, autocast)
-    found = {"score": round(metric, 5), "loss": round(loss, 5), "size": round(arms.size_of(model), 4)}
-    return {**found, "ranks": arms.ranks_of(model)}
+    with autocast:
+        score = METRICS[task_of(task).metric](predict(model, test, "cpu"), [row[2] for row in test])
+    return {"score": round(score, 5), "size": round(arms.size_of(model), 4), "ranks": arms.ranks_of(model)}
 
 
 def rivals(name, names):
-    """LoRA, and what shows the worth of gates, window or ranks."""
+    """LoRA, and the arms that show what gates, window and ranks are worth."""
     found = ["lora-8", "lora-4", "lora-4-restart", "lora-4-shuffled", "svd-16-to-4", WINDOW]
     return [other for other in found if other in names and other != name]
 
@@ -114,7 +99,7 @@ STUDY = Study(
     doc=__doc__,
     name="real",
     measure=measure,
-    columns=["score", "loss", "size", "ranks"],
+    columns=["score", "size", "ranks"],
     more=["size"],
     tasks=list(SPLIT),
     arms=ARMS,

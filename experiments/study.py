@@ -97,7 +97,7 @@ class Study:
     arms: list  # names of those that run by default
     default_tasks: list | None = None  # None: all
     seeds: range | list = range(5)
-    steps: int | None = None  # None: measure decides
+    steps: int | None = None  # None: there is no --steps
     lowest: bool = True  # whether the lowest score is the best
     trials: Callable = lambda args, task, arm: []  # what --tune tries, if there is anything to tune
     default: Callable | None = None  # default(args, task, arm) -> the trial of an arm that was not tuned
@@ -123,8 +123,9 @@ class Study:
         mode.add_argument("--tune", action="store_true", help=f"run every trial of every arm, on seed {TUNE_SEED}")
         mode.add_argument("--report", action="store_true", help="no training: report on the runs so far")
         parser.add_argument("--grid", nargs="+", type=trial_of, metavar="LR[:SCALE]", help="trials for --tune")
-        parser.add_argument("--steps", type=positive, default=self.steps, metavar="N",
-                            help=f"of a run (default {self.steps or 'by task'})")  # fmt: skip
+        if self.steps:
+            parser.add_argument("--steps", type=positive, default=self.steps, metavar="N",
+                                help=f"of a run (default {self.steps})")  # fmt: skip
         parser.add_argument("--out", type=Path, default=Path("runs") / self.name, metavar="DIR",
                             help=f"default runs/{self.name}")  # fmt: skip
         if self.add_flags:
