@@ -2,7 +2,6 @@
 
 import json
 import random
-from argparse import Namespace
 from dataclasses import asdict
 
 import pytest
@@ -149,7 +148,7 @@ def test_the_ladder_leads_from_the_papers_recipe_to_ours_by_one_change_a_rung(tm
 def test_the_comparison_has_every_method_with_as_many_trials():
     arms = [arm_of(name) for name in compare.ARMS]
     assert {arm.method for arm in arms} == set(METHODS)
-    for study, count in ((compare.STUDY, 5), (compare.ON_SHIFT, 10)):
+    for study, count in ((compare.STUDY, 5), (compare.ON_GLUE, 3), (compare.ON_SHIFT, 10)):
         grids = {arm.name: study.trials(None, study.tasks[0], arm) for arm in arms}
         assert {len(set(grid)) for grid in grids.values()} == {count}
         assert all(study.default(None, study.tasks[0], arm) in grids[arm.name] for arm in arms)
@@ -168,39 +167,52 @@ def test_soras_thresholds_add_up_to_its_reach(tiny_lm):
 
 
 @pytest.fixture
-def tiny_task(tiny_weights, monkeypatch):
-    rows = compare.examples("mini-rte", 200)
-    monkeypatch.setattr(compare, "mini_encoder", lambda: tiny_weights)
-    monkeypatch.setattr(compare, "load_task", lambda task: (rows[:100], rows[100:]))
+def flags(tiny_weights, monkeypatch, tmp_path):
+    """Flags of a short run; 200 rows of a generated task stand in for the rows of every task."""
+    rows = compare.mini.examples("mini-rte", 200)
+    monkeypatch.setattr("cli.settings.mini_encoder", lambda **_: tiny_weights)
+    monkeypatch.setattr(compare, "load_task", lambda task, folder: (rows[:100], rows[100:]))
     monkeypatch.setattr(compare, "fresh_rows", lambda task: [("the dog", "the cat", 1)] * 8)
-    return ["--tasks", "mini-rte", "--rows", "32", "--steps", "8"]
+    return ["--seeds", "0", "--rows", "32", "--steps", "8", "--device", "cpu", "--out", str(tmp_path)]
 
 
-def test_the_comparison_counts_parameters_without_heads_and_draws_scores_against_them(tiny_task, tmp_path):
+def test_the_comparison_counts_parameters_without_heads(flags):
     arms = ["salora-8-to-4", "lora-4", "alora-8-to-4", "sora-8", "ia3", "head"]
-    rows = compare.main(["--arms", *arms, "--seeds", "0", *tiny_task, "--out", str(tmp_path)])
+    rows = compare.main(["--tasks", "mini-rte", "--arms", *arms, *flags])
     found = {row["arm"]: (int(row["trained"]), int(row["final"])) for row in rows}
     assert found["lora-4"] == (4 * LORA_1, 4 * LORA_1) and found["head"] == (0, 0)
-    assert found["ia3"] == 2 * (CLOSED_FORMS["ia3"],)
+    assert found["ia3"] == 2 * (CLOSED_FORMS["ia3"],) and rows[1]["trial"] == "0.002"
     assert found["salora-8-to-4"][0] == 8 * LORA_1 and 4 * LORA_1 - D - M < found["salora-8-to-4"][1] <= 4 * LORA_1
-    assert rows[1]["trial"] == "0.002" and (tmp_path / "compare.png").stat().st_size > 5000
 
 
-def test_generated_tasks_are_tuned_on_dev_rows_and_reported_on_rows_after_them(tiny_task, monkeypatch):
-    args, lora = Namespace(rows=32, steps=4), arm_of("lora-4")
-    reported, tuned = (compare.measure(args, "mini-rte", lora, seed, (0.002,))["score"] for seed in (0, TUNE_SEED))
-    assert reported in (0, 1), "all fresh rows are alike here"
-    assert 0.2 < tuned < 0.8, "dev rows have both labels"
+def test_generated_tasks_are_tuned_on_dev_rows_and_reported_on_rows_after_them(flags, monkeypatch):
+    assert compare.rows_of("mini-rte", None, 0)[1] == compare.fresh_rows("mini-rte")
+    assert compare.rows_of("mini-rte", None, TUNE_SEED) == compare.load_task("mini-rte", None)
     monkeypatch.undo()
     rows = [row[:2] for part in (*load_task("mini-rte"), compare.fresh_rows("mini-rte")) for row in part]
     assert len(set(rows)) == len(rows) == 4000 + 1000 + compare.FRESH_ROWS
 
 
-def test_the_comparison_on_a_shift_is_by_loss(tiny_lm, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plots, "methods", lambda points, label, lower: drawn.append((points, label, lower)))
-    arms = ["salora-8-to-4", "sora-8"]
-    rows = compare.main(["--tasks", "words", "reverse", "--arms", *arms, "--seeds", "0", *tiny_lm])
-    assert [row["trained"] for row in rows] == 4 * [str(8 * LORA_1)] and "loss" in rows[0]
-    [(points, label, lower)] = drawn
-    assert [arm for arm, *_ in points] == arms and lower and label.endswith("mean of 2 tasks")
+def test_official_tasks_are_tuned_on_held_out_training_rows_and_reported_on_dev_rows(flags, tiny_weights, capsys):
+    train, dev = compare.load_task("rte", "x")
+    assert compare.rows_of("rte", "x", 0) == (train, dev)
+    kept, held_out = compare.rows_of("rte", "x", TUNE_SEED)
+    assert held_out == train[::10] and sorted(kept + held_out) == sorted(train)
+    official = ["--tasks", "rte", "--arms", "lora-4", *flags]
+    with pytest.raises(SystemExit):
+        compare.main(official)
+    assert "a run needs --data and --weights" in capsys.readouterr().err
+
+
+def test_a_run_has_the_settings_of_the_main_job(flags):
+    args = compare.STUDY.parser().parse_args([*flags, "--precision", "bf16"])
+    found = {name: compare.settings_of(args, "mini-rte", arm_of(name), 3, (0.01,)) for name in ("lora-16", "full")}
+    assert (found["lora-16"].rank, found["lora-16"].alpha, found["lora-16"].dropout) == (16, 32, [0, 0])
+    assert (found["full"].lr, found["full"].seed, found["full"].steps, found["full"].rank) == (0.01, 3, 8, None)
+    assert found["full"].precision == "bf16" and found["full"].device == "cpu"
+    assert compare.measure(args, "mini-rte", arm_of("lora-4"), 0, (0.01,))["score"] in (0, 1), "fresh rows are alike"
+
+
+def test_the_comparison_on_a_shift_is_by_loss(tiny_lm):
+    rows = compare.main(["--tasks", "words", "--arms", "salora-8-to-4", "sora-8", "--seeds", "0", *tiny_lm])
+    assert [row["trained"] for row in rows] == 2 * [str(8 * LORA_1)] and "loss" in rows[0]
