@@ -143,19 +143,18 @@ def test_bad_input_is_one_line(study, flags, said, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("error, status, said", [
-    (KeyboardInterrupt(), 130, "the same command goes on with this run"),
-    (ValueError("no data"), 2, "no data"),
-    (None, 2, "lora-4 has not been tuned: first run with --tune and the same --out"),
-])  # fmt: skip
-def test_a_study_that_stops_ends_with_one_line(study, error, status, said, tmp_path, capsys):
-    def stopped(*_):
-        raise error
+def test_a_study_that_is_interrupted_or_not_tuned_ends_with_one_line(study, tmp_path, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
 
-    study = replace(study, measure=stopped) if error else replace(study, default=None)
-    with pytest.raises(SystemExit) as ended:
-        study.main(["--out", str(tmp_path)])
-    assert ended.value.code == status and said in capsys.readouterr().err
+    out = ["--out", str(tmp_path)]
+    for broken, status, said in (
+        (replace(study, measure=interrupted), 130, "the same command goes on with this run"),
+        (replace(study, default=None), 2, "lora-4 has not been tuned: first run with --tune and the same --out"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            broken.main(out)
+        assert ended.value.code == status and said in capsys.readouterr().err
 
 
 # What reports say
@@ -175,9 +174,7 @@ def test_intervals_are_quantiles_of_the_means_of_resampled_seeds():
     values = [1.2, 0.7, 1.9, 1.1, 0.4]
     assert tables.interval(values) == pytest.approx(naive_interval(values))
     assert tables.interval(values, 0.9) == pytest.approx(naive_interval(values, 0.9))
-    draws = tables.resamples(4)
-    assert draws.shape == (10_000, 4) and set(draws.flatten().tolist()) == {0, 1, 2, 3}
-    assert torch.equal(draws, tables.resamples(4)), "the same in every call"
+    assert set(tables.resamples(4).flatten().tolist()) == {0, 1, 2, 3}
 
 
 def cells(table, name):
@@ -216,7 +213,6 @@ def test_means_over_tasks_are_of_seeds_that_have_run_on_all_of_them():
 def test_the_share_of_a_gap_is_that_of_paired_seeds():
     losses = {"lora-4": {0: 2.0, 1: 3.0}, "lora-8": {0: 1.0, 1: 2.0}, "svd-16-to-4": {0: 1.25, 1: 2.25, 2: 9.0}}
     assert cells(tables.gaps_closed(losses, "title"), "svd-16-to-4") == ["0.75", "[0.75,", "0.75]"]
-    assert tables.gaps_closed({"lora-4": {0: 1.0}, "svd-16-to-4": {0: 1.0}}, "") == "", "without lora-8 there is no gap"
 
 
 # Arms

@@ -4,7 +4,6 @@ import json
 import random
 from dataclasses import replace
 
-import pytest
 import torch
 
 from experiments import table2
@@ -12,13 +11,6 @@ from glue import decoder, mini
 from glue.instructions import FAULTS, InstructionTokenizer, answer_to, faults_of, new_sentence, sentiment
 from hub.roberta import save_pretrained
 from tiny_transformer import TinyTransformer
-
-
-def test_the_judge_finds_the_sentiment_that_the_world_means():
-    rng = random.Random(0)
-    for _ in range(1000):
-        opinion, _, praise = mini.sst2(rng)
-        assert sentiment(opinion) is bool(praise), opinion
 
 
 def test_the_judge_accepts_the_grammars_answers_alone():
@@ -33,17 +25,15 @@ def test_the_judge_accepts_the_grammars_answers_alone():
         assert faults_of(sentence, not praise, " ".join(rng.sample(words, len(words)))) == FAULTS
 
 
-@pytest.mark.parametrize("text", [
-    "the film was good and the song was bad .",
-    "the film was good but the song was great .",
-    "although the film was bad .",
-    "the film was good the song was good .",
-    "the film was not not good .",
-    "the film was good",
-    "the dog was good .",
-])  # fmt: skip
-def test_the_judge_finds_no_sentiment_in_what_the_world_does_not_say(text):
-    assert sentiment(text) is None and sentiment(f"the old dog chased the sad cat in the yard . {text}") is None
+def test_the_judge_finds_the_sentiment_that_the_world_means_and_no_other():
+    rng = random.Random(0)
+    for _ in range(300):
+        opinion, _, praise = mini.sst2(rng)
+        assert sentiment(opinion) is bool(praise), opinion
+    for text in ("the film was good and the song was bad .", "although the film was bad .", "the film was good",
+                 "the film was good but the song was great .", "the film was not not good .", "the dog was good .",
+                 "the film was good the song was good ."):  # fmt: skip
+        assert sentiment(text) is None and sentiment(f"the old dog chased the sad cat in the yard . {text}") is None
 
 
 def small_decoder():
