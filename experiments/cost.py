@@ -135,11 +135,9 @@ def main(argv=None):
         make_folder(args.out)
         for shape in args.shapes:
             for batch_size in args.batches:
-                if has_row(path, shape=shape, batch_size=batch_size, device=args.device):
-                    continue
-                print(f"{shape}, batch {batch_size} ...", flush=True)
-                for row in measure(args, shape, batch_size):
-                    append(path, row)
+                if not has_row(path, shape=shape, batch_size=batch_size, device=args.device):
+                    for row in measure(args, shape, batch_size):
+                        append(path, row)
         rows = read_table(path)
         print(in_columns([list(rows[0]), *(list(row.values()) for row in rows)]))
     return rows

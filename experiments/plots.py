@@ -57,6 +57,12 @@ def line(axis, points, label, color, marker, style="-"):
     axis.grid(alpha=0.3)
 
 
+def on_log_scale(axis, label):
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.set_xlabel(label)
+
+
 def places(rows):
     """Figure 1: the loss of LoRA in one kind of matrix, in one block, and with one rank in all matrices."""
     figure, [axis] = panels(1, 1, 14, 4.6)
@@ -79,9 +85,8 @@ def curves(rows, x_of, label):
         lines[method(arm)].append((mean(map(x_of, some)), *losses))
     for name, points in lines.items():
         line(axis, points, *METHODS[name])
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axis.set(xlabel=label, ylabel=LOSS)
+    on_log_scale(axis, label)
+    axis.set_ylabel(LOSS)
     axis.legend()
     return figure
 
@@ -150,11 +155,8 @@ def loss_by_size(rows):
         for family, style in FAMILIES.items():
             if points[family]:
                 line(axis, points[family], *style)
-        smallest = min(x for some in points.values() for x, *_ in some)
-        ticks = [size for size in (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1) if smallest < 1.4 * size]
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(ticks, [f"1/{1 / size:.0f}" if size < 1 else "1" for size in ticks])
-        axis.set(title=task, xlabel="adapter parameters, relative to LoRA r = 8")
+        on_log_scale(axis, "adapter parameters, relative to LoRA r = 8")
+        axis.set(title=task)
     axes[0].set_ylabel(LOSS)
-    axes[0].legend(fontsize=12)
+    axes[0].legend()
     return figure

@@ -63,10 +63,8 @@ def fit(model, rows, arm, *, lr, seed, steps, batch_of, batch_size=1, journal=No
     return allocator
 
 
-# Trials: (learning rate,) or (learning rate, scale), in tables and on the command line 0.006 or 0.006:2
-
-
 def text_of(trial):
+    """(learning rate,) or (learning rate, scale) -> 0.006 or 0.006:2, as in tables and on the command line"""
     return ":".join(f"{number:.12g}" for number in trial)
 
 
