@@ -61,21 +61,13 @@ def rows_of(folder, part, tokenizer):
     return rows
 
 
-def in_batches(rows, size, seed):
-    """Rows of similar length share a batch, so little is padded; the seed decides which of them do."""
-    rows = random.Random(f"batches {seed}").sample(rows, len(rows))
-    rows.sort(key=lambda row: len(row[0]))
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
 @torch.no_grad()
 def loss_of(model, rows):
     """Mean cross-entropy of all words that count, in nats."""
     model.eval()
-    device, rows = next(model.parameters()).device, sorted(rows, key=lambda row: len(row[0]))
-    nats = 0.0
-    for i in range(0, len(rows), EVAL_BATCH):
-        inputs, labels = batch_of(rows[i : i + EVAL_BATCH], model, device)
+    nats, device = 0.0, next(model.parameters()).device
+    for batch in study.by_length(rows, EVAL_BATCH):
+        inputs, labels = batch_of(batch, model, device)
         nats += F.cross_entropy(model(*inputs), labels, reduction="sum").item()
     return nats / sum(len(ids) - start for ids, start in rows)
 
@@ -89,7 +81,8 @@ def measure(args, task, arm, seed, trial):
     adapt(model, TARGETS, arm.start, alpha=SCALE * arm.start)
     bf16 = torch.autocast(torch.device(device).type, torch.bfloat16)
     [lr] = trial
-    study.fit(model, in_batches(train, args.batch_size, seed), arm, lr=lr, seed=seed, steps=args.steps,
+    train = random.Random(f"batches {seed}").sample(train, len(train))  # the seed decides which rows share a batch
+    study.fit(model, study.by_length(train, args.batch_size), arm, lr=lr, seed=seed, steps=args.steps,
               batch_of=lambda batches, *rest: batch_of(batches[0], *rest),
               autocast=bf16 if args.precision == "bf16" else nullcontext())  # fmt: skip
     loss = loss_of(model, tuning if seed == study.TUNE_SEED else held_out)

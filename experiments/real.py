@@ -23,7 +23,7 @@ import peers
 from cli.afterwards import predict
 from cli.flags import positive
 from experiments import arms
-from experiments.study import TUNE_SEED, Study, fit
+from experiments.study import TUNE_SEED, Study, by_length, fit
 from glue.metrics import METRICS
 from glue.tasks import load_task, task_of
 from glue.tokens import batch_of, tokenizer_for
@@ -56,8 +56,7 @@ def batches_of(rows, epochs, seed):
     for _ in range(epochs):
         shuffled = rng.sample(rows, len(rows))
         for i in range(0, len(rows), POOL):
-            pool = sorted(shuffled[i : i + POOL], key=lambda row: len(row[0]))
-            batches += [pool[j : j + BATCH] for j in range(0, len(pool), BATCH)]
+            batches += by_length(shuffled[i : i + POOL], BATCH)
     return batches
 
 

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cli.flags import positive
 from experiments import plots
 from experiments.arms import arm_of, nearest, place_ranks, ranks_of
-from experiments.study import Study, fit
+from experiments.study import Study, by_length, fit
 from glue import mini
 from glue.pretrain import corrupt, mini_encoder
 from glue.tokens import MiniTokenizer, collate
@@ -89,13 +89,8 @@ class Data:
         new = SHIFTS[task](mini.corpus(texts + HELD_OUT, f"shift {seed}"), random.Random(f"shift {seed}"))
         rows = self.tokenizer.encode([(*text, 0) for text in new])
         self.words = torch.tensor([i for ids, _, _ in rows[:texts] for i in ids if i > self.tokenizer.mask])
-        self.train = self.in_batches(rows[:texts], BATCH)
-        self.held_out = [self.batch_of([batch]) for batch in self.in_batches(rows[texts:], 250)]
-
-    def in_batches(self, rows, size):
-        """Rows of similar length share a batch, so that little is padded."""
-        rows = sorted(rows, key=lambda row: len(row[0]))
-        return [rows[i : i + size] for i in range(0, len(rows), size)]
+        self.train = by_length(rows[:texts], BATCH)
+        self.held_out = [self.batch_of([batch]) for batch in by_length(rows[texts:], 250)]
 
     def batch_of(self, batches, model=None, device="cpu"):
         """[a batch of encoded rows] -> (the inputs of HiddenWords, the hidden words (positions,))."""

@@ -63,6 +63,12 @@ def fit(model, rows, arm, *, lr, seed, steps, batch_of, batch_size=1, journal=No
     return allocator
 
 
+def by_length(rows, size):
+    """Batches of encoded rows, those of similar length together, so that little is padded."""
+    rows = sorted(rows, key=lambda row: len(row[0]))
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
 def text_of(trial):
     """(learning rate,) or (learning rate, scale) -> 0.006 or 0.006:2, as in tables and on the command line"""
     return ":".join(f"{number:.12g}" for number in trial)

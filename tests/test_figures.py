@@ -81,20 +81,11 @@ def test_the_gates_that_close_last_come_first_and_those_that_are_gone_stay_close
     assert (tmp_path / "gates.gif").read_bytes()[:4] == b"GIF8"
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["fig2"], "fig2"),
-    (["fig4", "--arms", "best-4"], "best-4"),
-    (["fig4", "--seeds", "100"], "the seed for tuning"),
-    (["fig3", "--steps", "5"], "--steps"),
-])  # fmt: skip
-def test_what_means_nothing_is_one_line_and_exit_status_2(argv, said, capsys):
+@pytest.mark.parametrize("argv", [["fig2"], ["fig4", "--arms", "best-4"], ["fig3", "--steps", "5"]])
+def test_what_means_nothing_is_one_line_and_exit_status_2(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         figures.main(argv)
-    lines = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and len(lines) == 1 and said in lines[0]
-
-
-# What a step costs
+    assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_whole_run_weighs_the_phases_by_their_share_of_the_steps():
@@ -107,13 +98,6 @@ def test_what_is_measured_is_in_its_phase(recipe):
         step = cost.Stepper(f"{recipe} {phase}", "tiny", 2, "cpu")
         step()
         assert {(layer.r, layer.gate.state) for layer in salora_layers(step.model).values()} == {(r, state)}, phase
-
-
-@pytest.mark.parametrize("arm", ["frozen", "lora-8", *cost.PEFT])
-def test_only_the_head_and_two_factors_for_each_matrix_train(arm):
-    model = cost.Stepper(arm, "tiny", 2, "cpu").model
-    trained = [name for name, p in model.named_parameters() if p.requires_grad and "classifier" not in name]
-    assert len(trained) == (0 if arm == "frozen" else 2 * 6 * 3)
 
 
 def test_every_arm_is_measured_once(tmp_path):

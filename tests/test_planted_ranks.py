@@ -47,11 +47,7 @@ def test_planted_updates_have_the_ranks_that_are_said():
         assert int((values > 0.4).sum()) == int((values > 1e-4).sum()) == rank
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--arms", "salora-16-to-4"], "is not an arm of this study: salora-8-paper, "),
-    (["--tune"], "nothing to tune"),
-])  # fmt: skip
-def test_arms_of_other_studies_and_tuning_are_refused(flags, said, tmp_path, capsys):
+def test_arms_of_other_studies_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        planted_ranks.main([*flags, "--out", str(tmp_path)])
-    assert stopped.value.code == 2 and said in capsys.readouterr().err
+        planted_ranks.main(["--arms", "salora-16-to-4", "--out", str(tmp_path)])
+    assert stopped.value.code == 2 and "is not an arm of this study: salora-8-paper, " in capsys.readouterr().err

@@ -61,7 +61,6 @@ def test_placed_ranks_are_those_of_the_run_that_found_them(flags, tmp_path, caps
 
 @pytest.mark.parametrize("more, said", [
     (["--arms", "lora-4"], "lora-4 has not been tuned"),
-    (["--arms", "bitfit"], "bitfit"),
     (["--data", ""], "a run needs --data and --weights"),
 ])  # fmt: skip
 def test_what_cannot_be_run_is_one_line_and_exit_status_2(more, said, flags, capsys):

@@ -155,9 +155,6 @@ def test_a_study_that_is_interrupted_or_not_tuned_ends_with_one_line(study, tmp_
         assert ended.value.code == status and said in capsys.readouterr().err
 
 
-# What reports say
-
-
 def naive_interval(values, level=0.95):
     means = [mean(values[i] for i in draw) for draw in tables.resamples(len(values)).tolist()]
     return np.quantile(means, [(1 - level) / 2, (1 + level) / 2]).tolist()
@@ -206,9 +203,6 @@ def test_means_over_tasks_are_of_seeds_that_have_run_on_all_of_them():
 def test_the_share_of_a_gap_is_that_of_paired_seeds():
     losses = {"lora-4": {0: 2.0, 1: 3.0}, "lora-8": {0: 1.0, 1: 2.0}, "svd-16-to-4": {0: 1.25, 1: 2.25, 2: 9.0}}
     assert cells(tables.gaps_closed(losses, "title"), "svd-16-to-4") == ["0.75", "[0.75,", "0.75]"]
-
-
-# Arms
 
 
 ARMS = {  # name -> family, method, start, size
