@@ -66,7 +66,7 @@ class Arm:
 
 
 def arm_of(name):
-    """salora-16-to-4 -> its Arm. Raises ArgumentTypeError for a name that means nothing."""
+    """salora-16-to-4 -> its Arm. Raises ArgumentTypeError for any other name."""
     if name in METHODS and not METHODS[name].sized:
         return Arm(name, name, name)
     parts = re.fullmatch(r"(?P<word>.+?)-(?P<start>[1-9]\d*)(-to-(?P<size>\d*\.?\d+))?(?P<variant>-.+)?", name)

@@ -1,4 +1,4 @@
-"""SaLoRA beside its peers: what trains, what is left in the end, the score, and what a step costs.
+"""SaLoRA beside its peers: how much trains, how much is left at the end, the score, and the time per step.
 
     python experiments/compare.py --tune --tasks mini-cola mini-mrpc mini-rte      learning rates of all arms
     python experiments/compare.py                                   with the best of them, on the eight generated tasks
@@ -8,8 +8,8 @@
 These are three settings, each with an --out of its own, and with --tune first. Arms that have a size end at about that
 of LoRA with r = 4. Prefix and prompt have 8 vectors, since more made the tiny encoder worse; the sizes of BitFit and
 (IA)^3 follow from the encoder, and SoRA's from its lambda: see REACH. All arms get equally many trials on seed 100: on
-an official task half of the main job's default learning rate, the default, and twice that; on a generated one 4 and 8
-times that as well; on a shift ten pairs. An arm that was not tuned takes the default.
+an official task half, once and twice the main job's default learning rate; on a generated one 4 and 8 times that as
+well; on a shift ten pairs of learning rate and scale. An arm that was not tuned takes the default.
 
 Tuning and reports score different rows. On an official task tuning holds out every tenth training row, and a report is
 about dev rows. A generated task is tuned on dev rows, and a report is about rows that were generated after them.
@@ -47,7 +47,7 @@ ARMS = ["salora-8-to-4", "salora-16-to-4", "lora-8", "lora-4", "adalora-8-to-4",
 # size alone, on seed 100: of LoRA r = 8, .58 and .34 stayed with .7 and 1.2 on mini-cola, .51 with 2 on words.
 REACH = {"tasks": 0.8, "shift": 2.0}
 WIDE = [(lr, scale) for lr in (6e-3, 1.2e-2, 2.4e-2, 4.8e-2) for scale in (1, 2, 4, 8) if lr * scale <= 4.8e-2]
-COSTS = ["trained", "final", "ms"]  # parameters that train, and that are left; milliseconds a step
+COSTS = ["trained", "final", "ms"]  # parameters that train, and that are left; milliseconds per step
 FRESH_ROWS = 4000  # of a generated task, for reports
 
 

@@ -43,7 +43,7 @@ def groups(rows):
 
 
 def values_of(rows, column, *tasks):
-    """{arm: {seed: value}} of a column, as the mean over the tasks, of what has run on all of them."""
+    """{arm: {seed: value}} of a column: means over the tasks, for the seeds that have run on all of them."""
     found = defaultdict(list)
     for row in rows:
         if row["task"] in tasks:
