@@ -4,11 +4,11 @@
     salora-16-to-4                METHOD-START-to-SIZE: from rank 16, cut to the number of parameters of LoRA r = 4
     salora-8-to-4-window-.2-.5    then, where it is not the default recipe, what differs: see VARIANTS
     svd-16-to-4                   the same cut by singular values alone, without gates
-    lora-4-restart                LoRA with SaLoRA's learning rate, which restarts half-way
+    lora-4-restart                LoRA with SaLoRA's learning rate, which restarts halfway
     lora-4-found                  fresh LoRA with the ranks that SaLoRA found on the same task and seed: see PLACEMENTS
     bitfit, ia3, full, head       methods without a size
 
-START is the rank at creation, or how many units or vectors an adapter, a prefix or a prompt has.
+START is the rank at creation, or the number of units of an adapter, or of vectors of a prefix or prompt.
 """
 
 import argparse
@@ -34,9 +34,8 @@ VARIANTS = {  # of SaLoRA, "" being the default recipe
 }
 SVD = Recipe.ours(window=(0.5, 0.5))  # there is no step in which gates train
 RESTART = replace(SVD, canonical=False, spread=0.0)  # with a budget of 1 nothing is cut
-# LoRA with the ranks that SaLoRA found from rank 16, with these in another order among the matrices of one shape, and
-# with one rank, the three with the same draw of A. Found against shuffled says whether it matters where the rank is;
-# found against uniform, what that is worth. What is left to SaLoRA comes from training many triplets and cutting them.
+# LoRA with the ranks that SaLoRA found from rank 16, with the same ranks shuffled among matrices of one shape, and with
+# one rank everywhere; all three have the same draw of A. Found against shuffled shows whether their places matter.
 PLACEMENTS = ("-found", "-shuffled", "-uniform")
 
 
@@ -59,7 +58,7 @@ class Arm:
         return METHODS[self.method].low_rank
 
     def allocator(self, model, optimizer, steps, seed, **options):
-        """options: those of a peer's allocator."""
+        """options: what the allocator of this method alone has."""
         if METHODS[self.method].budgeted:
             options["budget"] = self.size / self.start
         options |= {"warmup": WARMUP, "recipe": self.recipe}
@@ -67,7 +66,7 @@ class Arm:
 
 
 def arm_of(name):
-    """salora-16-to-4 -> its Arm. Raises ArgumentTypeError for a name that means nothing."""
+    """salora-16-to-4 -> its Arm. Raises ArgumentTypeError for any other name."""
     if name in METHODS and not METHODS[name].sized:
         return Arm(name, name, name)
     parts = re.fullmatch(r"(?P<word>.+?)-(?P<start>[1-9]\d*)(-to-(?P<size>\d*\.?\d+))?(?P<variant>-.+)?", name)
@@ -100,10 +99,7 @@ def nearest(arm, table):
 
 
 def place_ranks(args, task, arm, seed, model):
-    """Give a model from rank 16 the ranks of an arm with a placement, from SaLoRA's row in the table of the study.
-
-    Raises ValueError where there is no such row.
-    """
+    """Give a model of rank 16 the ranks that SaLoRA has in the study's table, placed as the arm says."""
     source = f"salora-16-to-{arm.size:g}"
     found = rows_with(args.table, task=task, arm=source, seed=seed)
     if not found or not found[0]["ranks"]:

@@ -1,47 +1,44 @@
-"""SaLoRA beside its peers: what trains, what is left in the end, the score, and what a step costs.
+"""SaLoRA beside its peers: how much trains, how much is left at the end, the score, and the time per step.
 
     python experiments/compare.py --tune --tasks mini-cola mini-mrpc mini-rte      learning rates of all arms
-    python experiments/compare.py                            with the best of them, on the eight generated tasks
-    ... --tasks words reverse --out runs/compare-shift       the same two for the losses of experiments/shift.py
+    python experiments/compare.py                                   with the best of them, on the eight generated tasks
+    ... --tasks words reverse --out runs/compare-shift              the losses of experiments/shift.py
+    ... --tasks cola mrpc sst2 --data GLUE --weights MINILM --out runs/compare-glue           real tasks and encoders
 
-Arms that have a size end at about that of LoRA with r = 4. Prefix and prompt have 8 vectors, since more made the tiny
-encoder worse; BitFit's and (IA)^3's sizes follow from the encoder, and SoRA's from its lambda: see REACH. All get as
-many trials on seed 100: on generated tasks half of the main job's default learning rate, the default, 2, 4 and 8 times
-that; on a shift ten. Generated tasks are tuned on dev rows, and a report is about rows that were generated after them.
-An arm that was not tuned takes the default.
+These are three settings, each with an --out of its own, and with --tune first. Arms that have a size end at about that
+of LoRA with r = 4. Prefix and prompt have 8 vectors, since more made the tiny encoder worse; the sizes of BitFit and
+(IA)^3 follow from the encoder, and SoRA's from its lambda: see REACH. All arms get equally many trials on seed 100: on
+an official task half, once and twice the main job's default learning rate; on a generated one 4 and 8 times that as
+well; on a shift ten pairs of learning rate and scale. An arm that was not tuned takes the default.
 
-compare.png shows the score against the final number of parameters.
+Tuning and reports score different rows. On an official task tuning holds out every tenth training row, and a report is
+about dev rows. A generated task is tuned on dev rows, and a report is about rows that were generated after them.
 """
 
 import sys
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.afterwards import predict
-from cli.flags import positive
+from cli.flags import build_parser, positive
 from cli.journal import Journal
-from cli.setup import seed_of
-from experiments import plots, shift
+from cli.settings import flags_of, settle
+from cli.setup import build, seed_of
+from experiments import shift
 from experiments.arms import WARMUP
 from experiments.study import TUNE_SEED, Study
-from experiments.tables import distinct, values_of
+from glue import mini
 from glue.metrics import METRICS
-from glue.mini import TASKS, examples
-from glue.pretrain import mini_encoder
-from glue.tasks import DEV_ROWS, TRAIN_ROWS, load_task, task_of
-from glue.tokens import MiniTokenizer
-from hub.roberta import load_pretrained
-from peers import METHODS, install
+from glue.tasks import DEV_ROWS, TASKS, TRAIN_ROWS, load_task, task_of
+from peers import METHODS
 from peers.alora import hold_out
 from peers.sora import lambda_at
 from rank_allocator import lr_factor
-from tiny_transformer import SequenceClassifier
 from train_glue_mini import fine_tune, loss_of
 
 ARMS = ["salora-8-to-4", "salora-16-to-4", "lora-8", "lora-4", "adalora-8-to-4", "sora-8", "alora-8-to-4", "rm-lora-4",
@@ -50,9 +47,8 @@ ARMS = ["salora-8-to-4", "salora-16-to-4", "lora-8", "lora-4", "adalora-8-to-4",
 # size alone, on seed 100: of LoRA r = 8, .58 and .34 stayed with .7 and 1.2 on mini-cola, .51 with 2 on words.
 REACH = {"tasks": 0.8, "shift": 2.0}
 WIDE = [(lr, scale) for lr in (6e-3, 1.2e-2, 2.4e-2, 4.8e-2) for scale in (1, 2, 4, 8) if lr * scale <= 4.8e-2]
-COSTS = ["trained", "final", "ms"]  # parameters that train, and that are left; milliseconds a step
+COSTS = ["trained", "final", "ms"]  # parameters that train, and that are left; milliseconds per step
 FRESH_ROWS = 4000  # of a generated task, for reports
-BATCH = 32
 
 
 def lambda_of(reach, lr, steps):
@@ -64,39 +60,56 @@ def lambda_of(reach, lr, steps):
 
 
 def measure(args, task, arm, seed, trial):
-    """One run on a generated task, with the seeds and the steps of the main job."""
-    [lr], metric = trial, METRICS[task_of(task).metric]
-    train, dev = load_task(task)
-    scored = dev if seed == TUNE_SEED else fresh_rows(task)
-    model, encode = model_of(arm, task, seed)
+    """One run on a task, with the settings and the seeds that the main job would have."""
+    settings, [lr], metric = settings_of(args, task, arm, seed, trial), trial, METRICS[task_of(task).metric]
+    train, scored = rows_of(task, args.data, seed)
+    with redirect_stdout(None):
+        model, encode = build(settings)
     train, options = encode(train[: args.rows]), {}
     if arm.method == "alora":
-        train, held_out = hold_out(train, BATCH)
+        train, held_out = hold_out(train, settings.batch_size)
         options["score"] = lambda: -loss_of(model, held_out)
     if arm.method == "sora":
         options["sparse_lambda"] = lambda_of(REACH["tasks"], lr, args.steps)
     trained, journal = shift.parameters_of(model), Journal(args.steps)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     allocator = arm.allocator(model, optimizer, args.steps, seed_of(seed, "gates"), **options)
+    bf16 = torch.autocast(torch.device(settings.device).type, torch.bfloat16)
     with redirect_stdout(None):
-        fine_tune(model, train, optimizer, allocator, lr=lr, batch_size=BATCH, seed=seed, journal=journal)
+        fine_tune(model, train, optimizer, allocator, lr=lr, batch_size=settings.batch_size, seed=seed, journal=journal,
+                  autocast=bf16 if args.precision == "bf16" else nullcontext())  # fmt: skip
     ms = 1000 * journal.seconds / args.steps
-    score = metric(predict(model, encode(scored), "cpu"), [row[2] for row in scored])
+    score = metric(predict(model, encode(scored), settings.device), [row[2] for row in scored])
     return {"score": score, "trained": trained, "final": shift.parameters_of(model), "ms": ms}
 
 
-def model_of(arm, task, seed):
-    """(the tiny encoder with a new head and what an arm trains, rows of sentences -> rows of token ids)"""
-    encoder, _ = load_pretrained(mini_encoder())
-    torch.manual_seed(seed_of(seed, "weights"))
-    model = SequenceClassifier(encoder, task_of(task).num_labels)
-    install(model, arm.method, arm.start, max(16, 2 * (arm.start or 0)))
-    return model, lambda rows: MiniTokenizer().encode(rows, model.encoder.config.max_length)
+def settings_of(args, task, arm, seed, trial):
+    """The settings of the main job for an arm, made from its flags. The recipe and the budget are the arm's own."""
+    flags = {name: getattr(args, name) for name in ("steps", "rows", "data", "weights", "device", "precision")}
+    flags |= {"task": task, "method": arm.method, "lr": trial[0], "seed": seed}
+    if arm.start:
+        flags["rank"] = arm.start
+    if arm.has_triplets:
+        flags["alpha"] = max(16, 2 * arm.start)
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = build_parser().parse_args(flags_of(given))
+    settings.seed = seed
+    return settle(settings)
+
+
+def rows_of(task, folder, seed):
+    """(rows to train on, rows to score), other ones for tuning than for a report."""
+    train, dev = load_task(task, folder)
+    if seed != TUNE_SEED:
+        return train, fresh_rows(task) if task in mini.TASKS else dev
+    if task in mini.TASKS:
+        return train, dev
+    return [row for i, row in enumerate(train) if i % 10], train[::10]
 
 
 def fresh_rows(task):
     """Rows of a generated task that come after its training and dev rows, and differ from all of them."""
-    return examples(task, TRAIN_ROWS + DEV_ROWS + FRESH_ROWS)[TRAIN_ROWS + DEV_ROWS :]
+    return mini.examples(task, TRAIN_ROWS + DEV_ROWS + FRESH_ROWS)[TRAIN_ROWS + DEV_ROWS :]
 
 
 def measure_on_shift(args, task, arm, seed, trial):
@@ -110,19 +123,9 @@ def measure_on_shift(args, task, arm, seed, trial):
 
 
 def trials(args, task, arm):
-    middle, _ = METHODS[arm.method].lr
-    return [(float(f"{factor * middle:g}"),) for factor in (0.5, 1, 2, 4, 8)]
-
-
-def draw(rows):
-    """The mean over tasks and seeds, with its interval, against the parameters in the end."""
-    score, tasks, points = "loss" if "loss" in rows[0] else "score", distinct(rows, "task"), []
-    for arm, values in values_of(rows, score, *tasks).items():
-        final = mean(float(row["final"]) for row in rows if row["arm"] == arm)
-        points.append((arm, final, *plots.mean_and_bars(list(values.values()))))
-    label = "loss (nats; lower is better)" if score == "loss" else "score"
-    over = tasks[0] if len(tasks) == 1 else f"mean of {len(tasks)} tasks"
-    return plots.methods(points, f"{label}, {over}", score == "loss") if points else None
+    rate = METHODS[arm.method].lr[task in TASKS]
+    factors = (0.5, 1, 2) if task in TASKS else (0.5, 1, 2, 4, 8)
+    return [(float(f"{factor * rate:g}"),) for factor in factors]
 
 
 def rivals(name, names):
@@ -130,7 +133,11 @@ def rivals(name, names):
 
 
 def add_flags(parser):
-    parser.add_argument("--rows", type=positive, metavar="N", help=f"to train on (default {TRAIN_ROWS})")
+    parser.add_argument("--rows", type=positive, metavar="N", help="to train on (default all)")
+    parser.add_argument("--data", metavar="DIR", help="folder with GLUE's official files, for official tasks")
+    parser.add_argument("--weights", metavar="DIR", help="checkpoint folder of an encoder (default the tiny encoder)")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="default fp32")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
 
 
 STUDY = Study(
@@ -139,17 +146,17 @@ STUDY = Study(
     measure=measure,
     columns=["score", *COSTS],
     more=COSTS,
-    tasks=list(TASKS),
+    tasks=list(mini.TASKS),
     arms=ARMS,
     steps=1500,
     lowest=False,
     trials=trials,
     default=lambda args, task, arm: trials(args, task, arm)[1],
     rivals=rivals,
-    draw=draw,
     add_flags=add_flags,
-    same=("steps", "rows"),
+    same=("steps", "rows", "precision"),
 )
+ON_GLUE = replace(STUDY, tasks=list(TASKS), needs=("data", "weights"))
 ON_SHIFT = replace(
     shift.STUDY,
     doc=__doc__,
@@ -160,13 +167,17 @@ ON_SHIFT = replace(
     arms=ARMS,
     trials=lambda args, task, arm: shift.trials(args, task, arm, WIDE),
     rivals=rivals,
-    draw=draw,
+    draw=None,
 )
 
 
 def main(argv=None):
+    """The program, in the setting of the tasks asked for: all of one kind, or their mean would mean nothing."""
     argv = sys.argv[1:] if argv is None else argv
-    return (ON_SHIFT if set(argv) & set(ON_SHIFT.tasks) else STUDY).main(argv)
+    for study in (ON_SHIFT, ON_GLUE):
+        if set(argv) & set(study.tasks):
+            return study.main(argv)
+    return STUDY.main(argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Table 4 in miniature: what one training step costs in memory and time.
+"""Table 4 in miniature: how long one training step takes.
 
-    python experiments/cost.py                                       two shapes, on a CPU: ten minutes
+    python experiments/cost.py                                       two shapes, on a CPU
     python experiments/cost.py --device cuda --batches 32 256 --shapes tiny minilm roberta-base
 
 Random weights, random tokens, sequences of 64. Every arm starts at rank 8 in all six matrices:
@@ -8,25 +8,20 @@ Random weights, random tokens, sequences of 64. Every arm starts at rank 8 in al
     frozen                 only the head trains, so nothing goes back through the encoder
     lora-8                 LoRA
     salora-8-to-4          SaLoRA's phases (before, window, and after, where all ranks are 4), and a whole run: the
-                           phases weighted by their share of the steps, and the largest memory of them
+                           phases weighted by their share of the steps
     salora-8-to-4-paper    the same for the published recipe
-    peft-lora-8            if PEFT can be imported: its LoRA
+    peft-lora-8            PEFT's LoRA, if it can be imported
 
-Peak memory is that of a process of its own for each arm: on CUDA what torch allocated at most; on a CPU, for which it
-needs Linux, the peak resident size, Python and torch included. Times are medians over rounds that take one step of
-each arm in turn, so that a busy machine disturbs all of them alike.
+Times are medians over rounds that take one step of each arm in turn, so that a busy machine disturbs all of them alike.
+Left out: memory, in which these arms are within 2 % of each other.
 """
 
 import argparse
-import os
-import signal
 import sys
 import time
 from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +43,6 @@ RECIPES = {"salora-8-to-4": Recipe.ours, "salora-8-to-4-paper": Recipe.paper}
 PHASES = {"before": (0.9, 1.0), "window": (0.0, 1.0), "after": (0.0, 0.0)}  # a window that keeps a run in this phase
 ARMS = ["frozen", "lora-8", *(f"{recipe} {phase}" for recipe in RECIPES for phase in PHASES)]
 PEFT = ["peft-lora-8"] if find_spec("peft") else []
-# Or glibc keeps freed memory for later, how much depends on luck, and the same run peaks 20 MiB higher or lower.
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
 
 
 class Stepper:
@@ -91,29 +84,6 @@ class Stepper:
         self.step += 1
 
 
-def peak_of_process(device):
-    """The peak of this process in MiB: on CUDA of what torch allocated, else of all of its memory."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) / 1024  # kB; unlike getrusage's, not inherited from the parent
-
-
-def peak_memory(arm, shape, batch_size, device):
-    """The peak of this process in MiB, after three steps."""
-    step = Stepper(arm, shape, batch_size, device)
-    for _ in range(3):
-        step()
-    return peak_of_process(device)
-
-
-def in_processes(function, calls):
-    """[function(*arguments) for arguments in calls], each in a new process, which gives memory back once it is free."""
-    processes, deaf = min(len(calls), os.cpu_count()), (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process
-    with patch.dict(os.environ, GIVE_BACK), get_context("spawn").Pool(processes, signal.signal, deaf, 1) as pool:
-        return pool.starmap(function, calls, chunksize=1)
-
-
 def times_of(names, shape, batch_size, rounds, device):
     """[median seconds per step] of the arms, from rounds in turn after two that do not count."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
@@ -130,24 +100,23 @@ def times_of(names, shape, batch_size, rounds, device):
 
 
 def whole_run(phases, window):
-    """(seconds per step, MiB) of a run, from those of its three phases."""
+    """Seconds per step of a run, from those of its three phases."""
     start, end = window
-    shares = (start, end - start, 1 - end)
-    return sum(share * seconds for share, (seconds, _) in zip(shares, phases)), max(peak for _, peak in phases)
+    before, inside, after = phases
+    return start * before + (end - start) * inside + (1 - end) * after
 
 
 def measure(args, shape, batch_size):
     """The rows of all arms at one shape and batch size."""
     names = ARMS + PEFT
-    times = times_of(names, shape, batch_size, args.rounds, args.device)
-    peaks = in_processes(peak_memory, [(name, shape, batch_size, args.device) for name in names])
-    found = dict(zip(names, zip(times, peaks)))
+    found = dict(zip(names, times_of(names, shape, batch_size, args.rounds, args.device)))
     for name, recipe in RECIPES.items():
         found[name] = whole_run([found[f"{name} {phase}"] for phase in PHASES], recipe().window)
-    for name, (seconds, peak) in found.items():
+    rows = []
+    for name, seconds in found.items():
         row = {"shape": shape, "batch_size": batch_size, "device": args.device, "arm": name, "rounds": args.rounds}
-        row |= {"ms": round(1000 * seconds, 3), "time_ratio": round(seconds / found["lora-8"][0], 3)}
-        yield row | {"MiB": round(peak, 1), "memory_ratio": round(peak / found["lora-8"][1], 3)}
+        rows.append({**row, "ms": round(1000 * seconds, 3), "ratio": round(seconds / found["lora-8"], 3)})
+    return rows
 
 
 def main(argv=None):
@@ -166,11 +135,9 @@ def main(argv=None):
         make_folder(args.out)
         for shape in args.shapes:
             for batch_size in args.batches:
-                if has_row(path, shape=shape, batch_size=batch_size, device=args.device):
-                    continue
-                print(f"{shape}, batch {batch_size} ...", flush=True)
-                for row in list(measure(args, shape, batch_size)):
-                    append(path, row)
+                if not has_row(path, shape=shape, batch_size=batch_size, device=args.device):
+                    for row in measure(args, shape, batch_size):
+                        append(path, row)
         rows = read_table(path)
         print(in_columns([list(rows[0]), *(list(row.values()) for row in rows)]))
     return rows

@@ -4,12 +4,10 @@
     python experiments/decoder.py --model MODEL --data DIR --seeds 0 1 2       all arms, each at its best learning rate
 
 MODEL is a folder that `transformers` has saved, such as SmolLM2-135M-Instruct, with its tokenizer. DIR holds Yelp's
-reviews (Li et al. 2018), one sentence a line: sentiment.dev.0 and .1 to train on, 1,000 sentences of sentiment.test.0
-and .1 to hold out. Adapters go into the seven linear maps of every layer.
-
-A seed draws the sentences of a batch, their order and the start; the held-out sentences are always the same. Tuning
-uses 300 sentences that are neither trained on nor reported; an arm that was not tuned takes the learning rate of its
-family, or of LoRA, at the nearest size. Losses are in nats per token, in fp32. Left out: packing, other scales.
+reviews (Li et al. 2018), one sentence per line: sentiment.dev.0 and .1 to train on, 1,000 sentences of sentiment.test.0
+and .1 to hold out. Adapters go into the seven linear maps of every layer. A seed draws the batches, their order and the
+start. Tuning uses 300 further sentences; an arm that was not tuned takes the learning rate of its family, or of LoRA,
+at the nearest size. Losses are in nats per token, in fp32. Left out: packing, other scales.
 """
 
 import argparse
@@ -48,49 +46,43 @@ def data_of(model, folder):
 
 
 def rows_of(folder, part, tokenizer):
-    """One row a sentence: a start, which is only read, its words, and a stop. Raises OSError or ValueError."""
+    """A row for every sentence: a start token, which is only read, its words, and a stop token."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     rows = []
     for path in (Path(folder) / f"sentiment.{part}.{label}" for label in (0, 1)):
         if not path.is_file():
-            raise FileNotFoundError(f"no file {path}; expected text with one sentence a line")
+            raise FileNotFoundError(f"no file {path}; expected text with one sentence per line")
         for line in path.read_text(encoding="utf-8").split("\n"):
             if line.strip():
                 ids = tokenizer(line.strip(), add_special_tokens=False).input_ids[: LONGEST - 2]
                 rows.append(([start, *ids, tokenizer.eos_token_id], 1))
     if not rows:
-        raise ValueError(f"{path} and its like are empty; expected text with one sentence a line")
+        raise ValueError(f"{path} and its like are empty; expected text with one sentence per line")
     return rows
-
-
-def in_batches(rows, size, seed):
-    """Rows of similar length share a batch, so that little is padded; the seed decides which of them do."""
-    rows = random.Random(f"batches {seed}").sample(rows, len(rows))
-    rows.sort(key=lambda row: len(row[0]))
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 @torch.no_grad()
 def loss_of(model, rows):
     """Mean cross-entropy of all words that count, in nats."""
     model.eval()
-    device, rows = next(model.parameters()).device, sorted(rows, key=lambda row: len(row[0]))
-    nats = 0.0
-    for i in range(0, len(rows), EVAL_BATCH):
-        inputs, labels = batch_of(rows[i : i + EVAL_BATCH], model, device)
+    nats, device = 0.0, next(model.parameters()).device
+    for batch in study.by_length(rows, EVAL_BATCH):
+        inputs, labels = batch_of(batch, model, device)
         nats += F.cross_entropy(model(*inputs), labels, reduction="sum").item()
     return nats / sum(len(ids) - start for ids, start in rows)
 
 
 def measure(args, task, arm, seed, trial):
     """One run: its loss, its size relative to LoRA r = 8, and its ranks."""
+    device = device_of(args.device)
     train, tuning, held_out = data_of(args.model, args.data)
-    model, _ = load_decoder(args.model, args.device)
+    model, _ = load_decoder(args.model, device)
     torch.manual_seed(seed)
     adapt(model, TARGETS, arm.start, alpha=SCALE * arm.start)
-    bf16 = torch.autocast(torch.device(args.device).type, torch.bfloat16)
+    bf16 = torch.autocast(torch.device(device).type, torch.bfloat16)
     [lr] = trial
-    study.fit(model, in_batches(train, args.batch_size, seed), arm, lr=lr, seed=seed, steps=args.steps,
+    train = random.Random(f"batches {seed}").sample(train, len(train))  # the seed decides which rows share a batch
+    study.fit(model, study.by_length(train, args.batch_size), arm, lr=lr, seed=seed, steps=args.steps,
               batch_of=lambda batches, *rest: batch_of(batches[0], *rest),
               autocast=bf16 if args.precision == "bf16" else nullcontext())  # fmt: skip
     loss = loss_of(model, tuning if seed == study.TUNE_SEED else held_out)
@@ -113,18 +105,11 @@ def default(args, task, arm):
 
 
 def add_flags(parser):
-    parser.add_argument("--model", metavar="MODEL", help="folder of a decoder of the LLaMA family and its tokenizer, "
-                        "saved by transformers")  # fmt: skip
+    parser.add_argument("--model", metavar="MODEL", help="folder of a decoder and its tokenizer")
     parser.add_argument("--data", metavar="DIR", help="folder of the text files")
-    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="sentences a step (default 16)")
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="sentences per step (default 16)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of training (default fp32)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
-
-
-def check(args):
-    if not args.report and not (args.model and args.data):
-        raise ValueError("a run needs --model MODEL and --data DIR")
-    args.device = device_of(args.device)
 
 
 STUDY = study.Study(
@@ -142,7 +127,7 @@ STUDY = study.Study(
     arm_of=arm_of,
     rivals=shift.rivals,
     add_flags=add_flags,
-    check=check,
+    needs=("model", "data"),
     same=("steps", "precision", "batch_size"),
 )
 main = STUDY.main

@@ -6,12 +6,12 @@
     fig5      loss against the budget b, from r = 8, and LoRA of the same size
     fig7      the rank of every matrix, averaged over seeds
     table3    ablation: without the Lagrangian, and without orthogonality
-    gates     not in the paper: an animation of how the gates of the main job close
+    gates     not in the paper: an animation of the gates of the main job as they close
 
-Scores of the generated tasks saturate, so losses are masked-word losses after a shift of the language (experiments/
-shift.py; lower is better), with the learning rates and scales that tuning found there. A run takes 15 to 25 s: for a
-first look add `--steps 300 --seeds 0`. For Figure 6 `train_glue_mini.py --recipe paper --trace` draws C, lambda and
-orthogonality. Table 1 is compare.py, Table 2 table2.py, Table 4 cost.py. Left out: Figure 2, which is a drawing.
+All but fig3 and gates train after a shift of the language (experiments/shift.py), with the learning rates and scales
+that tuning found there; the measure is the masked-word loss, lower is better. For a first look add `--steps 300 --seeds
+0`. For Figure 6 `train_glue_mini.py --recipe paper --trace` draws C, lambda and orthogonality. Tables 1, 2 and 4 are
+compare.py, table2.py and cost.py. Left out: Figure 2, which is a drawing.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 
 import torch
 
@@ -33,8 +32,6 @@ from cli.runs import STUDY, errors_as_lines
 from experiments import arms, plots, shift
 from hard_concrete import GAMMA, TAU, ZETA, prob_above, prob_one, prob_open, sample_gate
 from salora import salora_layers
-
-# Arms that only the figures have
 
 
 class LambdaZero(arms.Arm):
@@ -64,9 +61,6 @@ def default_trial(args, task, arm):
     return arms.nearest(arms.arm_of(f"lora-{arm.start}"), shift.TUNED)
 
 
-# The items that train after a shift of the language
-
-
 def measure(args, task, arm, seed, trial):
     """One run: its loss, its size, C at T_end, and the rank of every matrix."""
     lr, scale = trial
@@ -91,13 +85,12 @@ def published(name, names):
     return [other for other in names if other == "salora-8-to-4-paper" != name]
 
 
-def draw_fig4(rows):
-    return plots.curves(rows, lambda arm, some: arm_of(arm).start, "rank r at the start (SaLoRA keeps half)")
+def over_starts(rows):
+    return plots.curves(rows, lambda row: arm_of(row["arm"]).start, "rank r at the start (SaLoRA keeps half)")
 
 
-def draw_fig5(rows):
-    label = "adapter parameters at the end, relative to LoRA r = 8"
-    return plots.curves(rows, lambda arm, some: mean(float(row["size"]) for row in some), label)
+def over_sizes(rows):
+    return plots.curves(rows, lambda row: float(row["size"]), "adapter parameters at the end, relative to LoRA r = 8")
 
 
 def item(name, arm_names, draw, **more):
@@ -114,14 +107,11 @@ ABLATION = [f"salora-8-to-4-paper{change}" for change in ("", "-lambda-0", "-bet
 ABOUT = {line.split()[0]: line.strip() for line in __doc__.splitlines() if line.startswith("    ")}
 ITEMS = {
     "fig1": item("fig1", [f"lora-8-in-{place}" for place in PLACES] + LORAS, plots.places),
-    "fig4": item("fig4", [*LORAS[1:], "lora-16", *STARTS], draw_fig4, rivals=lora_of_size),
-    "fig5": item("fig5", [*LORAS, "lora-6", *SIZES], draw_fig5, rivals=lora_of_size),
+    "fig4": item("fig4", [*LORAS[1:], "lora-16", *STARTS], over_starts, rivals=lora_of_size),
+    "fig5": item("fig5", [*LORAS, "lora-6", *SIZES], over_sizes, rivals=lora_of_size),
     "fig7": item("fig7", ["salora-8-to-4", "salora-8-to-4-paper"], plots.ranks),
     "table3": item("table3", ABLATION, None, default_tasks=["words", "reverse"], rivals=published),
 }
-
-
-# The items that do not
 
 
 def density_of(log_theta, t):
@@ -138,7 +128,7 @@ def fig3(args):
     for axis, log_theta in zip(axes, torch.tensor([-2.0, 0.0, 2.0], dtype=torch.float64)):
         g = sample_gate(log_theta, torch.rand(200_000, generator=generator, dtype=torch.float64))
         masses = torch.stack([1 - prob_open(log_theta), prob_one(log_theta)])
-        sampled = torch.stack([(g == 0).double().mean(), (g == 1).double().mean()])
+        sampled = [(g == 0).double().mean(), (g == 1).double().mean()]
         axis.plot(bins, [density_of(log_theta, t) for t in bins.tolist()], color=plots.BLUE, lw=2, label="density")
         found = torch.histc(g[(g > 0) & (g < 1)], 20, 0, 1) * 20 / len(g)
         axis.plot(bins, found, "o", color=plots.RED, label="sampled")

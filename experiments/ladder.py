@@ -4,9 +4,9 @@
     python experiments/ladder.py                         every rung after both shifts, seeds 0 to 4
     python experiments/ladder.py --report                the table of what is there, no training
 
-A rung is the one above it with one change; until-X is the paper's recipe with all changes up to X. All of them end at
-the size of LoRA r = 4. Below the ladder stand alternatives to its last rung. What counts is the masked-word loss after
-a shift of the language (experiments/shift.py); experiments/planted_ranks.py has the same rungs from rank 8.
+A rung is the one above it with one change; until-X is the paper's recipe with all changes up to X. All end at the size
+of LoRA r = 4. Below the ladder stand alternatives to its last rung. The measure is the masked-word loss after a shift
+of the language (experiments/shift.py); experiments/planted_ranks.py knows the same rungs.
 """
 
 import sys

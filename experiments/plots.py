@@ -34,7 +34,7 @@ def method(arm):
 
 
 def panels(rows, columns, width, height):
-    """A figure and its axes, a flat list, in letters that can be read on a slide."""
+    """A figure and the flat list of its axes, in letters that can be read on a slide."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -57,41 +57,37 @@ def line(axis, points, label, color, marker, style="-"):
     axis.grid(alpha=0.3)
 
 
+def on_log_scale(axis, label):
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.set_xlabel(label)
+
+
 def places(rows):
     """Figure 1: the loss of LoRA in one kind of matrix, in one block, and with one rank in all matrices."""
-    arms = distinct(rows, "arm")
-    blocks = [arm for arm in arms if "-in-block" in arm]
-    matrices = [arm for arm in arms if "-in-" in arm and arm not in blocks]
-    others = [arm for arm in arms if "-in-" not in arm]
-    figure, axes = panels(1, 3, 14, 4.6)
-    titles = ["r = 8 in one kind of matrix", "r = 8 in one block", "one rank in all matrices"]
-    for axis, group, title in zip(axes, (matrices, blocks, others), titles):
-        if axis is not axes[0]:
-            axis.sharey(axes[0])
-        for arm in group:
-            middle, below, above = mean_and_bars([float(row["loss"]) for row in rows if row["arm"] == arm])
-            name = arm.removeprefix("lora-8-in-")
-            axis.errorbar(name, middle, [[below], [above]], fmt="o", ms=9, lw=2, capsize=5, color=BLUE)
-        axis.set(title=title, xmargin=0.15)
-        axis.grid(alpha=0.3, axis="y")
-    axes[0].set_ylabel(LOSS)
+    figure, [axis] = panels(1, 1, 14, 4.6)
+    for arm in distinct(rows, "arm"):
+        middle, below, above = mean_and_bars([float(row["loss"]) for row in rows if row["arm"] == arm])
+        name = arm.removeprefix("lora-8-in-")
+        axis.errorbar(name, middle, [[below], [above]], fmt="o", ms=9, lw=2, capsize=5, color=BLUE)
+    axis.grid(alpha=0.3, axis="y")
+    axis.set(ylabel=LOSS, title="LoRA r = 8 in one kind of matrix or in one block, and one rank in all matrices")
     return figure
 
 
 def curves(rows, x_of, label):
-    """Figures 4 and 5: the loss over x_of(arm, its rows), a line for every method."""
+    """Figures 4 and 5: the loss over the mean of x_of(row), a line for every method."""
     figure, [axis] = panels(1, 1, 7.5, 5)
-    points = {}
+    lines = defaultdict(list)
     for arm in distinct(rows, "arm"):
         some = [row for row in rows if row["arm"] == arm]
-        point = (x_of(arm, some), *mean_and_bars([float(row["loss"]) for row in some]))
-        points.setdefault(method(arm), []).append(point)
-    for name, found in points.items():
-        line(axis, found, *METHODS[name])
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axis.set(xlabel=label, ylabel=LOSS)
-    axis.legend(fontsize=12)
+        losses = mean_and_bars([float(row["loss"]) for row in some])
+        lines[method(arm)].append((mean(map(x_of, some)), *losses))
+    for name, points in lines.items():
+        line(axis, points, *METHODS[name])
+    on_log_scale(axis, label)
+    axis.set_ylabel(LOSS)
+    axis.legend()
     return figure
 
 
@@ -122,7 +118,7 @@ def ranks(rows):
 
 
 def planted(rows, most):
-    """Planted and learned ranks side by side: those of the first task and seed, a column an arm."""
+    """Planted and learned ranks side by side, of the first task and seed: a column for every arm."""
     first = [row for row in rows if (row["task"], row["seed"]) == (rows[0]["task"], rows[0]["seed"])]
     columns = {"planted": json.loads(first[0]["planted"])}
     columns |= {row["arm"]: json.loads(row["learned"]) for row in first}
@@ -133,36 +129,13 @@ def planted(rows, most):
     for text, (i, j) in zip(axis.texts, cells):
         if grid[i][j] != grid[i][0]:
             text.set(color="tab:red", weight="bold")
-    about = "{task}, seed {seed}".format(**first[0])
     axis.tick_params("x", rotation=15)
-    axis.set(ylabel="matrix", title=f"ranks, planted and found (wrong ones red)\n{about}")
-    return figure
-
-
-def methods(points, label, lower):
-    """Scores of arms, the best on top: those about as large as lora-4, and in a second panel all others.
-
-    points: (arm, parameters in the end, score, bar below it, bar above it). lower: whether lower is better.
-    """
-    points = sorted(points, key=lambda point: point[2], reverse=not lower)
-    size = {arm: parameters for arm, parameters, *_ in points}.get("lora-4", 0)
-    alike = [point for point in points if abs(point[1] - size) < size / 5]
-    groups = {"about as large as LoRA r = 4": alike, "smaller or larger": [p for p in points if p not in alike]}
-    groups = {title: group for title, group in groups.items() if group}
-    figure, axes = panels(1, len(groups), 7.5 * len(groups), 1.5 + 0.45 * max(map(len, groups.values())))
-    colors = {"salora": BLUE, "lora": BLACK, "adalora": ORANGE, "sora": ORANGE, "alora": ORANGE, "rm-lora": ORANGE}
-    for axis, (title, group) in zip(axes, groups.items()):
-        for height, (arm, _, score, below, above) in enumerate(group):
-            color = colors.get(method(arm), RED)
-            axis.errorbar(score, height, xerr=[[below], [above]], fmt="o", color=color, ms=9, lw=2, capsize=4)
-        axis.set_yticks(range(len(group)), [f"{arm} ({parameters:,.0f})" for arm, parameters, *_ in group])
-        axis.set(title=f"{title} (parameters in the end)", xlabel=label, ylim=(len(group) - 0.5, -0.5))
-        axis.grid(alpha=0.3)
+    axis.set(ylabel="matrix", title="ranks, planted and found (wrong ones red)")
     return figure
 
 
 def loss_by_size(rows):
-    """Loss against size, a panel a task and a line a family; None without lora-8, with which arms are compared.
+    """Loss against size, a panel for every task, a line for every family; None without lora-8.
 
     Bars are intervals of the difference from lora-8 over the same seeds.
     """
@@ -182,11 +155,8 @@ def loss_by_size(rows):
         for family, style in FAMILIES.items():
             if points[family]:
                 line(axis, points[family], *style)
-        smallest = min(x for some in points.values() for x, *_ in some)
-        ticks = [size for size in (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1) if smallest < 1.4 * size]
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(ticks, [f"1/{1 / size:.0f}" if size < 1 else "1" for size in ticks])
-        axis.set(title=task, xlabel="adapter parameters, relative to LoRA r = 8")
+        on_log_scale(axis, "adapter parameters, relative to LoRA r = 8")
+        axis.set(title=task)
     axes[0].set_ylabel(LOSS)
-    axes[0].legend(fontsize=12)
+    axes[0].legend()
     return figure

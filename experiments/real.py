@@ -3,11 +3,10 @@
     python experiments/real.py --data GLUE --weights MINILM --tune      learning rate of every arm, on seed 100
     python experiments/real.py --data GLUE --weights MINILM             every arm, seeds 0 to 4
 
-Official dev sets have 400 to 1,000 rows, which alone is a standard error of .01 to .03: more than ranks can be worth.
-So the official *training* rows are split once and for all into rows to train on, rows to tune on, and rows to score,
-10,000 of SST-2, 3,000 of CoLA and 1,000 of MRPC. A seed draws 2,000 of the first (--rows), for 8 epochs of batches of
-32, the start and the order. Dev rows are not used. All arms have scale 2 (alpha / rank at creation) and their own
-learning rate on each task; lora-4-found and lora-4-shuffled have that of lora-4.
+Official dev sets have 400 to 1,000 rows, which alone gives a standard error of .01 to .03: more than ranks can be
+worth. So the official *training* rows are split once and for all into rows to train on, to tune on, and to score. A
+seed draws --rows of the first, the start and the order of batches of 32. Dev rows are not used. All arms have scale 2
+(alpha / rank at creation) and their own learning rate on each task; lora-4-found and lora-4-shuffled have lora-4's.
 """
 
 import random
@@ -17,14 +16,14 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import peers
+from cli.afterwards import predict
 from cli.flags import positive
 from experiments import arms
-from experiments.study import TUNE_SEED, Study, fit
+from experiments.study import TUNE_SEED, Study, by_length, fit
 from glue.metrics import METRICS
 from glue.tasks import load_task, task_of
 from glue.tokens import batch_of, tokenizer_for
@@ -41,7 +40,7 @@ POOL = 8 * BATCH  # rows of similar length within a pool share a batch, which ha
 
 @lru_cache(maxsize=2)
 def data_of(task, folder, weights, seed, n):
-    """(n rows to train on, rows to score), encoded; for the tuning seed the latter are those to tune on."""
+    """(n rows to train on, rows to score), encoded; with the tuning seed the latter are those to tune on."""
     everything, _ = load_task(task, folder)
     everything = random.Random(f"split {task}").sample(everything, len(everything))
     n_tune, n_score = SPLIT[task]
@@ -52,33 +51,17 @@ def data_of(task, folder, weights, seed, n):
 
 
 def batches_of(rows, epochs, seed):
-    """All batches of all epochs: each epoch is shuffled, cut into pools, and these into batches of similar length."""
+    """All batches of all epochs: each epoch is shuffled and cut into pools, a pool into batches of similar length."""
     rng, batches = random.Random(f"batches {seed}"), []
     for _ in range(epochs):
         shuffled = rng.sample(rows, len(rows))
         for i in range(0, len(rows), POOL):
-            pool = sorted(shuffled[i : i + POOL], key=lambda row: len(row[0]))
-            batches += [pool[j : j + BATCH] for j in range(0, len(pool), BATCH)]
+            batches += by_length(shuffled[i : i + POOL], BATCH)
     return batches
 
 
-@torch.no_grad()
-def score(model, rows, metric, autocast):
-    """(metric, mean cross-entropy in nats) over encoded rows."""
-    model.eval()
-    rows = sorted(rows, key=lambda row: len(row[0]))
-    logits, labels = [], []
-    for i in range(0, len(rows), 4 * BATCH):
-        inputs, gold = batch_of(rows[i : i + 4 * BATCH], model, "cpu")
-        with autocast:
-            logits.append(model(*inputs).float())
-        labels.append(gold)
-    logits, labels = torch.cat(logits), torch.cat(labels)
-    return METRICS[metric](logits.argmax(1).tolist(), labels.tolist()), F.cross_entropy(logits, labels).item()
-
-
 def measure(args, task, arm, seed, trial):
-    """One run: its score and loss, its size relative to LoRA r = 8, and its ranks."""
+    """One run: its score, its size relative to LoRA r = 8, and its ranks."""
     rows, test = data_of(task, args.data, args.weights, seed, args.rows)
     with redirect_stdout(None):
         encoder, _ = load_pretrained(args.weights)
@@ -92,13 +75,13 @@ def measure(args, task, arm, seed, trial):
     autocast = torch.autocast("cpu", torch.bfloat16) if args.precision == "bf16" else nullcontext()
     fit(model, batches, arm, lr=trial[0], seed=seed, steps=len(batches), autocast=autocast,
         batch_of=lambda batches, model, device: batch_of(batches[0], model, device))  # fmt: skip
-    metric, loss = score(model, test, task_of(task).metric, autocast)
-    found = {"score": round(metric, 5), "loss": round(loss, 5), "size": round(arms.size_of(model), 4)}
-    return {**found, "ranks": arms.ranks_of(model)}
+    with autocast:
+        score = METRICS[task_of(task).metric](predict(model, test, "cpu"), [row[2] for row in test])
+    return {"score": round(score, 5), "size": round(arms.size_of(model), 4), "ranks": arms.ranks_of(model)}
 
 
 def rivals(name, names):
-    """LoRA, and what shows the worth of gates, window or ranks."""
+    """LoRA, and the arms that show what gates, window and ranks are worth."""
     found = ["lora-8", "lora-4", "lora-4-restart", "lora-4-shuffled", "svd-16-to-4", WINDOW]
     return [other for other in found if other in names and other != name]
 
@@ -111,16 +94,11 @@ def add_flags(parser):
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="default fp32")
 
 
-def check(args):
-    if not args.report and not (args.data and args.weights):
-        raise ValueError("--data and --weights are needed, the folders of GLUE's files and of the encoder")
-
-
 STUDY = Study(
     doc=__doc__,
     name="real",
     measure=measure,
-    columns=["score", "loss", "size", "ranks"],
+    columns=["score", "size", "ranks"],
     more=["size"],
     tasks=list(SPLIT),
     arms=ARMS,
@@ -129,7 +107,7 @@ STUDY = Study(
     by_task=True,
     equal=0.005,
     add_flags=add_flags,
-    check=check,
+    needs=("data", "weights"),
     same=("rows", "epochs", "precision"),
 )
 main = STUDY.main

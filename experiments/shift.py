@@ -5,21 +5,18 @@
     python experiments/shift.py --report                  tables and a picture, no training
     python experiments/shift.py --arms salora-16-to-4 lora-4-found lora-4-shuffled lora-4-uniform       is it the ranks?
 
-The tiny encoder has read one language; now it reads another, and only adapters train, on 8,000 new texts, 1,000 steps
-of 32. What counts is the loss on 3,000 further texts of the same grammar, of which .4 % are among those trained on.
-Unlike the scores of the generated tasks, which saturate, this loss has room to fall for every adapter size here, and
-repeats within about 0.01. The tasks:
+The tiny encoder has read one language; now it reads another, and only adapters train, on 8,000 new texts, for 1,000
+steps of 32. What counts is the loss on 3,000 held-out texts, which unlike scores of the generated tasks does not
+saturate. The tasks:
 
-    words      all 100 content words change places
+    words      all 100 content words are permuted
     reverse    the same, and every sentence runs backwards
-    chance     negative control: the words to be guessed are drawn at random from all words of the texts. All that can
-               be learned is how frequent each word is, for which any matrix will do, so all placements of rank should
-               tie: an arm that wins here wins by something other than structure.
+    chance     negative control: the words to be guessed are drawn at random from all words of the texts, so no
+               placement of ranks can help: an arm that wins here wins by something other than structure
 
-Arms are those of experiments/arms.py. `full` trains all of the encoder, with its embeddings, which
-the head of the masked LM shares; `head` trains the rest of that head, which no other arm trains and no size counts.
-A seed draws the shift, the texts, the start and the order. An arm that has not been tuned in --out takes the learning
-rate and scale of TUNED. Left out: training the head or the embeddings beside adapters.
+`full` trains all of the encoder, with its embeddings, which the head of the masked LM shares; `head` trains the rest of
+that head, which is frozen in all other arms and which no size counts. A seed draws the shift, the texts, the start and
+the order. An arm that has not been tuned in --out takes the learning rate and scale of TUNED.
 """
 
 import random
@@ -35,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cli.flags import positive
 from experiments import plots
 from experiments.arms import arm_of, nearest, place_ranks, ranks_of
-from experiments.study import Study, fit
+from experiments.study import Study, by_length, fit
 from glue import mini
 from glue.pretrain import corrupt, mini_encoder
 from glue.tokens import MiniTokenizer, collate
@@ -84,7 +81,7 @@ class HiddenWords(MaskedLM):
 
 
 class Data:
-    """The texts of one task and seed: batches of rows to train on, and held-out batches with their words hidden."""
+    """The texts of one task and seed: batches to train on, and held-out batches with their words hidden."""
 
     def __init__(self, task, seed, texts):
         self.task, self.tokenizer = task, MiniTokenizer()
@@ -92,13 +89,8 @@ class Data:
         new = SHIFTS[task](mini.corpus(texts + HELD_OUT, f"shift {seed}"), random.Random(f"shift {seed}"))
         rows = self.tokenizer.encode([(*text, 0) for text in new])
         self.words = torch.tensor([i for ids, _, _ in rows[:texts] for i in ids if i > self.tokenizer.mask])
-        self.train = self.in_batches(rows[:texts], BATCH)
-        self.held_out = [self.batch_of([batch]) for batch in self.in_batches(rows[texts:], 250)]
-
-    def in_batches(self, rows, size):
-        """Rows of similar length share a batch, so that little is padded."""
-        rows = sorted(rows, key=lambda row: len(row[0]))
-        return [rows[i : i + size] for i in range(0, len(rows), size)]
+        self.train = by_length(rows[:texts], BATCH)
+        self.held_out = [self.batch_of([batch]) for batch in by_length(rows[texts:], 250)]
 
     def batch_of(self, batches, model=None, device="cpu"):
         """[a batch of encoded rows] -> (the inputs of HiddenWords, the hidden words (positions,))."""
@@ -148,9 +140,9 @@ def score_on(batches, data, model):
     """ALoRA's S(M): a function that returns the negative loss on these batches. Their words are hidden once."""
     inputs, labels = data.batch_of(batches)
 
+    @torch.no_grad()
     def score():
-        with torch.no_grad():
-            loss = F.cross_entropy(model.eval()(*inputs), labels).item()
+        loss = F.cross_entropy(model.eval()(*inputs), labels).item()
         model.train()
         return -loss
 
@@ -180,32 +172,22 @@ def measure(args, task, arm, seed, trial):
 
 
 def trials(args, task, arm, grid=GRID):
-    """A grid, and for an arm without triplets as many learning rates: LoRA's best ones are 3 to 12 times as high here
-    as in the main job, so these start at half of the main job's."""
+    """A grid, and for an arm without triplets as many learning rates, from half of the main job's default upwards."""
     if arm.has_triplets:
         return grid
     middle, _ = METHODS[arm.method].lr
     return [(middle * 2 ** (i - 1), 1) for i in range(len(grid))]
 
 
-def default_trial(args, task, arm):
-    return nearest(arm, TUNED) if arm.has_triplets else trials(args, task, arm)[3]
-
-
-def rank_of(name):
-    """The size of an arm as the rank of LoRA. Arms without triplets stand beside rank 4: most are as large."""
-    arm = arm_of(name)
-    return arm.size if arm.has_triplets else 4
-
-
 def rivals(name, names):
     """LoRA of an arm's size and of twice its size (r = 1 at least), both restarted too, and a cut without gates."""
     if name.startswith("lora"):
         return [other for other in names if name.endswith("-found") and other.endswith(("-shuffled", "-uniform"))]
-    rank = rank_of(name)
+    arm = arm_of(name)
+    rank = arm.size if arm.has_triplets else 4  # most arms without triplets are about as large as LoRA r = 4
     same, double = max(1, rank), max(1, 2 * rank)
     wanted = [("lora", same), ("lora-restart", same), ("lora", double), ("lora-restart", double), ("svd-16", rank)]
-    arms = {(arm.family, arm.size): arm.name for arm in map(arm_of, names)}
+    arms = {(other.family, other.size): other.name for other in map(arm_of, names)}
     return [arms[key] for key in dict.fromkeys(wanted) if arms.get(key, name) != name]
 
 
@@ -224,7 +206,7 @@ STUDY = Study(
     arms=list(TUNED),
     steps=1000,
     trials=trials,
-    default=default_trial,
+    default=lambda args, task, arm: nearest(arm, TUNED) if arm.has_triplets else trials(args, task, arm)[3],
     rivals=rivals,
     draw=plots.loss_by_size,
     add_flags=add_flags,

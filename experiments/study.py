@@ -1,5 +1,5 @@
-"""The engine of all studies. A study is its question, data, model, score and arms. What all have in common is here:
-flags, tuning, runs that are skipped once they are done, runs that diverge, differences in pairs, intervals, tables.
+"""The engine of all studies. A study is its question, data, model, score and arms; what studies share is here: flags,
+tuning, runs that are skipped once they are done, runs that diverge, and reports.
 
     def measure(args, task, arm, seed, trial):          # one run; FloatingPointError means that it diverged
         data, (lr, scale) = data_of(task, seed), trial
@@ -8,11 +8,11 @@ flags, tuning, runs that are skipped once they are done, runs that diverge, diff
         return {"loss": data.loss(model), "size": size_of(model)}
 
     STUDY = Study(
-        doc=__doc__,                                    # what --help says
+        doc=__doc__,
         name="noise",                                   # runs/noise/noise.csv
         measure=measure,
-        columns=["loss", "size"],                       # what measure returns, the score first
-        more=["size"],                                  # what a report shows beside the score
+        columns=["loss", "size"],
+        more=["size"],
         tasks=["little", "much"],
         arms=["lora-8", "lora-4", "salora-8-to-4"],     # see experiments/arms.py
         steps=300,
@@ -20,10 +20,10 @@ flags, tuning, runs that are skipped once they are done, runs that diverge, diff
     )
     main = STUDY.main
 
-Tuning has a seed of its own, 100, which no report takes. `--tune` runs every arm with each of its trials, and adds them
-to tune.csv; a run then takes the trial with the best mean over the tasks of tune.csv. Every run is a row of NAME.csv,
-and none is done twice, so a study can be interrupted, continued, and split over processes. A run that diverges gets an
-infinite score: the worst of all trials, named in a report but part of no mean.
+Tuning has a seed of its own, 100, which no report uses. `--tune` runs every arm with each of its trials, into tune.csv;
+a run then takes the trial with the best mean over the tasks there. Every run is a row of NAME.csv, and none is done
+twice, so a study can be interrupted, resumed, and split over processes. A run that diverges gets an infinite score: the
+worst of all trials, named in reports but part of no mean.
 """
 
 import argparse
@@ -50,10 +50,10 @@ TUNE_SEED = 100
 
 
 def fit(model, rows, arm, *, lr, seed, steps, batch_of, batch_size=1, journal=None, autocast=nullcontext(), **options):
-    """Train what requires gradients, in place. Returns the arm's allocator.
+    """Train what requires gradients, in place. Returns the arm's allocator, which gets the options.
 
-    rows: to train on; or, with batch_size 1, ready-made batches. batch_of(rows, model, device) -> (inputs, labels).
-    options: of the allocator. Raises FloatingPointError for a loss that is not finite.
+    rows: to train on or, with batch_size 1, ready-made batches. batch_of(rows, model, device) -> (inputs, labels).
+    Raises FloatingPointError for a loss that is not finite.
     """
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
     allocator = arm.allocator(model, optimizer, steps, seed, **options)
@@ -63,10 +63,14 @@ def fit(model, rows, arm, *, lr, seed, steps, batch_of, batch_size=1, journal=No
     return allocator
 
 
-# Trials: (learning rate,) or (learning rate, scale), in tables and on the command line 0.006 or 0.006:2
+def by_length(rows, size):
+    """Batches of encoded rows, those of similar length together, so that little is padded."""
+    rows = sorted(rows, key=lambda row: len(row[0]))
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def text_of(trial):
+    """(learning rate,) or (learning rate, scale) -> 0.006 or 0.006:2, as in tables and on the command line"""
     return ":".join(f"{number:.12g}" for number in trial)
 
 
@@ -79,10 +83,10 @@ def trial_of(text):
 
 
 def rows_of(path):
-    """The rows of a study's table. Raises ValueError for another table in its place."""
+    """The rows of a study's table. Raises ValueError for any other table."""
     rows = read_table(path)
     if rows and not {"task", "arm", "seed", "trial"} <= set(rows[0]):
-        raise ValueError(f"{path} is not a table of this version of the program: choose another --out")
+        raise ValueError(f"{path} was not written by this version of the program: choose another --out")
     return rows
 
 
@@ -92,22 +96,22 @@ class Study:
     name: str  # of its table, its picture and its folder in runs/
     measure: Callable  # measure(args, task, arm, seed, trial) -> {column: value} of one run
     columns: list  # what it returns, the score first
-    more: list  # those of the columns whose means a report shows beside the score's
-    tasks: list  # that there are
+    more: list  # the columns whose means a report shows beside the score's
+    tasks: list
     arms: list  # names of those that run by default
     default_tasks: list | None = None  # None: all
     seeds: range | list = range(5)
-    steps: int | None = None  # None: measure decides
+    steps: int | None = None  # None: there is no --steps
     lowest: bool = True  # whether the lowest score is the best
-    trials: Callable = lambda args, task, arm: []  # what --tune tries; none: there is nothing to tune
+    trials: Callable = lambda args, task, arm: []  # what --tune tries, if there is anything to tune
     default: Callable | None = None  # default(args, task, arm) -> the trial of an arm that was not tuned
-    by_task: bool = False  # whether every task has its own best trial
+    by_task: bool = False  # whether every task has a best trial of its own
     arm_of: Callable = arm_of  # name -> arm, or ArgumentTypeError
     rivals: Callable = lambda name, names: []  # those of the names that an arm is compared with
     draw: Callable | None = None  # draw(rows) -> a matplotlib figure, or None where there is nothing to show yet
     add_flags: Callable | None = None  # add_flags(parser)
-    check: Callable | None = None  # check(args) raises ValueError for flags that do not go together
-    equal: float | None = None  # scores that differ by less are called the same
+    needs: tuple = ()  # flags that a run cannot do without
+    equal: float | None = None  # scores that differ by less count as the same
     same: tuple = ("steps",)  # flags that all rows of a table share: other values need another --out
 
     def parser(self):
@@ -118,13 +122,14 @@ class Study:
         parser.add_argument("--arms", nargs="+", type=self.arm_of, metavar="ARM", help="METHOD-START or METHOD-START-"
                             f"to-SIZE, see experiments/arms.py (default {' '.join(self.arms)})")  # fmt: skip
         parser.add_argument("--seeds", nargs="+", type=int, metavar="S", help="default "
-                            f"{' '.join(map(str, self.seeds))}; a report without it is about all")  # fmt: skip
+                            f"{' '.join(map(str, self.seeds))}; a report covers all without it")  # fmt: skip
         mode = parser.add_mutually_exclusive_group()
         mode.add_argument("--tune", action="store_true", help=f"run every trial of every arm, on seed {TUNE_SEED}")
-        mode.add_argument("--report", action="store_true", help="no training: what the runs so far say")
-        parser.add_argument("--grid", nargs="+", type=trial_of, metavar="LR[:SCALE]", help="the trials of --tune")
-        parser.add_argument("--steps", type=positive, default=self.steps, metavar="N",
-                            help=f"of a run (default {self.steps or 'by task'})")  # fmt: skip
+        mode.add_argument("--report", action="store_true", help="no training: report on the runs so far")
+        parser.add_argument("--grid", nargs="+", type=trial_of, metavar="LR[:SCALE]", help="trials for --tune")
+        if self.steps:
+            parser.add_argument("--steps", type=positive, default=self.steps, metavar="N",
+                                help=f"of a run (default {self.steps})")  # fmt: skip
         parser.add_argument("--out", type=Path, default=Path("runs") / self.name, metavar="DIR",
                             help=f"default runs/{self.name}")  # fmt: skip
         if self.add_flags:
@@ -142,10 +147,10 @@ class Study:
         args.tasks = args.tasks or list(self.default_tasks or self.tasks)
         args.table = args.out / f"{self.name}.csv"
         with errors_as_lines(parser, hint=STUDY):
-            if self.check:
-                self.check(args)
             if args.report:
                 return self.show(args, args.arms)
+            if not all(getattr(args, name) for name in self.needs):
+                raise ValueError(f"a run needs --{' and --'.join(self.needs)}")
             args.arms = args.arms or [self.arm_of(name) for name in self.arms]
             make_folder(args.out)
             if args.tune:
@@ -203,10 +208,7 @@ class Study:
                     self.run(args, args.table, key, task, arm, seed, self.trial_for(args, task, arm))
 
     def run(self, args, path, key, task, arm, seed, trial):
-        """Measure one run and add its row, unless the table has one with this key.
-
-        Raises ValueError for a table of runs with other values of the flags that must be the same.
-        """
+        """Measure one run and add its row, unless the table has one with this key; its runs must share `same`."""
         same = {name: str(getattr(args, name)) for name in self.same}
         for name, value in same.items():
             if any(row.get(name) != value for row in rows_of(path)):
@@ -224,10 +226,7 @@ class Study:
         print(f"{', '.join(map(str, key.values()))}: {values[self.columns[0]]:.4f}{said}, {seconds:.0f} s", flush=True)
 
     def show(self, args, arms=None):
-        """Print the report about the tasks and seeds asked for, and draw the picture. Returns their rows.
-
-        arms: those that it is about; None: all.
-        """
+        """Print the report on the tasks, seeds and arms asked for (None: all), and draw them. Returns their rows."""
         rows = [row for row in rows_of(args.table) if row["task"] in args.tasks]
         rows = [row for row in rows if args.seeds is None or int(row["seed"]) in args.seeds]
         rows = [row for row in rows if arms is None or row["arm"] in [arm.name for arm in arms]]

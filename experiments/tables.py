@@ -1,7 +1,7 @@
-"""What the rows of a study say: means over seeds, differences in pairs, bootstrap intervals, as tables of text.
+"""What the rows of a study say: means over seeds, differences in pairs, and bootstrap intervals, as text.
 
-Rows are dicts of texts, as they stand in a CSV file, with the columns task, arm and seed among others. `values` are
-{arm: {seed: value}}. Arms of one seed share data, start and order, so they are compared in pairs.
+Rows are dicts of strings, as they stand in a CSV file, with the columns task, arm and seed among others. `values` are
+{arm: {seed: value}}. Arms with the same seed share data, start and order, so they are compared in pairs.
 """
 
 from collections import defaultdict
@@ -43,7 +43,7 @@ def groups(rows):
 
 
 def values_of(rows, column, *tasks):
-    """{arm: {seed: value}} of a column, as the mean over the tasks, of what has run on all of them."""
+    """{arm: {seed: value}} of a column: means over the tasks, for the seeds that have run on all of them."""
     found = defaultdict(list)
     for row in rows:
         if row["task"] in tasks:
@@ -71,27 +71,21 @@ def number(x):
 
 
 def means(values, title, more):
-    """A line an arm: how many seeds, the mean over them, its standard deviation and interval, and the means of more.
-
-    values: {arm: {seed: value}}. more: {column: its values, like those}.
-    """
+    """A line for every arm: its number of seeds, their mean, s.d. and interval, and the means of {column: values}."""
     lines = [[title, *more, "seeds", "mean", "s.d.", "95 % interval"]]
     for arm, found in values.items():
         some = list(found.values())
         line = [f"  {arm}", *(number(mean(others[arm].values())) for others in more.values())]
         line += [str(len(some)), f"{mean(some):.4f}"]
-        if len(some) > 1:
-            line += [f"{stdev(some):.4f}", "[{:.4f}, {:.4f}]".format(*interval(some))]
-        else:
-            line += ["-", "-"]
-        lines.append(line)
+        spread = [f"{stdev(some):.4f}", "[{:.4f}, {:.4f}]".format(*interval(some))] if len(some) > 1 else ["-", "-"]
+        lines.append(line + spread)
     return in_columns(lines)
 
 
 def differences(values, rivals, title, same=None):
-    """A line an arm and rival that share two seeds or more: the mean difference, its standard error and interval.
+    """A line for every arm and rival that share two seeds or more: the mean difference, its s.e. and interval.
 
-    same: a difference whose 90 % interval lies within +- same is called that, which is two one-sided tests at 5 %.
+    A difference whose 90 % interval lies within +- same is called "same": two one-sided tests at 5 %.
     """
     lines = [[title, "mean", "s.e.", "95 % interval", "below 0"]]
     for arm in values:
@@ -110,7 +104,7 @@ def differences(values, rivals, title, same=None):
 
 
 def gaps_closed(losses, title, low="lora-4", high="lora-8"):
-    """A line an arm that is cut to the size of `low`: the share that it closes of the gap from `low` to `high`."""
+    """A line for every arm cut to the size of `low`: the share that it closes of the gap from `low` to `high`."""
     lines = [[title, "share", "95 % interval"]]
     for arm in losses:
         if "-to-4" not in arm or not {low, high} <= set(losses):

