@@ -404,7 +404,7 @@ TABLE = [
      ("layer.B *= layer.gate.settled().to(layer.B.dtype)", "pass")),
     ("peers/allocator.py Allocator.before_step", "a_step_out_of_order_a", ("step != self.step", "step < self.step")),
     ("peers/alora.py ALoRA.importance", "alora_scores_are", ("everything - without + alone", "everything - without")),
-    ("peers/alora.py ALoRA.choose", "alora_closes_the_worst_and_opens_where_none_was_closed", ("if i not in losers", "")),
+    ("peers/alora.py ALoRA.choose", "alora_closes_the_worst_and_opens_where_none_was", ("if i not in losers", "")),
     ("peers/alora.py ALoRA.start_afresh", "alora_opens_ranks_afresh_so_that_opening", ("layer.B[:, j] = 0", "pass")),
     ("peers/bias.py Rescaled.forward", "ia3_equals_rescaled_weights",
      ("self.base(x * self.scale)", "self.base(x) * self.scale.mean()")),
