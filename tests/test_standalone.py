@@ -1,9 +1,6 @@
-"""The core runs on its own, and imports go one way only."""
+"""Imports go one way only. That the core runs on its own is in test_readme.py."""
 
 import ast
-import re
-import shutil
-import subprocess
 import sys
 
 from conftest import ROOT
@@ -39,18 +36,6 @@ def test_imports_only_go_downwards_and_the_encoder_imports_nothing_of_ours():
                     node.body = [part for part in node.body if getattr(part, "name", None) != "from_pretrained"]
         for name in imports_of(tree):
             assert name not in ORDER or ORDER[house] <= ORDER[name], f"{path.relative_to(ROOT)} imports {name}"
-
-
-def test_the_core_copied_into_an_empty_folder_runs_the_readmes_program(tmp_path):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    [program, *_] = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
-    program = program.replace("1500", "40")  # whether it learns is for test_readme.py
-    for name in CORE:
-        shutil.copy(ROOT / f"{name}.py", tmp_path)
-    (tmp_path / "program.py").write_text(program, encoding="utf-8")
-    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
 
 
 def test_the_core_and_the_encoder_need_torch_and_numpy_only():
