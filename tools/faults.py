@@ -337,7 +337,6 @@ TABLE = [
     ("experiments/ladder.py rungs", "the_ladder_leads_from_the_papers_recipe_to_ours_by_one_change_a_rung",
      ("recipe = replace(recipe, **values)", "recipe = replace(Recipe.paper(), **values)")),
     ("experiments/planted_ranks.py cut_by_svd", "a_cut_by_svd_keeps_the", ("        canonicalize(layer)\n", "")),
-    ("experiments/plots.py methods", "the_picture_of_a_comparison_ranks_arms", ("reverse=not lower", "reverse=lower")),
     ("experiments/real.py data_of", "rows_to_train_on_to_tune_on_and_to_score_are_different_rows",
      ("everything[n_tune : n_tune + n_score], everything[n_tune + n_score :]",
       "everything[n_tune : n_tune + n_score], everything[n_tune:]")),
