@@ -76,6 +76,20 @@ def draw_trace(trace, largest, path, title):
     figure.savefig(path, format="png", dpi=110)
 
 
+def heat_map(axis, grid, columns, rows, largest, text=str):
+    """A heat map with text(value) in every cell that has a value. grid: lists of numbers, NaN for none; largest: the
+    darkest number. Returns the image."""
+    image = axis.imshow(grid, cmap="YlGnBu", vmin=0, vmax=largest, aspect="auto")
+    for i, values in enumerate(grid):
+        for j, value in enumerate(values):
+            if value == value:  # NaN is not
+                color = "white" if value > 0.6 * largest else "black"
+                axis.text(j, i, text(value), ha="center", va="center", color=color)
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows)
+    return image
+
+
 def draw_ranks(ranks, largest, path, title):
     """Heat map of the rank of every matrix: a row per kind of matrix, a column per block (as in the paper's Fig. 7)."""
     from matplotlib.figure import Figure
@@ -84,12 +98,7 @@ def draw_ranks(ranks, largest, path, title):
     figure = Figure(figsize=(2.4 + 0.6 * len(blocks), 1.2 + 0.5 * len(matrices)), layout="constrained")
     axis = figure.subplots()
     grid = [[cells.get((m, b), float("nan")) for b in blocks] for m in matrices]
-    image = axis.imshow(grid, cmap="YlGnBu", vmin=0, vmax=largest, aspect="auto")
-    for (m, b), rank in cells.items():
-        color = "white" if rank > 0.6 * largest else "black"
-        axis.text(blocks.index(b), matrices.index(m), rank, ha="center", va="center", color=color)
-    axis.set_xticks(range(len(blocks)), blocks)
-    axis.set_yticks(range(len(matrices)), matrices)
+    image = heat_map(axis, grid, blocks, matrices, largest)
     axis.set(xlabel="block", title=title)
     figure.colorbar(image, label="rank")
     figure.savefig(path, format="png", dpi=110)

@@ -5,7 +5,7 @@ import re
 from collections import defaultdict
 from statistics import mean
 
-from cli.pictures import rank_grid
+from cli.pictures import heat_map, rank_grid
 from experiments.arms import arm_of
 from experiments.tables import distinct, interval, paired, values_of
 
@@ -91,17 +91,6 @@ def curves(rows, x_of, label):
     return figure
 
 
-def shades(axis, grid, columns, rows, most, text):
-    """A heat map with a text in every cell, text(value). grid: lists of numbers; most: the darkest number."""
-    axis.imshow(grid, cmap="YlGnBu", vmin=0, vmax=most, aspect="auto")
-    for i, values in enumerate(grid):
-        for j, value in enumerate(values):
-            color = "white" if value > 0.6 * most else "black"
-            axis.text(j, i, text(value), ha="center", va="center", color=color, fontsize=13)
-    axis.set_xticks(range(len(columns)), columns)
-    axis.set_yticks(range(len(rows)), rows)
-
-
 def ranks(rows):
     """Figure 7: the rank of every matrix, its mean over seeds, a panel for every arm. Names have the means of cells."""
     arms = distinct(rows, "arm")
@@ -112,7 +101,7 @@ def ranks(rows):
         grid = [[mean(cells[matrix, block] for *_, cells in found) for block in blocks] for matrix in matrices]
         columns = [f"{block}: {mean(some):.1f}" for block, some in zip(blocks, zip(*grid))]
         names = [f"{matrix}: {mean(some):.1f}" for matrix, some in zip(matrices, grid)]
-        shades(axis, grid, columns, names, 8, "{:.1f}".format)
+        heat_map(axis, grid, columns, names, 8, "{:.1f}".format)
         axis.set(title=f"mean rank, {METHODS[method(arm)][0]}", xlabel="block")
     return figure
 
@@ -124,7 +113,7 @@ def planted(rows, most):
     columns |= {row["arm"]: json.loads(row["learned"]) for row in first}
     grid = list(zip(*columns.values(), strict=True))
     figure, [axis] = panels(1, 1, 2 + 1.6 * len(columns), 1.6 + 0.32 * len(grid))
-    shades(axis, grid, columns, range(len(grid)), 1.5 * most, str)  # light enough for red
+    heat_map(axis, grid, columns, range(len(grid)), 1.5 * most, str)  # light enough for red
     cells = [(i, j) for i in range(len(grid)) for j in range(len(columns))]
     for text, (i, j) in zip(axis.texts, cells):
         if grid[i][j] != grid[i][0]:
