@@ -145,12 +145,6 @@ def check_budget(budget):
         raise ValueError(f"budget must be in (0, 1], got {budget}")
 
 
-def check_window(start, end):
-    """Raises ValueError unless 0 <= start <= end <= 1."""
-    if not 0 <= start <= end <= 1:
-        raise ValueError(f"the gates' window needs 0 <= start <= end <= 1, got start={start}, end={end}")
-
-
 class GateSchedule:
     """Algorithm 1's three phases over `total_steps`: the gates train while T_start <= step < T_end.
 
@@ -159,7 +153,8 @@ class GateSchedule:
     """
 
     def __init__(self, total_steps, start=0.2, end=0.5):
-        check_window(start, end)
+        if not 0 <= start <= end <= 1:
+            raise ValueError(f"the gates' window needs 0 <= start <= end <= 1, got start={start}, end={end}")
         self.T_start, self.T_end = round(start * total_steps), round(end * total_steps)
         self.window = self.T_end - self.T_start  # how many steps the gates train
 

@@ -15,7 +15,6 @@ from budget import (
     SURVIVORS,
     GateSchedule,
     Lagrangian,
-    check_window,
     expected_density,
     freeze_gates,
     kept_density,
@@ -77,7 +76,7 @@ class Recipe:
         return cls(**{**published, **changes})
 
     def __post_init__(self):
-        check_window(*self.window)
+        GateSchedule(1, *self.window)  # raises ValueError for an impossible window
         allowed = {"controller": CONTROLLERS, "rule": RULES, "survivors": SURVIVORS}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
