@@ -12,7 +12,6 @@ from budget import kept_density, total_parameters
 from cli.files import digest_of
 from cli.pictures import FEW_STEPS, draw_ranks, draw_trace, draw_training, rank_grid
 from cli.settings import write_settings
-from cli.setup import frozen_digest
 from cli.workers import worker, workers
 from glue.metrics import METRICS
 from glue.tasks import task_of
@@ -72,7 +71,7 @@ def finish_run(settings, folder, model, allocator, journal, predicted, dev):
         "command": settings.command,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "adapter_digest": digest_of(adapter_state(model)),
-        "frozen_digest": frozen_digest(model),
+        "frozen_digest": journal.fingerprint()["frozen weights"],
     }
     if settings.method == "salora":
         summary["recipe"] = settings.recipe

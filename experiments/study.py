@@ -209,9 +209,9 @@ class Study:
 
     def run(self, args, path, key, task, arm, seed, trial):
         """Measure one run and add its row, unless the table has one with this key; its runs must share `same`."""
-        same = {name: str(getattr(args, name)) for name in self.same}
+        rows, same = rows_of(path), {name: str(getattr(args, name)) for name in self.same}
         for name, value in same.items():
-            if any(row.get(name) != value for row in rows_of(path)):
+            if any(row.get(name) != value for row in rows):
                 raise ValueError(f"{path} has runs with another --{name.replace('_', '-')}: choose another --out")
         if has_row(path, **key):
             return

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hub.checkpoints import write_atomically
+from hub.checkpoints import read_torch, write_atomically
 from salora import SaLoRALinear, finished_layers, replace_modules, salora_layers
 
 FORMAT = "salora-1"
@@ -159,15 +159,12 @@ def load_adapter(model, path):
     """Read a file of `save_adapter` into a model with the same frozen weights. Returns the model.
 
     The frozen weights are not in the file, so whether they are the same is not checked.
-
     Raises OSError for a file that is not there and ValueError for one that is damaged or made for another model.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no file {path}; expected an adapter that save_adapter wrote")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception:  # bytes that mean something else can stop an unpickler anywhere
+        state = read_torch(Path(path))
+    except ValueError:
         raise ValueError(f"{path} is damaged or not an adapter: expected a file of save_adapter") from None
     return load_adapter_state(model, state)
