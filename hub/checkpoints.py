@@ -103,6 +103,11 @@ def read_json(path):
     return found
 
 
+def read_json_if_there(path):
+    """`read_json`, but an empty dict if there is no such file."""
+    return read_json(path) if path.exists() else {}
+
+
 def read_safetensors(path):
     """All tensors of a file; ValueError for one that is damaged."""
     check_regular(path)
