@@ -114,12 +114,12 @@ def understood_settings(folder, kind):
 def tokens_to_add(folder, kind, settings, whole):
     """Words that the files add to the vocabulary, by id, then special tokens that are not among them: dicts with the
     arguments of `tokenizers.AddedToken`."""
-    names = SPECIAL[kind].values()
+    named = [content for key, content in SPECIAL[kind].items() if settings.get(key)]
     if "added_tokens_decoder" in settings:
         by_id = {int(i): fields for i, fields in settings["added_tokens_decoder"].items()}
     else:
         legacy = read_json_if_there(folder / "added_tokens.json")
-        by_id = {i: {"content": content, "normalized": content not in names} for content, i in legacy.items()}
+        by_id = {i: {"content": content, "normalized": content not in named} for content, i in legacy.items()}
         by_id |= {token["id"]: token for token in whole.get("added_tokens") or []}
     tokens = [by_id[i] for i in sorted(by_id)]
     for key, content in SPECIAL[kind].items():

@@ -101,7 +101,7 @@ def roberta_folders(folder):
 
 def words_of(folder, *texts):
     tokenizer = load_tokenizer(folder)
-    [(ids, _, _)] = tokenizer.encode([(*texts, None, 0)[:2] + (0,)], 20)
+    [(ids, _, _)] = tokenizer.encode([(texts[0], texts[1] if len(texts) > 1 else None, 0)], 20)
     return " ".join(tokenizer.tokenizer.id_to_token(i) for i in ids)
 
 
@@ -112,6 +112,10 @@ def test_both_spellings_of_a_robertas_tokenizer_put_its_tokens_around_a_row_and_
         assert words_of(folder, "hello <mask>") == "<s> hello Ġ <mask> </s>"
         (folder / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
         assert words_of(folder, "world") == "<s> Ġworld </s>"
+    folder = tmp_path / "vocab"
+    wide = {"mask_token": {"content": "<mask>", "lstrip": True}}
+    (folder / "special_tokens_map.json").write_text(json.dumps(wide))
+    assert words_of(folder, "world <mask>") == "<s> Ġworld <mask> </s>", "it takes the blank before it along"
 
 
 def test_settings_and_added_tokens_of_a_bert_decide_its_words(tmp_path, route):
@@ -125,6 +129,10 @@ def test_settings_and_added_tokens_of_a_bert_decide_its_words(tmp_path, route):
     (folder / "added_tokens.json").write_text(json.dumps({"covid-19": len(WORD_PIECES)}))
     assert words_of(folder, "covid-19 [MASK]") == "[CLS] covid-19 [MASK] [SEP]"
     assert load_tokenizer(folder).size == len(WORD_PIECES) + 1
+    (folder / "added_tokens.json").write_text(json.dumps({"[MASK]": 4}))
+    for settings, expected in (({"mask_token": "[MASK]"}, [2, 1, 1, 1, 3]), ({}, [2, 4, 3])):
+        [(ids, _, _)] = load_tokenizer(bert_folder(tmp_path, **settings)).encode([("[mask]", None, 0)], 9)
+        assert ids == expected, "known in lower case, unless the settings name it as special"
 
 
 def token(content, **more):

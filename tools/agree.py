@@ -112,7 +112,7 @@ def vocabulary(folder):
 def random_folder(folder, kind, rng):
     """Write a folder of a kind, settings and added tokens in random places. Returns its added and special tokens."""
     make, model_type, special = FOLDERS[kind]
-    often = make(folder, rng)
+    often = {**make(folder, rng), "mask_token": special[-1:]}
     seldom = {"truncation_side": ["left", "right"], "model_max_length": [512], "split_special_tokens": [True],
               "never_split": [None, ["hello"]], "additional_special_tokens": [[], ["<new>"]]}  # fmt: skip
     settings = {key: rng.choice(values) for key, values in often.items() if rng.random() < 0.6 or "class" in key}
