@@ -131,6 +131,21 @@ def read_torch(path):
         raise error if isinstance(error, OSError) else foreign from None
 
 
+def write_tensors(tensors, folder, safetensors, other, prefer=True):
+    """Write {name: tensor} to a file of the folder: the one called `safetensors` where its package is installed and it
+    is preferred, else by torch.save the one called `other`. The file under the other name goes: it is an older one."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        prefer = False
+    if prefer:
+        write_atomically(folder / safetensors, lambda path: save_file(tensors, path, {"format": "pt"}))
+        (folder / other).unlink(missing_ok=True)
+    else:
+        write_atomically(folder / other, lambda path: torch.save(tensors, path))
+        (folder / safetensors).unlink(missing_ok=True)
+
+
 def write_atomically(path, write):
     """Call write(path of a temporary file), then put the file in place: readers see all of it or nothing.
 

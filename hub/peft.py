@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hub.adapters import adapter_state, bare, load_adapter_state
-from hub.checkpoints import check_weight, read_json, read_named_tensors, write_atomically
+from hub.checkpoints import check_weight, read_json, read_named_tensors, write_atomically, write_tensors
 from salora import SaLoRALinear, finished_layers, salora_layers
 
 CONFIG, SAFETENSORS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -177,14 +177,7 @@ def write_adapter(folder, config, tensors):
     text = json.dumps(config, indent=1, allow_nan=False)
     tensors = {PREFIX + name: value.cpu().contiguous() for name, value in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        from safetensors.torch import save_file
-
-        write_atomically(folder / SAFETENSORS, lambda path: save_file(tensors, path, {"format": "pt"}))
-        (folder / BIN).unlink(missing_ok=True)
-    except ImportError:
-        write_atomically(folder / BIN, lambda path: torch.save(tensors, path))
-        (folder / SAFETENSORS).unlink(missing_ok=True)  # an older export's, which readers would prefer
+    write_tensors(tensors, folder, SAFETENSORS, BIN)
     write_atomically(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 
