@@ -99,8 +99,9 @@ def has_labels(path, task):
         return False
     with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as file:
         first = next((line.rstrip("\r\n").split("\t") for line in file if line.strip()), [])
-    without_header = len(first) == len(task.header) and task.sentences[0] not in first
-    return task.label in first or without_header
+    if task.sentences[0] in first:
+        return task.label in first
+    return bool(task.header) and len(first) == len(task.header)  # a file without a header line has labels
 
 
 def read_rows(path, task, labeled=True):

@@ -5,6 +5,7 @@ A folder means what its settings say. Where transformers is installed, its AutoT
 the same ids. Left out: tokenizers that exist in Python only.
 """
 
+import json
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,9 +144,16 @@ def check_tokens(tokenizer, folder, kind, whole):
 def copy_tokenizer(source, target):
     """Copy those of a tokenizer's files that are in the folder `source` to the folder `target`. Returns their names.
 
-    A folder of weights without them is opened elsewhere without an error, and with a wrong vocabulary.
+    A folder of weights without them is opened elsewhere without an error, and with a wrong vocabulary. If the other
+    folder's config.json says less of the tokenizer's class than this one's, its tokenizer_config.json says it.
     """
-    names = [name for name in FILES if (Path(source) / name).is_file()]
+    source, target = Path(source), Path(target)
+    names = [name for name in FILES if (source / name).is_file()]
     for name in names:
-        shutil.copyfile(Path(source) / name, Path(target) / name)
+        shutil.copyfile(source / name, target / name)
+    _, kind = class_of(source, names)
+    if names and class_of(target, names)[1] != kind:
+        path = target / "tokenizer_config.json"
+        settings = {**read_json_if_there(path), "tokenizer_class": kind}
+        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     return names

@@ -397,6 +397,7 @@ def test_a_file_has_labels_if_its_header_says_so_or_if_it_is_a_dev_file_without_
         ("mnli", "index\tsentence1\tsentence2", False),
         ("mnli", "\ufeff\nindex\tsentence1\tsentence2\tgold_label\r", True),
         ("rte", "", False),
+        ("cola", "some\ttext", False),
     ):
         (tmp_path / "file.tsv").write_bytes(f"{first}\n".encode())
         assert has_labels(tmp_path / "file.tsv", TASKS[name]) == expected, f"{name}: {first}"

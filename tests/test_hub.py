@@ -234,14 +234,28 @@ def test_panics_become_errors_and_interruptions_pass():
                 raise error
 
 
-def test_a_copied_tokenizer_reads_the_same(tmp_path):
-    pytest.importorskip("tokenizers")
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    target.mkdir()
-    (source / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nfine\nFine\n")
-    (source / "tokenizer_config.json").write_text('{"do_lower_case": false}')
-    (source / "weights.bin").write_text("not a tokenizer's")
-    assert copy_tokenizer(source, target) == ["tokenizer_config.json", "vocab.txt"]
-    assert sorted(path.name for path in target.iterdir()) == ["tokenizer_config.json", "vocab.txt"]
-    assert load_tokenizer(target).encode([("Fine", None, 0)], 8) == [([2, 6, 3], [0, 0, 0], 0)]
+@pytest.mark.parametrize("config,settings", [
+    (BERT, {"do_lower_case": False}),
+    ({**ROBERTA, "tokenizer_class": "BertTokenizerFast"}, {"do_lower_case": False}),
+    (BERT, None),
+    ({"model_type": "xlm-roberta", "tokenizer_class": "BertTokenizer"}, None),
+])  # fmt: skip
+def test_a_copied_tokenizer_reads_the_same_beside_a_config_that_says_less(tmp_path, route, config, settings):
+    files = {"vocab.txt": VOCAB, "added_tokens.json": {"covid-19": len(WORD_PIECES)}}
+    if settings is not None:
+        files["tokenizer_config.json"] = settings
+    source = write_folder(tmp_path / "source", {**files, "config.json": config, "weights.bin": "not a tokenizer's"})
+    target = write_folder(tmp_path / "target", {"config.json": {"model_type": config["model_type"].split("-")[-1]}})
+    assert set(copy_tokenizer(source, target)) == set(files) and not (target / "weights.bin").exists()
+    text = "Hello Ümlaut covid-19"
+    assert words_of(target, text) == words_of(source, text) and "covid-19" in words_of(target, text)
+
+
+def test_the_class_that_follows_from_a_foreign_model_type_is_copied_along(tmp_path):
+    """Weights of XLM-RoBERTa and CamemBERT are saved again as RoBERTa's, which has another tokenizer."""
+    for model_type, kind in (("xlm-roberta", "XLMRobertaTokenizer"), ("camembert", "CamembertTokenizer")):
+        source = write_folder(tmp_path / f"from {model_type}", {"config.json": {"model_type": model_type},
+                                                               "tokenizer.json": "{}"})  # fmt: skip
+        target = write_folder(tmp_path / model_type, {"config.json": ROBERTA})
+        copy_tokenizer(source, target)
+        assert read_json(target / "tokenizer_config.json") == {"tokenizer_class": kind}
