@@ -202,14 +202,17 @@ def tokenizer(folder):
     (folder / "bpe" / "config.json").write_text('{"model_type": "roberta", "tokenizer_class": "RobertaTokenizerFast"}')
     (folder / "bpe" / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {size: token}}))
     folders = [folder / name for name in ("pieces", "whole", "bpe")]
-    return [(sorted(where.iterdir()), partial(read_tokenizer, where, without))
-            for where in folders for without in ([], ["transformers"])]  # fmt: skip
+    return [(sorted(where.iterdir()), partial(read, where))
+            for where in folders for read in (read_tokenizer, read_without_transformers)]  # fmt: skip
 
 
-def read_tokenizer(where, without):
-    """Load a folder and encode two rows, as if the packages `without` were not installed."""
-    with patch.dict(sys.modules, dict.fromkeys(without)):
-        tokenizer = load_tokenizer(where)
+def read_without_transformers(where):
+    with patch.dict(sys.modules, {"transformers": None}):
+        read_tokenizer(where)
+
+
+def read_tokenizer(where):
+    tokenizer = load_tokenizer(where)
     if tokenizer is None:
         raise FileNotFoundError(where)  # none of its files is left
     tokenizer.encode([("Playing a fine", None, 0), ("a", "Fine . playing <s> \u00e9", 1)], 8)
