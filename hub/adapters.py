@@ -112,7 +112,7 @@ def load_adapter_state(model, state):
     for name, value in {**state["others"], **state.get("running", {})}.items():
         tensors[name].copy_(value).requires_grad_(name in state["others"])
     replaced = replace_modules(model, new)
-    return replaced if wrapped is model else wrapped
+    return wrapped if replaced is model else replaced  # else the model was one nn.Linear, which its wrapper still calls
 
 
 def _linear_layers(model):

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from strategies import Net, assert_close, randomize, row, unchanged
+from strategies import Net, assert_close, make_layer, randomize, row, unchanged
 from torch import nn
 
 from budget import freeze_gates
@@ -130,6 +130,15 @@ def test_names_are_those_of_the_model_before_it_was_compiled_or_distributed(tmp_
     loaded = load_adapter(wrapped, tmp_path / "adapter.pt")
     assert loaded is wrapped and plain(adapter_state(loaded)) == expected
     assert torch.equal(target(x), net(x)), "what was compiled before is not called any more"
+
+
+@pytest.mark.parametrize("wrap", [nn.Identity(), WRAPPED["compiled"], WRAPPED["both"]])
+def test_a_model_that_is_one_layer_is_replaced(wrap):
+    layer, x = make_layer(4, 3, 2, seed=0, dtype=torch.float32).eval(), torch.randn(2, 3)
+    linear = nn.Linear(3, 4).eval()
+    linear.load_state_dict(layer.base.state_dict())
+    loaded = load_adapter_state(wrap(linear), adapter_state(layer))
+    assert torch.equal(loaded(x), layer(x)) and plain(adapter_state(loaded)) == plain(adapter_state(layer))
 
 
 # What is refused

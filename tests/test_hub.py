@@ -116,6 +116,8 @@ def test_both_spellings_of_a_robertas_tokenizer_put_its_tokens_around_a_row_and_
     wide = {"mask_token": {"content": "<mask>", "lstrip": True}}
     (folder / "special_tokens_map.json").write_text(json.dumps(wide))
     assert words_of(folder, "world <mask>") == "<s> Ġworld <mask> </s>", "it takes the blank before it along"
+    (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": {}}')
+    assert words_of(folder, "hello <mask>") == "<s> hello Ġ <mask> </s>", "beside this the other file does not count"
 
 
 def test_settings_and_added_tokens_of_a_bert_decide_its_words(tmp_path, route):
@@ -169,6 +171,15 @@ def test_files_that_contradict_each_other_or_are_not_understood_are_refused_by_n
         with row(files), pytest.raises(ValueError, match=match) as error:
             load_tokenizer(folder)
         assert "\n" not in str(error.value)
+
+
+def test_code_that_a_folder_brings_along_is_not_run(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
+    ran, classes = tmp_path / "ran", {"AutoTokenizer": ["theirs.Tokenizer", None]}
+    folder = bert_folder(tmp_path / "folder", auto_map=classes)
+    (folder / "theirs.py").write_text(f"open({str(ran)!r}, 'w')\nclass Tokenizer: pass\n")
+    assert words_of(folder, "hello") == "[CLS] hello [SEP]" and not ran.exists()
 
 
 def test_without_transformers_settings_that_are_not_understood_are_refused_by_key_and_value(tmp_path, monkeypatch):
@@ -228,7 +239,7 @@ class PanicException(BaseException):
 
 
 def test_panics_become_errors_and_interruptions_pass():
-    for error, expected in ((PanicException("out of bounds"), ValueError), (KeyboardInterrupt(), KeyboardInterrupt)):
+    for error, expected in ((PanicException("out of\n  bounds"), ValueError), (KeyboardInterrupt(), KeyboardInterrupt)):
         with pytest.raises(expected, match="^file cannot be read: out of bounds$" if expected is ValueError else None):
             with errors_of("file", "cannot be read"):
                 raise error

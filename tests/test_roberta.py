@@ -171,13 +171,17 @@ def test_dropout_of_the_head_is_the_configs_unless_another_rate_is_asked_for(tmp
 
 @pytest.mark.parametrize("safetensors", [True, False])
 def test_a_folder_holds_the_weights_once_and_names_its_classes(tmp_path, safetensors):
-    pytest.importorskip("safetensors")
+    package = pytest.importorskip("safetensors")
     for other in (not safetensors, safetensors):  # the second takes the place of the first
         model = Classifier(small_encoder())
         model.classifier["dense"].weight.data.normal_()
-        save_pretrained(model, tmp_path, ["yes", "no", "perhaps"], safetensors=other)
+        compiled = torch.compile(model, backend="eager")
+        save_pretrained(compiled, tmp_path, ["yes", "no", "perhaps"], safetensors=other)
     weights = "model.safetensors" if safetensors else "pytorch_model.bin"
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", weights}
+    if safetensors:
+        with package.safe_open(tmp_path / weights, "pt") as file:
+            assert file.metadata() == {"format": "pt"}, "which some readers ask for"
     again = load_pretrained(tmp_path, Classifier)[0]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     config = pytest.importorskip("transformers").AutoConfig.from_pretrained(tmp_path)
