@@ -10,13 +10,14 @@ cli/, data in glue/. Left out: hyper-parameter search, choosing an epoch by its 
 """
 
 import shlex
-import signal
 import sys
 from contextlib import nullcontext, redirect_stdout
 from functools import cache
 
+from cli.program import end_on_interrupt, errors_as_lines
+
 if __name__ == "__main__":
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: the end, no traceback
+    end_on_interrupt()  # before the imports that take long
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from cli.afterwards import evaluate, export, predict
 from cli.files import claimed
 from cli.flags import build_parser
 from cli.journal import Journal
-from cli.runs import errors_as_lines, read_finished, runs_of
+from cli.runs import read_finished, runs_of
 from cli.setup import fingerprint, prepare, seed_of
 from cli.workers import add_up, one_at_a_time, share_of, start_workers, worker
 from glue.tokens import batch_of, batches_of
@@ -137,9 +138,9 @@ def run(settings, folder, model, train, dev, saved=None):
 def main(argv=None):
     """The program. Returns the summary of the run, or {"runs": [summaries]} of several."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    args.command = shlex.join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
-    with errors_as_lines(parser):
+    with errors_as_lines(parser, hint="no epoch was finished"):
+        args = parser.parse_args(argv)
+        args.command = shlex.join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
         if args.export is not None:
             return export(*read_finished(args, parser))
         if args.evaluate is not None or args.predict is not None:
@@ -160,5 +161,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, on_interrupt)
     main()

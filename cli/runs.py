@@ -1,12 +1,7 @@
-"""Run folders: which runs a command line asks for, and errors as lines."""
+"""Run folders: which runs a command line asks for, and what is in the folder of an earlier one."""
 
 import argparse
-import os
-import sys
-from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from cli.files import check_free, digest_of
 from cli.settings import read_settings, settle
@@ -14,24 +9,6 @@ from glue.mini import TASKS as MINI_TASKS
 from hub.checkpoints import read_json, read_torch
 
 CHECKPOINT = "salora-run-5"  # the format of checkpoint.pt
-STUDY = "the same command goes on with this run"  # the hint of a study, which keeps a row of every run that is done
-
-
-@contextmanager
-def errors_as_lines(parser, hint="no epoch was finished"):
-    """Errors that the user can fix end the program with one line and exit status 2.
-
-    An interruption ends it with exit status 130, and says how to go on: what the KeyboardInterrupt says, or `hint`.
-    """
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more when it ends
-        parser.error("standard output was closed")
-    except (ValueError, OSError, FloatingPointError, torch.linalg.LinAlgError, torch.OutOfMemoryError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt as stop:
-        parser.exit(130, f"\ninterrupted; {str(stop) or hint}\n")
 
 
 def runs_of(args, parser):

@@ -20,9 +20,14 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli.program import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
+import torch
 
 from cli.afterwards import predict
 from cli.flags import build_parser, positive

@@ -16,6 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from cli.program import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 from experiments import shift
 from experiments.arms import arm_of
 from rank_allocator import Recipe

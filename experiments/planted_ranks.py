@@ -20,10 +20,15 @@ from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli.program import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import peers
 from budget import freeze_gates

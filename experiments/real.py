@@ -15,9 +15,14 @@ from contextlib import nullcontext, redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli.program import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
+import torch
 
 import peers
 from cli.afterwards import predict

@@ -24,10 +24,15 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli.program import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.flags import positive
 from experiments import plots

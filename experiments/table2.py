@@ -21,10 +21,15 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import mean
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli.program import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import peers
 from cli.flags import positive

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from strategies import row as row_of
 from torch import nn
 
-from cli.files import read_table
+from cli.table import read_table
 from experiments import tables
 from experiments.arms import arm_of, nearest
 from experiments.study import TUNE_SEED, Study
@@ -125,8 +126,8 @@ def test_report_and_picture_are_about_the_tasks_and_seeds_asked_for(study, tmp_p
     (["--grid", ".1"], "--grid is what --tune tries: it needs --tune"),
     (["--report"], "no such runs in"),
     (["--steps", "11"], "has runs with another --steps: choose another --out"),
-    (["--out", "{}/old"], "fake.csv was not written by this version of the program"),
-    (["--out", "{}/file"], "is a file, or inside of one"),
+    (["--out", "{}/old"], "fake.csv has other columns than this version of the program writes: choose another --out"),
+    (["--out", "{}/file"], "file is a file: choose another --out"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(study, flags, said, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
@@ -153,6 +154,69 @@ def test_a_study_that_is_interrupted_or_not_tuned_ends_with_one_line(study, tmp_
         with pytest.raises(SystemExit) as ended:
             broken.main(out)
         assert ended.value.code == status and said in capsys.readouterr().err
+
+
+@pytest.fixture
+def table(study, tmp_path):
+    """The file of a study's table, and what it holds once all its runs are done."""
+    study.main(["--out", str(tmp_path)])
+    return tmp_path / "fake.csv", (tmp_path / "fake.csv").read_bytes()
+
+
+def test_a_table_that_is_cut_off_anywhere_is_completed_by_the_same_command(study, runs, table):
+    """By a kill, or by a disk that was full: what is not a whole line is not there."""
+    path, whole = table
+    rows = read_table(path)
+    for size in (*range(0, len(whole), 7), len(whole) - 1):
+        path.write_bytes(whole[:size])
+        runs.asked.clear()
+        with row_of(size):
+            again = study.main(["--out", str(path.parent)])
+            assert [{**row, "seconds": ""} for row in again] == [{**row, "seconds": ""} for row in rows]
+            assert len(runs.asked) == len(rows) - max(0, whole[:size].count(b"\n") - 1), "the others are not run again"
+
+
+DAMAGE = {  # to the text of a table, and what is said of which line
+    "the header once more": (lambda lines: lines + lines[:1], "line 10: the header once more"),
+    "two tables": (lambda lines: lines + lines, "line 10: the header once more"),
+    "two columns of one name": (lambda lines: [lines[0].replace("size", "loss")], "has two columns of one name: task"),
+    "no header": (lambda lines: lines[1:], "has other columns than this version of the program writes"),
+    "another header": (lambda lines: [lines[0].replace("size", "mass")], "has other columns than this version of"),
+    "a cell too many": (lambda lines: lines[:3] + [lines[3] + ",1"], "line 4: 9 cells, expected 8"),
+    "a line in the middle": (lambda lines: lines[:2] + [lines[2][:9]] + lines[3:], "line 3: 2 cells, expected 8"),
+    "another task": (lambda lines: lines[:1] + ["c" + lines[1][1:]], "line 2: 'c' is not a task of this study"),
+    "another arm": (lambda lines: lines[:1] + [lines[1].replace("lora-4", "best")], "line 2: 'best' is not an arm"),
+    "a seed": (lambda lines: lines[:1] + [lines[1].replace(",0,", ",first,")], "line 2: invalid literal for int()"),
+    "a loss": (lambda lines: lines[:1] + [lines[1].replace(",1.0,", ",low,")], "line 2: could not convert string to"),
+    "no loss": (lambda lines: lines[:1] + [lines[1].replace(",1.0,", ",,")], "line 2: could not convert string to fl"),
+    "a size": (lambda lines: lines[:1] + [lines[1].replace(",0.5,", ",,")], "line 2: could not convert string to flo"),
+    "a trial": (lambda lines: lines[:1] + [lines[1].replace(",0.1,", ",fast,")], "line 2: 'fast' is not LR or LR:SCA"),
+    "a quotation mark": (lambda lines: lines[:1] + ['"' + lines[1]], "is damaged, or no CSV file: "),
+    "other bytes": (lambda lines: ["\udcff\udcfe"], "is damaged, or no CSV file: 'utf-8' codec can't decode byte 0xff"),
+    "something else": (lambda lines: ["Dear reader,", "this is no table."], "has other columns than this version"),
+}
+
+
+@pytest.mark.parametrize("name", ["fake", "tune"])
+def test_a_table_that_is_damaged_in_any_other_way_is_refused_with_its_line_and_left_alone(name, study, table, capsys):
+    path, whole = table
+    out, lines = ["--out", str(path.parent)], whole.decode().splitlines()
+    if name == "tune":
+        path = path.rename(path.parent / "tune.csv")
+    for kind, (damaged, said) in DAMAGE.items():
+        before = "".join(f"{line}\r\n" for line in damaged(list(lines))).encode(errors="surrogateescape")
+        path.write_bytes(before)
+        for flags in (["--report"], []) if name == "fake" else (["--tune"], []):
+            with row_of(kind, flags), pytest.raises(SystemExit) as ended:
+                study.main([*out, *flags])
+            error = capsys.readouterr().err
+            assert ended.value.code == 2 and error.count("\n") == 1, error
+            assert said in error and str(path) in error and path.read_bytes() == before, error
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(SystemExit):
+        study.main(out)
+    assert "is not a regular file" in capsys.readouterr().err
 
 
 def naive_interval(values, level=0.95):
