@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from main_job import FILES, copy_of, edit_settings, interrupt, json_of, main_job, names, refused
+from main_job import FILES, copy_of, edit_settings, interrupt, json_of, main_job, names, refused, spoiled_update
 
 import train_glue_mini
 from cli import report, setup
@@ -196,6 +196,16 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(go, capsys, monk
     monkeypatch.setattr(torch, "save", lambda state, path: (written.append(state), save(state, path)))
     assert "weights are not finite at step 12" in refused(capsys, go)
     assert [state["journal"]["step"] for state in written] == [6]
+
+
+@pytest.mark.parametrize("method", ["salora", "lora", "full"])
+def test_a_run_that_diverges_in_its_last_update_has_no_score(go, tmp_path, capsys, monkeypatch, method):
+    """Whose loss no step sees; predictions of NaN would have one."""
+    monkeypatch.setattr(train_glue_mini, "predict", lambda *_: pytest.fail("it should not have come so far"))
+    with spoiled_update(20):
+        message = refused(capsys, go, "--out", tmp_path / "run", "--method", method)
+    assert "weights are not finite at step 20: try a smaller --lr" in message
+    assert names(tmp_path / "run") == ["settings.json"]
 
 
 # Edited, damaged and foreign files

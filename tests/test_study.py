@@ -15,7 +15,7 @@ from torch import nn
 from cli.table import read_table
 from experiments import tables
 from experiments.arms import arm_of, nearest
-from experiments.study import TUNE_SEED, Study
+from experiments.study import TUNE_SEED, Study, fit
 from peers.alora import ALoRA
 from peers.fixed_ranks import FixedRanks
 from rank_allocator import Recipe
@@ -102,6 +102,10 @@ def test_a_run_that_diverges_is_noted_not_repeated_and_part_of_no_mean(study, ru
     assert "diverged, and in no mean: lora-4 on a, seed 0; lora-4 on a, seed 1" in said
     assert "lora-4  " not in said, "no line of the table"
     assert replace(broken, lowest=False).main(["--seeds", "5", "--out", str(tmp_path)])[0]["loss"] == "-inf"
+    for i, wrong in enumerate((float("nan"), inf, -inf)):
+        odd = replace(study, measure=lambda *_, loss=wrong: {"loss": loss, "size": 0.5})
+        row = odd.main(["--seeds", str(6 + i), "--arms", "lora-4", "--tasks", "a", "--out", str(tmp_path)])[0]
+        assert (row["loss"], row["size"]) == ("inf", ""), "a score that is no number is the worst, too"
 
 
 def test_report_and_picture_are_about_the_tasks_and_seeds_asked_for(study, tmp_path, capsys):
@@ -265,8 +269,34 @@ def test_means_over_tasks_are_of_seeds_that_have_run_on_all_of_them():
 
 
 def test_the_share_of_a_gap_is_that_of_paired_seeds():
-    losses = {"lora-4": {0: 2.0, 1: 3.0}, "lora-8": {0: 1.0, 1: 2.0}, "svd-16-to-4": {0: 1.25, 1: 2.25, 2: 9.0}}
-    assert cells(tables.gaps_closed(losses, "title"), "svd-16-to-4") == ["0.75", "[0.75,", "0.75]"]
+    """The mean gap that is closed over the mean gap, not the mean of both, in which a narrow gap would count most."""
+    losses = {"lora-4": {0: 2.0, 1: 3.0, 2: 2.5}, "lora-8": {0: 1.0, 1: 2.75, 2: 2.0}}
+    losses["svd-16-to-4"] = {0: 1.25, 1: 3.0, 2: 2.0, 3: 9.0}
+    closed, gaps = [0.75, 0.0, 0.5], [1.0, 0.25, 0.5]
+    shares = [sum(closed[i] for i in draw) / sum(gaps[i] for i in draw) for draw in tables.resamples(3).tolist()]
+    low, high = np.quantile(shares, [0.025, 0.975])
+    expected = [f"{sum(closed) / sum(gaps):.2f}", f"[{low:.2f},", f"{high:.2f}]"]
+    assert cells(tables.gaps_closed(losses, "title"), "svd-16-to-4") == expected
+
+
+def test_a_seed_decides_the_order_of_the_rows_and_the_noise_of_the_gates():
+    def trained(seed):
+        torch.manual_seed(0)
+        model, seen = adapt(nn.Sequential(nn.Linear(1, 4)), ["0"], 8), []
+
+        def batch_of(rows, model, device):
+            seen.append(rows)
+            x = torch.tensor(rows)[:, None]
+            return (x,), torch.cat([x, x**2, x - 1, 1 - x], 1)
+
+        rows = [i / 12 for i in range(12)]
+        allocator = fit(model, rows, arm_of("salora-8-to-4-paper"), lr=0.01, seed=seed, steps=20, batch_size=4,
+                        batch_of=batch_of)  # fmt: skip
+        assert all(sorted(sum(seen[i : i + 3], [])) == rows for i in range(0, 18, 3)), "each row once an epoch"
+        return seen, allocator.noise.get_state().tolist()
+
+    (one, noise), again, (other, others) = trained(1), trained(1), trained(2)
+    assert again == (one, noise) and one != other and noise != others
 
 
 ARMS = {  # name -> family, method, start, size
