@@ -14,7 +14,7 @@ import torch
 from main_job import FILES, copy_of, edit_settings, interrupt, json_of, main_job, names, refused, spoiled_update
 
 import train_glue_mini
-from cli import report, setup
+from cli import report, setup, table
 from cli import settings as cli_settings
 from cli.afterwards import reopen
 from cli.files import check_free, claimed, digest_of, made
@@ -361,6 +361,29 @@ def test_a_table_grows_by_rows_and_knows_which_runs_are_done(tmp_path):
     assert path.read_text().splitlines() == ["arm,seed,loss", "lora-4,0,0.5", "lora-4,1,1.5"]
     assert rows_with(path, arm="lora-4", seed=1) == [{"arm": "lora-4", "seed": "1", "loss": "1.5"}]
     assert has_row(path, seed=0) and not has_row(path, arm="lora-8", seed=0)
+    append(path, {"loss": 2.5, "seed": 2, "arm": "lora-8"})
+    assert path.read_text().splitlines()[-1] == "lora-8,2,2.5", "whatever the order of a row"
+    with pytest.raises(ValueError, match="table.csv has other columns than arm, score: choose another --out"):
+        append(path, {"arm": "lora-4", "score": 1})
+
+
+@pytest.mark.parametrize("trouble", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_of_several_rows_all_are_added_or_none(tmp_path, monkeypatch, trouble):
+    rows, path = [{"arm": f"lora-{r}", "loss": 0.5} for r in (4, 8, 16)], tmp_path / "table.csv"
+    write_all = table.write_all
+
+    def write_some(file, data):
+        write_all(file, data[:size])
+        raise trouble
+
+    for done in ([], rows):
+        if done:
+            append(path, *done)
+        for size in range(40):
+            with monkeypatch.context() as now, pytest.raises((KeyboardInterrupt, OSError)):
+                now.setattr(table, "write_all", write_some)
+                append(path, *rows)
+            assert len(read_table(path)) == len(done)
 
 
 # Afterwards

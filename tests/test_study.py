@@ -270,10 +270,10 @@ def test_means_over_tasks_are_of_seeds_that_have_run_on_all_of_them():
 
 def test_the_share_of_a_gap_is_that_of_paired_seeds():
     """The mean gap that is closed over the mean gap, not the mean of both, in which a narrow gap would count most."""
-    losses = {"lora-4": {0: 2.0, 1: 3.0, 2: 2.5}, "lora-8": {0: 1.0, 1: 2.75, 2: 2.0}}
-    losses["svd-16-to-4"] = {0: 1.25, 1: 3.0, 2: 2.0, 3: 9.0}
-    closed, gaps = [0.75, 0.0, 0.5], [1.0, 0.25, 0.5]
-    shares = [sum(closed[i] for i in draw) / sum(gaps[i] for i in draw) for draw in tables.resamples(3).tolist()]
+    closed, gaps = [0.75, 0.0, 0.5, 0.1, 0.3], [1.0, 0.25, 0.5, 2.0, 0.1]
+    losses = {"lora-4": {i: 2.0 for i in range(5)}, "lora-8": {i: 2.0 - gap for i, gap in enumerate(gaps)}}
+    losses["svd-16-to-4"] = {5: 9.0, **{i: 2.0 - some for i, some in enumerate(closed)}}
+    shares = [sum(closed[i] for i in draw) / sum(gaps[i] for i in draw) for draw in tables.resamples(5).tolist()]
     low, high = np.quantile(shares, [0.025, 0.975])
     expected = [f"{sum(closed) / sum(gaps):.2f}", f"[{low:.2f},", f"{high:.2f}]"]
     assert cells(tables.gaps_closed(losses, "title"), "svd-16-to-4") == expected
