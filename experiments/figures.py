@@ -52,8 +52,12 @@ class LambdaZero(arms.Arm):
 
 def arm_of(name):
     """An arm of experiments/arms.py, or lora-8-in-PLACE, salora-8-to-4-paper-lambda-0, salora-8-to-4-paper-beta-0."""
-    whole, _, _ = name.partition("-in-")
-    arm = arms.arm_of(whole.removesuffix("-lambda-0").removesuffix("-beta-0"))
+    whole, _, place = name.partition("-in-")
+    plain = whole.removesuffix("-lambda-0").removesuffix("-beta-0")
+    arm = arms.arm_of(plain)
+    if place not in ["", *PLACES] or (plain != whole and arm.method != "salora"):
+        raise argparse.ArgumentTypeError(f"{name!r} is not an arm: only SaLoRA has lambda and beta, and places are "
+                                         f"{', '.join(PLACES)}")  # fmt: skip
     if name.endswith("-lambda-0"):
         return LambdaZero(**{**vars(arm), "name": name})
     if name.endswith("-beta-0"):

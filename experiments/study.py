@@ -200,12 +200,12 @@ class Study:
         return self.default(args, task, arm)
 
     def compare(self, args):
-        """Every arm on every task and seed, with its best trial."""
+        """Every arm on every task and seed, with its best trial, or none of them where an arm has no trial."""
+        trials = [(task, arm, self.trial_for(args, task, arm)) for task in args.tasks for arm in args.arms]
         for seed in self.seeds if args.seeds is None else args.seeds:
-            for task in args.tasks:
-                for arm in args.arms:
-                    key = {"task": task, "arm": arm.name, "seed": seed}
-                    self.run(args, args.table, key, task, arm, seed, self.trial_for(args, task, arm))
+            for task, arm, trial in trials:
+                key = {"task": task, "arm": arm.name, "seed": seed}
+                self.run(args, args.table, key, task, arm, seed, trial)
 
     def rows_of(self, path):
         """The rows of a table of this study; none if it is not there. Raises ValueError for any other file."""

@@ -81,7 +81,10 @@ def test_the_gates_that_close_last_come_first_and_those_that_are_gone_stay_close
     assert (tmp_path / "gates.gif").read_bytes()[:4] == b"GIF8"
 
 
-@pytest.mark.parametrize("argv", [["fig2"], ["fig4", "--arms", "best-4"], ["fig3", "--steps", "5"]])
+@pytest.mark.parametrize("argv", [
+    ["fig2"], ["fig3", "--steps", "5"], ["fig4", "--arms", "best-4"], ["fig1", "--arms", "lora-8-in-nowhere"],
+    ["table3", "--arms", "lora-8-lambda-0"], ["table3", "--arms", "lora-8-beta-0"],
+])  # fmt: skip
 def test_what_means_nothing_is_one_line_and_exit_status_2(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         figures.main(argv)

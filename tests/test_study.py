@@ -146,18 +146,17 @@ def test_bad_input_is_one_line(study, flags, said, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_study_that_is_interrupted_or_not_tuned_ends_with_one_line(study, tmp_path, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    out = ["--out", str(tmp_path)]
-    for broken, status, said in (
-        (replace(study, measure=interrupted), 130, "the same command goes on with this run"),
-        (replace(study, default=None), 2, "lora-4 has not been tuned: first run with --tune and the same --out"),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            broken.main(out)
-        assert ended.value.code == status and said in capsys.readouterr().err
+def test_an_arm_that_was_not_tuned_ends_a_study_before_its_first_run(study, runs, tmp_path, capsys):
+    strict, out = replace(study, default=None), ["--out", str(tmp_path / "out")]
+    for first, arm in (([], "lora-4"), (["--tune", "--arms", "lora-4"], "salora-8-to-4")):
+        if first:
+            strict.main([*out, *first])
+        runs.asked.clear()
+        with pytest.raises(SystemExit):
+            strict.main(out)
+        error = capsys.readouterr().err
+        assert f"{arm} has not been tuned: first run with --tune and the same --out" in error
+        assert runs.asked == [] and (tmp_path / "out").exists() == bool(first), "and leaves no empty folder"
 
 
 @pytest.fixture
