@@ -9,15 +9,15 @@ is one run from model to score, `main` the program. Flags, run folders, resume, 
 cli/, data in glue/. Left out: hyper-parameter search, choosing an epoch by its dev score, ensembles.
 """
 
+from cli.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()  # before the imports that take long
+
 import shlex
 import sys
 from contextlib import nullcontext, redirect_stdout
 from functools import cache
-
-from cli.program import end_on_interrupt, errors_as_lines
-
-if __name__ == "__main__":
-    end_on_interrupt()  # before the imports that take long
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from cli.afterwards import evaluate, export, predict
 from cli.files import claimed
 from cli.flags import build_parser
 from cli.journal import Journal
+from cli.program import errors_as_lines
 from cli.runs import read_finished, runs_of
 from cli.setup import fingerprint, prepare, seed_of
 from cli.workers import add_up, one_at_a_time, share_of, start_workers, worker

@@ -1,46 +1,16 @@
-"""What every program has around it: whatever its user can mend ends it with one line, and so does Ctrl-C.
-
-    if __name__ == "__main__":
-        end_on_interrupt()                  # before torch is imported
-
-    def main(argv=None):
-        parser = Parser(...)
-        with errors_as_lines(parser):
-            args = parser.parse_args(argv)
-            ...
-
-Nothing that takes long is imported here, so that a program can begin with this.
-"""
+"""What every program has around it: whatever its user can mend ends it with one line, and so does Ctrl-C."""
 
 import argparse
 import os
-import signal
 import sys
 from contextlib import contextmanager
+
+from cli.interrupts import interruptible
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")  # one line, without the usage
-
-
-def end_on_interrupt():
-    """From here on Ctrl-C ends the program at once, without a traceback, but for what `errors_as_lines` surrounds."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@contextmanager
-def interruptible():
-    """Ctrl-C raises KeyboardInterrupt in this block, even after `end_on_interrupt`."""
-    ends = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    if ends:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        if ends:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager

@@ -16,19 +16,20 @@ Times are medians over rounds that take one step of each arm in turn, so that a 
 Left out: memory, in which these arms are within 2 % of each other.
 """
 
-import argparse
 import sys
-import time
-from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.program import Parser, end_on_interrupt, errors_as_lines
+from cli.interrupts import end_on_interrupt
 
 if __name__ == "__main__":
     end_on_interrupt()
+
+import argparse
+import time
+from importlib.util import find_spec
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 import peers
 from cli.files import made
 from cli.flags import device_of, folder, positive
+from cli.program import Parser, errors_as_lines
 from cli.table import append, read_table
 from experiments.study import AGAIN
 from experiments.tables import in_columns

@@ -10,19 +10,20 @@ start. Tuning uses 300 further sentences; an arm that was not tuned takes the le
 at the nearest size. Losses are in nats per token, in fp32. Left out: packing, other scales.
 """
 
-import argparse
-import random
 import sys
-from contextlib import nullcontext
-from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.program import end_on_interrupt
+from cli.interrupts import end_on_interrupt
 
 if __name__ == "__main__":
     end_on_interrupt()
+
+import argparse
+import random
+from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F

@@ -14,18 +14,19 @@ that tuning found there; the measure is the masked-word loss, lower is better. F
 compare.py, table2.py and cost.py. Left out: Figure 2, which is a drawing.
 """
 
-import argparse
-import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.program import Parser, end_on_interrupt, errors_as_lines
+from cli.interrupts import end_on_interrupt
 
 if __name__ == "__main__":
     end_on_interrupt()
+
+import argparse
+import json
+from dataclasses import replace
 
 import torch
 
@@ -33,6 +34,7 @@ import train_glue_mini
 from cli.files import made
 from cli.flags import folder
 from cli.pictures import draw_gates, split_name
+from cli.program import Parser, errors_as_lines
 from cli.table import read_table
 from experiments import arms, plots, shift
 from experiments.study import AGAIN
