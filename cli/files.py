@@ -47,12 +47,18 @@ def check_place(folder):
             raise NotADirectoryError(f"{path} is a file: choose another --out")
 
 
-def check_free(folder):
-    """Raises FileExistsError for a folder that holds more than what a run leaves before its first checkpoint."""
+def check_free(folder, runs=()):
+    """Raises FileExistsError for a folder that holds more than what a run leaves before its first checkpoint.
+
+    runs: names of folders in it, for several runs, which must be free.
+    """
     check_place(folder)
     if not folder.exists():
         return
+    for name in runs:
+        check_free(folder / name)
     found = {path.name.removesuffix(".part") for path in folder.iterdir() if path.name != "checkpoint.pt.part"}
+    found -= set(runs)
     if "checkpoint.pt" in found and "summary.json" not in found:
         raise FileExistsError(f"{folder} holds an interrupted run: --resume it, or choose another --out")
     if found and not {"settings.json"} <= found <= RUN_FILES:

@@ -19,25 +19,26 @@ def runs_of(args, parser):
         raise ValueError(f"--seed takes different numbers below 10^9, got {' '.join(map(str, args.seed))}")
     tasks = list(MINI_TASKS) if args.task == "all" else [args.task]
     pairs = [(task, seed) for task in tasks for seed in args.seed]
-    folder = new_folder(args, len(pairs) > 1)  # refused before an encoder is pre-trained, which settle may do
+    runs = [f"{task}-s{seed}" for task, seed in pairs] if len(pairs) > 1 else []
+    folder = new_folder(args, runs)  # refused before an encoder is pre-trained, which settle may do
     settled = [settle(argparse.Namespace(**{**vars(args), "task": task, "seed": seed})) for task, seed in pairs]
     if len(pairs) == 1:
         return [(settled[0], folder, None)]
-    return [(settings, folder / f"{settings.task}-s{settings.seed}", None) for settings in settled]
+    return [(settings, folder / run, None) for settings, run in zip(settled, runs, strict=True)]
 
 
-def new_folder(args, several):
-    """--out, or the first of runs/NAME, runs/NAME-1, runs/NAME-2 ... that is free."""
+def new_folder(args, runs):
+    """--out, or the first of runs/NAME, runs/NAME-1, runs/NAME-2 ... that is free. runs: see check_free."""
     if args.out:
-        check_free(Path(args.out))
+        check_free(Path(args.out), runs)
         return Path(args.out)
     recipe = [] if args.recipe in (None, "ours") else [args.recipe]
-    seed = [] if several else [f"s{args.seed[0]}"]
+    seed = [] if runs else [f"s{args.seed[0]}"]
     name, number = "-".join([args.task, args.method, *recipe, *seed]), 0
     while True:
         folder = Path("runs") / (f"{name}-{number}" if number else name)
         try:
-            check_free(folder)
+            check_free(folder, runs)
             return folder
         except FileExistsError:
             number += 1

@@ -173,18 +173,24 @@ class Study:
         print(f"{self.columns[0]} (trial), best first")
         for arm in distinct(rows, "arm"):
             for tasks in groups(rows):
-                best = [f"{score:.4f} ({text_of(trial)})" for score, trial in self.ranking(rows, arm, tasks)]
-                print(f"{arm} on {' and '.join(tasks)}: {', '.join(best) or 'no trial has run on all of them'}")
+                ranked = self.ranking(rows, arm, tasks)
+                found = [f"{score:.4f} ({text_of(trial)})" for score, trial in ranked]
+                if len(ranked) > 1 and ranked[0][0] == ranked[1][0]:
+                    found.append("a tie, so runs take the first")
+                print(f"{arm} on {' and '.join(tasks)}: {', '.join(found) or 'no trial has run on all of them'}")
         return rows
 
     def ranking(self, rows, arm, tasks):
-        """[(mean score over the tasks, trial)] of an arm, the best first; without trials that lack a task."""
+        """[(mean score over the tasks, trial)] of an arm, the best first, and of equal ones that with the lowest rate.
+
+        Trials that lack a task are left out.
+        """
         scores = defaultdict(dict)
         for row in rows:
             if row["arm"] == arm and row["task"] in tasks:
                 scores[row["trial"]][row["task"]] = float(row[self.columns[0]])
         whole = [(mean(found.values()), trial_of(trial)) for trial, found in scores.items() if len(found) == len(tasks)]
-        return sorted(whole, key=lambda pair: pair[0], reverse=not self.lowest)
+        return sorted(whole, key=lambda pair: (pair[0] if self.lowest else -pair[0], pair[1]))
 
     def trial_for(self, args, task, arm):
         """The best trial of an arm, or its default. Raises ValueError where it has neither."""

@@ -164,6 +164,13 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_anew_with_the_same_
     assert again["adapter_digest"] == json_of(kept.finished)["adapter_digest"] and names(tmp_path / "run") == FILES
 
 
+def test_several_runs_of_which_one_ended_before_its_first_checkpoint_start_anew_with_the_same_command(go, tmp_path):
+    flags = ["--seed", 0, 1, "--steps", 4, "--out", tmp_path / "runs"]
+    interrupt(go, *flags, after=2)
+    assert names(tmp_path / "runs") == ["mini-cola-s0"]
+    assert len(go(*flags)["runs"]) == 2 and names(tmp_path / "runs") == ["mini-cola-s0", "mini-cola-s1"]
+
+
 def test_a_run_with_a_checkpoint_is_not_begun_anew_by_mistake(go, kept, capsys):
     before = (kept.interrupted / "checkpoint.pt").read_bytes()
     assert "holds an interrupted run: --resume it, or" in refused(capsys, go, "--out", kept.interrupted)
@@ -301,8 +308,12 @@ def test_default_folders_are_numbered_on_and_a_given_one_is_never_overwritten(go
     folder.mkdir(parents=True)
     (folder / "mine").touch()
     go("--steps", 2)
+    (tmp_path / "more" / "mini-cola-s7").mkdir(parents=True)
+    (tmp_path / "more" / "mini-cola-s7" / "mine").touch()
     assert names(folder.parent) == [folder.name, f"{folder.name}-1"]
-    assert "is not empty: choose another --out" in refused(capsys, go, "--out", folder)
+    for flags in ([], ["--seed", 0, 1]):
+        assert "is not empty: choose another --out" in refused(capsys, go, "--out", folder, *flags)
+    assert "mini-cola-s7 is not empty: choose" in refused(capsys, go, "--out", tmp_path / "more", "--seed", 7, 8)
     assert names(folder) == ["mine"]
 
 

@@ -91,6 +91,15 @@ def test_tuning_has_a_seed_of_its_own_and_runs_take_the_best_mean_over_its_tasks
     assert {trial for _, _, seed, trial in runs.asked if seed == 3} == {0.1}, "where the highest score is the best"
 
 
+@pytest.mark.parametrize("lowest", [True, False])
+def test_of_equal_trials_runs_take_the_one_with_the_lowest_rate_and_tuning_says_so(study, tmp_path, capsys, lowest):
+    equal = replace(study, measure=lambda *_: {"loss": 0.5, "size": 0.5}, lowest=lowest)
+    flags = ["--arms", "lora-4", "--tasks", "a", "--out", str(tmp_path)]
+    equal.main(["--tune", "--grid", "0.3", "0.1", "0.2", *flags])
+    assert "lora-4 on a: 0.5000 (0.1), 0.5000 (0.2), 0.5000 (0.3), a tie, so runs take" in capsys.readouterr().out
+    assert {row["trial"] for row in equal.main(flags)} == {"0.1"}
+
+
 def test_a_run_that_diverges_is_noted_not_repeated_and_part_of_no_mean(study, runs, tmp_path, capsys):
     broken = replace(study, default=lambda args, task, arm: (DIVERGES if arm.name == "lora-4" else 0.2,))
     for _ in range(2):
