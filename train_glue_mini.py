@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import shlex
 import sys
+import warnings
 from contextlib import nullcontext, redirect_stdout
 from functools import cache
 
@@ -80,16 +81,15 @@ def fine_tune(model, rows, optimizer, allocator, *, lr, batch_size, seed=0, accu
             part_loss = task_loss(outputs.float(), labels) * (len(part) / len(batch))
             part_loss.backward()
             loss = loss + part_loss.detach()
-        loss = add_up(loss, model)
 
-        # ... and of beta R_orth + lambda (C - b)^2
+        # ... of which the allocator makes one, and adds that of beta R_orth + lambda (C - b)^2
         allocator.after_backward()
 
         # One step down for A, B and the head; then Theta down, and lambda up
         optimizer.step()
         allocator.after_step()
         optimizer.zero_grad()
-        journal.add(step, loss, optimizer, allocator, batch_size)
+        journal.add(step, add_up(loss), optimizer, allocator, batch_size)
     allocator.finish()
     return journal
 
@@ -119,7 +119,7 @@ def run(settings, folder, model, train, dev, saved=None):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.lr)
     allocator = allocator_for(settings.method, model, optimizer, total_steps, recipe=settings.decisions,
                               budget=settings.budget, warmup=settings.warmup, seed=seed_of(settings.seed, "gates"),
-                              sparse_lambda=settings.sparse_lambda, score=score)  # fmt: skip
+                              sparse_lambda=settings.sparse_lambda, score=score, reduce="sum")  # fmt: skip
     journal = Journal(total_steps, folder, cache(lambda: fingerprint(settings, model, train)), bool(settings.trace))
     if saved:
         journal.restore(saved, optimizer, allocator)
@@ -142,6 +142,7 @@ def main(argv=None):
     with errors_as_lines(parser, hint="no epoch was finished"):
         args = parser.parse_args(argv)
         args.command = shlex.join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
+        warnings.filterwarnings("ignore", module="peers")  # allocators made there warn of what the report says anyway
         if args.export is not None:
             return export(*read_finished(args, parser))
         if args.evaluate is not None or args.predict is not None:

@@ -7,8 +7,6 @@ import torch
 
 from hard_concrete import prob_open
 
-FEW_STEPS = 50  # of a window: in fewer, log theta moves by more than 14 / 50 per step, and ranks are chance
-
 
 def split_name(name):
     """A layer's name -> (number of the block, name of the matrix in it): encoder.layers.2.up -> (2, "up")."""

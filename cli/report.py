@@ -10,11 +10,12 @@ import torch
 
 from budget import kept_density, total_parameters
 from cli.files import digest_of
-from cli.pictures import FEW_STEPS, draw_ranks, draw_trace, draw_training, rank_grid
+from cli.pictures import draw_ranks, draw_trace, draw_training, rank_grid
 from cli.settings import write_settings
 from cli.workers import worker, workers
 from glue.metrics import METRICS
 from glue.tasks import task_of
+from guard import FEW_STEPS
 from hub.adapters import adapter_state, save_adapter
 from hub.checkpoints import write_atomically
 from peers import METHODS

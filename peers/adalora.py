@@ -13,7 +13,7 @@ Left out: the paper's other measures of importance (magnitude, plain sensitivity
 
 import torch
 
-from budget import check_budget
+from budget import affordable, check_budget
 from peers.allocator import Allocator, normal, train_gates
 from salora import orthogonality
 
@@ -44,7 +44,7 @@ class AdaLoRA(Allocator):
         layers = self.layers.values()
         train_gates(layers, optimizer)
         self.first = sum(layer.r for layer in layers)
-        self.last = int(budget * self.first + 1e-6)  # 0.29 x 100 is 28.999... in floats
+        self.last = affordable(budget, self.first)
         self.entries = [p for layer in layers for p in (layer.gate.log_theta, layer.B, layer.A)]
         self.sensitivity = [torch.zeros_like(p) for p in self.entries]  # I bar
         self.uncertainty = [torch.zeros_like(p) for p in self.entries]  # U bar
@@ -69,6 +69,7 @@ class AdaLoRA(Allocator):
 
     def after_backward(self):
         """Add the gradient of Eq. (4), then note how sensitive the loss is to every entry, until b(t) is at its end."""
+        super().after_backward()
         (GAMMA * orthogonality(self.layers)).backward()
         if self.step + 1 < self.total_steps - self.t_f:
             self.measure()

@@ -33,6 +33,7 @@ class RMLoRA(Allocator):
 
     def after_backward(self):
         """Add the gradient of beta times Eq. (10); then mask the gradients, and note what must not change."""
+        super().after_backward()
         if self.beta:
             (self.beta * orthogonality(self.layers)).backward()
         self.held = []
