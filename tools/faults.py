@@ -245,6 +245,8 @@ TABLE = [
      ("(p.data, *self._moments(p).values())", "(p.data,)"), ("value.index_fill_(axis, closed, 0)", "pass")),
     ("rank_allocator.py RankAllocator.finish", "two_processes_of_every_kind_find_what_one_finds",
      ("        self._prune()\n", "")),
+    ("rank_allocator.py reduce_gradients", "two_processes_train_like_one",
+     ("if p.requires_grad]", "if p.requires_grad and p.grad is not None]")),
     ("rank_allocator.py reduce_gradients", "two_processes_of_every_kind_find_what_one_finds",
      ("        flat /= world_size()\n", "        pass\n"), ("(*held, *more)", "held")),
     ("peers/fixed_ranks.py FixedRanks.after_backward", "two_processes_train_like_one",
