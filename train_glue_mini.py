@@ -9,15 +9,16 @@ is one run from model to score, `main` the program. Flags, run folders, resume, 
 cli/, data in glue/. Left out: hyper-parameter search, choosing an epoch by its dev score, ensembles.
 """
 
+from cli.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()  # before the imports that take long
+
 import shlex
-import signal
 import sys
 import warnings
 from contextlib import nullcontext, redirect_stdout
 from functools import cache
-
-if __name__ == "__main__":
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: the end, no traceback
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ from cli.afterwards import evaluate, export, predict
 from cli.files import claimed
 from cli.flags import build_parser
 from cli.journal import Journal
-from cli.runs import errors_as_lines, read_finished, runs_of
+from cli.program import errors_as_lines
+from cli.runs import read_finished, runs_of
 from cli.setup import fingerprint, prepare, seed_of
 from cli.workers import add_up, one_at_a_time, share_of, start_workers, worker
 from glue.tokens import batch_of, batches_of
@@ -137,10 +139,10 @@ def run(settings, folder, model, train, dev, saved=None):
 def main(argv=None):
     """The program. Returns the summary of the run, or {"runs": [summaries]} of several."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    args.command = shlex.join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
-    warnings.filterwarnings("ignore", module="peers")  # allocators made there warn of what the report says anyway
-    with errors_as_lines(parser):
+    with errors_as_lines(parser, hint="no epoch was finished"):
+        args = parser.parse_args(argv)
+        args.command = shlex.join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
+        warnings.filterwarnings("ignore", module="peers")  # allocators made there warn of what the report says anyway
         if args.export is not None:
             return export(*read_finished(args, parser))
         if args.evaluate is not None or args.predict is not None:
@@ -161,5 +163,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, on_interrupt)
     main()

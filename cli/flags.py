@@ -3,10 +3,12 @@
 import argparse
 import os
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 
 from budget import RULES, SURVIVORS
+from cli.program import Parser
 from glue.tasks import NAMES
 from peers import METHODS
 from rank_allocator import CONTROLLERS, Recipe
@@ -16,19 +18,25 @@ LEAST_LENGTH = 6  # tokens: four special ones and a word of both sentences
 # The flags about trained gates: the recipe and its decisions, but for those that are about every method
 GATE_FLAGS = ["recipe", *(f.name for f in fields(Recipe) if f.name not in ("warmup", "dropout"))]
 LARGEST = 1e36  # of a number on the command line: ten times as much must still fit float32
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")  # one line, without the usage
+MOST = 10**12  # of whole numbers: what is made of them must still fit 64 bits
 
 
 def positive(text):
     if not text.isdecimal() or float(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    if float(text) >= LARGEST:
-        raise argparse.ArgumentTypeError(f"expected a number below {LARGEST:g}, got {text!r}")
+    if float(text) >= MOST:
+        raise argparse.ArgumentTypeError(f"expected a number below {MOST:g}, got {text!r}")
     return int(text)
+
+
+def whole(text):
+    try:
+        value = int(text)
+    except ValueError:
+        value = MOST
+    if abs(value) >= 10**9:
+        raise argparse.ArgumentTypeError(f"expected a whole number below 10^9, got {text!r}")
+    return value
 
 
 def above_zero(text, what="a number above 0"):
@@ -62,6 +70,10 @@ def path(text):
     if not text:
         raise argparse.ArgumentTypeError("expected a path, got an empty text")
     return text
+
+
+def folder(text):
+    return Path(path(text))
 
 
 def auto_or_above_zero(text):

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cli.files import rows_with
+from cli.table import rows_with
 from peers import METHODS, allocator_for
 from rank_allocator import Recipe
 from salora import salora_layers

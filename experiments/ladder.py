@@ -10,11 +10,17 @@ of the language (experiments/shift.py); experiments/planted_ranks.py knows the s
 """
 
 import sys
-from argparse import ArgumentTypeError
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
+from argparse import ArgumentTypeError
+from dataclasses import replace
 
 from experiments import shift
 from experiments.arms import arm_of

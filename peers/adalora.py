@@ -77,7 +77,8 @@ class AdaLoRA(Allocator):
     @torch.no_grad()
     def measure(self):
         for p, I_bar, U_bar in zip(self.entries, self.sensitivity, self.uncertainty):
-            I = (p * p.grad).abs()  # Eq. (8)
+            gradient = 0.0 if p.grad is None else p.grad  # None: the model did not use this layer
+            I = (p * gradient).abs()  # Eq. (8)
             I_bar.lerp_(I, 1 - BETA_1)  # Eq. (9): beta_1 I_bar + (1 - beta_1) I
             U_bar.lerp_((I - I_bar).abs(), 1 - BETA_2)  # Eq. (10)
 

@@ -41,7 +41,8 @@ class RMLoRA(Allocator):
             shuffled = torch.randperm(layer.r, generator=self.noise).to(layer.A.device)
             rest = shuffled[self.r_hat(layer) :]  # the directions that are not in R_t
             for p, axis in ((layer.A, 0), (layer.B, 1)):
-                p.grad.index_fill_(axis, rest, 0)  # Alg. 1, line 13
+                if p.grad is not None:  # None: the model did not use this layer
+                    p.grad.index_fill_(axis, rest, 0)  # Alg. 1, line 13
                 for tensor in (p.data, *self.moments(p)):
                     self.held.append((tensor, axis, rest, tensor.index_select(axis, rest)))
 

@@ -145,7 +145,8 @@ def test_pruned_and_merged_layers_equal_the_masked_one_whatever_the_noise(layer,
     assert layer.scale == scale, "survivors keep alpha / r0"
     assert_close(layer.eval()(x), masked, layer.A.shape[1] + 8)
     assert len(prune(layer)) == layer.r == len(kept), "pruning twice is pruning once"
-    assert type(merge(layer)) is nn.Linear
+    merged = merge(layer)
+    assert type(merged) is nn.Linear and not any(p.requires_grad for p in merged.parameters()), "it stays frozen"
 
 
 @pytest.mark.equation("merge")
