@@ -442,7 +442,7 @@ TABLE = [
      ("(lows - mine).mean() / (lows - highs).mean()", "((lows - mine) / (lows - highs)).mean()"),
      ("deviations = (lows - mine) - share * (lows - highs)", "deviations = lows - mine")),
     ("experiments/tables.py interval", "intervals_are_students", ("len(values) - 1", "len(values)")),
-    ("experiments/tables.py t_quantile", "intervals_are_students", ("(df - 1)", "df")),
+    ("experiments/tables.py t_quantile", "intervals_are_students", ("** (df - 1))", "** df)")),
     ("experiments/tables.py paired", "differences_are_over_the_seeds_that_both", ("set.intersection(*", "set.union(*")),
     ("glue/decoder.py batch_of", "the_loss_is_the_mean_that_a_loop_over_all_words_gives",
      ("positions[i, start - 1 : len(words) - 1] = True", "positions[i, start - 1 : len(words)] = True")),
