@@ -14,23 +14,32 @@ that tuning found there; the measure is the masked-word loss, lower is better. F
 compare.py, table2.py and cost.py. Left out: Figure 2, which is a drawing.
 """
 
-import argparse
-import json
 import sys
-from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from cli.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
+import argparse
+import json
+from dataclasses import replace
+
+import torch
+
 import train_glue_mini
-from cli.files import make_folder, read_table
-from cli.flags import Parser
+from cli.files import made
+from cli.flags import folder
 from cli.pictures import draw_gates, split_name
-from cli.runs import STUDY, errors_as_lines
+from cli.program import Parser, errors_as_lines
+from cli.table import read_table
 from experiments import arms, plots, shift
+from experiments.study import AGAIN
 from hard_concrete import GAMMA, TAU, ZETA, prob_above, prob_one, prob_open, sample_gate
+from hub.checkpoints import write_atomically
 from salora import salora_layers
 
 
@@ -45,8 +54,12 @@ class LambdaZero(arms.Arm):
 
 def arm_of(name):
     """An arm of experiments/arms.py, or lora-8-in-PLACE, salora-8-to-4-paper-lambda-0, salora-8-to-4-paper-beta-0."""
-    whole, _, _ = name.partition("-in-")
-    arm = arms.arm_of(whole.removesuffix("-lambda-0").removesuffix("-beta-0"))
+    whole, _, place = name.partition("-in-")
+    plain = whole.removesuffix("-lambda-0").removesuffix("-beta-0")
+    arm = arms.arm_of(plain)
+    if place not in ["", *PLACES] or (plain != whole and arm.method != "salora"):
+        raise argparse.ArgumentTypeError(f"{name!r} is not an arm: only SaLoRA has lambda and beta, and places are "
+                                         f"{', '.join(PLACES)}")  # fmt: skip
     if name.endswith("-lambda-0"):
         return LambdaZero(**{**vars(arm), "name": name})
     if name.endswith("-beta-0"):
@@ -138,12 +151,14 @@ def fig3(args):
         print(f"log theta {log_theta:>2g}: P(g = 0) = {masses[0]:.5f}, sampled {sampled[0]:.5f}")
     axes[0].set_ylabel("density, or mass")
     axes[1].legend()
-    figure.savefig(args.out / "fig3.png", dpi=110)
+    write_atomically(args.out / "fig3.png", lambda part: figure.savefig(part, format="png", dpi=110))
 
 
 def gates(args):
-    """Run the main job, unless its run is there, and draw its gates."""
+    """Run the main job, or the rest of it, unless its run is there, and draw its gates."""
     run = args.out / "run"
+    if (run / "checkpoint.pt").is_file():
+        train_glue_mini.main(["--resume", str(run)])
     if not (run / "summary.json").is_file():
         train_glue_mini.main(["--trace", "--out", str(run)])
     draw_gates(read_table(run / "log.csv"), read_table(run / "trace.csv"), args.out / "gates.gif")
@@ -153,15 +168,16 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("item", choices=[*ABOUT], metavar="ITEM", help=", ".join(ABOUT))
-    name = parser.parse_args(argv[:1]).item
-    if name in ITEMS:
-        return ITEMS[name].main(argv[1:])
-    parser = Parser(description=ABOUT[name])
-    parser.add_argument("--out", type=Path, default=Path("runs") / name, metavar="DIR", help=f"default runs/{name}")
-    args = parser.parse_args(argv[1:])
-    with errors_as_lines(parser, hint=STUDY):
-        make_folder(args.out)
-        {"fig3": fig3, "gates": gates}[name](args)
+    with errors_as_lines(parser, hint=AGAIN):
+        name = parser.parse_args(argv[:1]).item
+        if name in ITEMS:
+            return ITEMS[name].main(argv[1:])
+        parser = Parser(description=ABOUT[name])
+        parser.add_argument("--out", type=folder, default=Path("runs") / name, metavar="DIR",
+                            help=f"default runs/{name}")  # fmt: skip
+        args = parser.parse_args(argv[1:])
+        with made(args.out):
+            {"fig3": fig3, "gates": gates}[name](args)
         print(f"see {args.out}")
 
 

@@ -12,18 +12,24 @@ teacher's outputs, with noise of standard deviation .1 or 1, and may keep as man
 and, if --arms names them, the rungs of experiments/ladder.py that start at rank 8, such as salora-8-until-budget-rule.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import argparse
 import copy
-import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import peers
 from budget import freeze_gates

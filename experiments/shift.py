@@ -19,15 +19,21 @@ that head, which is frozen in all other arms and which no size counts. A seed dr
 the order. An arm that has not been tuned in --out takes the learning rate and scale of TUNED.
 """
 
-import random
 import sys
-from functools import lru_cache
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
+import random
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.flags import positive
 from experiments import plots

@@ -81,7 +81,30 @@ def test_the_gates_that_close_last_come_first_and_those_that_are_gone_stay_close
     assert (tmp_path / "gates.gif").read_bytes()[:4] == b"GIF8"
 
 
-@pytest.mark.parametrize("argv", [["fig2"], ["fig4", "--arms", "best-4"], ["fig3", "--steps", "5"]])
+def test_a_run_for_the_animation_that_was_interrupted_goes_on(tmp_path, monkeypatch):
+    asked, run = [], tmp_path / "run"
+
+    def main_job(flags):
+        asked.append(flags)
+        run.mkdir(exist_ok=True)
+        (run / ("checkpoint.pt" if len(asked) == 1 else "summary.json")).touch()
+        if len(asked) == 1:
+            raise SystemExit(130)
+        (run / "checkpoint.pt").unlink()
+
+    monkeypatch.setattr(figures.train_glue_mini, "main", main_job)
+    monkeypatch.setattr(figures, "draw_gates", lambda *_: None)
+    with pytest.raises(SystemExit):
+        figures.main(["gates", "--out", str(tmp_path)])
+    for _ in range(2):
+        figures.main(["gates", "--out", str(tmp_path)])
+    assert asked == [["--trace", "--out", str(run)], ["--resume", str(run)]], "and what is finished is not run again"
+
+
+@pytest.mark.parametrize("argv", [
+    ["fig2"], ["fig3", "--steps", "5"], ["fig4", "--arms", "best-4"], ["fig1", "--arms", "lora-8-in-nowhere"],
+    ["table3", "--arms", "lora-8-lambda-0"], ["table3", "--arms", "lora-8-beta-0"],
+])  # fmt: skip
 def test_what_means_nothing_is_one_line_and_exit_status_2(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         figures.main(argv)

@@ -47,6 +47,20 @@ def test_planted_updates_have_the_ranks_that_are_said():
         assert int((values > 0.4).sum()) == int((values > 1e-4).sum()) == rank
 
 
+def test_what_is_learned_is_scored_on_inputs_that_nobody_trained_on(monkeypatch, tmp_path):
+    network_of, inputs = planted_ranks.network_of, []
+
+    def noted(seed, rows):
+        network, x = network_of(seed, rows)
+        inputs.append({tuple(row) for row in x[:, 0].tolist()})
+        return network, x
+
+    monkeypatch.setattr(planted_ranks, "network_of", noted)
+    flags = ["--steps", "2", "--seeds", "0", "1", "--tasks", "maps-1", "--out", str(tmp_path)]
+    planted_ranks.main([*flags, "--arms", "lora"])
+    assert [len(some) for some in inputs] == [128, 256, 128, 256] and len(set.union(*inputs)) == 768
+
+
 def test_arms_of_other_studies_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         planted_ranks.main(["--arms", "salora-16-to-4", "--out", str(tmp_path)])

@@ -6,8 +6,10 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from main_job import spoiled_update
 from strategies import installed_parameters
 
+from cli.files import digest_of
 from experiments import compare, ladder, plots, shift
 from experiments.arms import PLACEMENTS, arm_of, shuffled
 from experiments.study import TUNE_SEED
@@ -41,6 +43,27 @@ def test_shifts_are_permutations_of_the_words():
         pairs = {pair for a, b in sentences for pair in zip(a, b[::-1] if task == "reverse" else b, strict=True)}
         assert len({a for a, _ in pairs}) == len({b for _, b in pairs}) == len(pairs), "one word for each word"
         assert (new == texts) == (task == "chance")
+
+
+def test_a_seed_draws_the_language_and_every_arm_guesses_the_same_words_of_it(tiny_lm, monkeypatch):
+    """Of the same texts, which a seed draws as well."""
+    corpus, guessed = shift.mini.corpus(104, "test"), []
+
+    def fit(model, batches, *_, batch_of, **more):
+        guessed.append(digest_of([batch_of([batch]) for batch in batches]))
+
+    monkeypatch.setattr(shift.mini, "corpus", lambda n, seed: corpus)
+    monkeypatch.setattr(shift, "fit", fit)
+    languages, held_out = [], []
+    for seed, arm, drawn_before in ((0, "lora-4", 0), (0, "salora-8-to-4", 3), (1, "lora-4", 0)):
+        data = shift.Data("words", seed, 64)
+        languages.append(sorted(ids for batch in data.train for ids, *_ in batch))
+        held_out.append(digest_of(data.held_out))
+        for _ in range(drawn_before):
+            data.batch_of(data.train[:1])
+        shift.train(None, data, arm_of(arm), 0.01, seed, 8)
+    for one, again, other in (languages, held_out, guessed):
+        assert one == again != other
 
 
 @pytest.mark.parametrize("name", CLOSED_FORMS)
@@ -193,6 +216,17 @@ def test_a_run_has_the_settings_of_the_main_job(flags):
     assert (lora.rank, lora.alpha, lora.dropout, lora.precision) == (16, 32, [0, 0], "bf16")
     assert (full.lr, full.seed, full.steps, full.rank) == (0.01, 3, 8, None)
     assert compare.measure(args, "mini-rte", arm_of("lora-4"), 0, (0.01,))["score"] in (0, 1), "fresh rows are alike"
+
+
+def test_a_run_that_diverges_in_its_last_update_has_the_worst_score_and_no_other_value(flags, capsys):
+    """Predictions of NaN would have a score."""
+    with spoiled_update(8):
+        [found] = compare.main(["--tasks", "mini-rte", "--arms", "lora-4", *flags])
+    assert (found["score"], found["trained"], found["final"], found["ms"]) == ("-inf", "", "", "")
+    assert found["steps"] == "8" and found["trial"] == "0.002"
+    said = capsys.readouterr().out
+    assert "mini-rte, lora-4, 0: -inf (weights are not finite at step 8: try a smaller --lr), " in said
+    assert "diverged, and in no mean: lora-4 on mini-rte, seed 0" in said
 
 
 def test_the_comparison_on_a_shift_is_by_loss(tiny_lm):
