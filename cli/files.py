@@ -43,7 +43,7 @@ def made(folder):
 def check_place(folder):
     """Raises NotADirectoryError where a file is in the way of a folder."""
     for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
+        if os.path.lexists(path) and not path.is_dir():  # a link that leads nowhere, too
             raise NotADirectoryError(f"{path} is a file: choose another --out")
 
 

@@ -95,6 +95,7 @@ def test_all_that_can_be_refused_is_refused_before_an_encoder_is_pre_trained(tmp
     monkeypatch.setattr(cli_settings, "mini_encoder", lambda **_: pytest.fail("it should not have come so far"))
     (tmp_path / "file").write_text("mine")
     (tmp_path / "settings.json").write_text('{"task": "mini-cola"}')
+    (tmp_path / "loop").symlink_to("loop")
     for flags, message in (
         ("--window 1 0", "0 <= start <= end <= 1"),
         ("--method full --dropout 0 0 0", "--dropout takes one rate or two"),
@@ -103,9 +104,11 @@ def test_all_that_can_be_refused_is_refused_before_an_encoder_is_pre_trained(tmp
         ("--resume .", "settings.json is damaged"),
         ("--task cola --data .", "task cola needs --weights DIR"),
         ("--evaluate file", "no settings.json in file; expected the folder of a run"),
+        ("--out loop", "loop is a file: choose another --out"),
+        ("--weights loop", "loop; expected the folder of a RoBERTa or BERT checkpoint"),
     ):
         assert message in refused(capsys, train_glue_mini.main, flags.split())
-    assert (tmp_path / "file").read_text() == "mine" and names(tmp_path) == ["file", "settings.json"]
+    assert (tmp_path / "file").read_text() == "mine" and names(tmp_path) == ["file", "loop", "settings.json"]
 
 
 def test_an_encoder_without_room_for_the_words_is_refused(go, tmp_path, capsys):
