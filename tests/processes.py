@@ -81,23 +81,29 @@ def loop(kind):
         optimizer.zero_grad()
     allocator.finish()
     found = adapters(net)
-    if kind == "fsdp2" and size > 1:  # what is sharded cannot be merged
-        try:
-            merge(net)
-        except ValueError as error:
-            found["merge"] = str(error)
+    if kind == "fsdp2" and size > 1:
+        whole = llama()
+        shard(whole, adapters_too=True)
+        calls = [lambda: merge(net), lambda: RankAllocator(whole, adamw(whole), STEPS, reduce="mean")]
+        found["refused"] = [refusal(call) for call in calls]
     return found
 
 
-def shard(model):
-    """FSDP2 of the frozen weights; the adapters stay whole in every process."""
+def shard(model, adapters_too=False):
+    """FSDP2 of the frozen weights; the adapters stay whole in every process, if they can be trained."""
     from torch.distributed.fsdp import fully_shard
 
     layers = salora_layers(model).values()
     whole = {p for layer in layers for p in (layer.A, layer.B, layer.gate.log_theta)}
-    for block in model.model.layers:
-        fully_shard(block, ignored_params=whole)
-    fully_shard(model, ignored_params=whole)
+    for part in (*model.model.layers, model):
+        fully_shard(part, ignored_params=set() if adapters_too else whole)
+
+
+def refusal(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
 
 
 def trainer(folder, budget=BUDGET, dropout=0.0, **arguments):

@@ -152,6 +152,13 @@ def test_impossible_recipes_are_refused():
             Recipe(**{name: value})
     with pytest.raises(ValueError, match="0 <= start <= end <= 1"):
         Recipe(window=(0.6, 0.5))
+    nan = float("nan")
+    impossible = dict(gate_lr=(0.0, -1, nan, "auto"), beta=(-0.1, nan, None), spread=(-1.0, nan), warmup=(-0.1, 1.1),
+                      dropout=(-0.1, 7, "0"), canonical=("no", 1, None), restart=(0,))  # fmt: skip
+    for name, values in impossible.items():
+        for value in values:
+            with row(name, value), pytest.raises(ValueError, match=f"{name} must be .*, got {value!r}"):
+                Recipe(**{name: value})
 
 
 @st.composite

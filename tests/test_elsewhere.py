@@ -36,7 +36,8 @@ def test_two_processes_of_every_kind_find_what_one_finds(tmp_path):
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(Path(out).read_text())
-    assert "sharded" in found["fsdp2"].pop("merge")
+    merging, sharded_adapters = found["fsdp2"].pop("refused")
+    assert "is sharded: load the saved adapter into a whole model" in merging and "ignored_params" in sharded_adapters
     for kind in KINDS:
         with row(kind):
             assert_alike(found[kind], processes.run(kind, tmp_path / kind))
