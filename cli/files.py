@@ -84,9 +84,9 @@ def claimed(folder, new):
             (folder / "checkpoint.pt").unlink(missing_ok=True)
             raise
         except KeyboardInterrupt:
-            if not (folder / "checkpoint.pt").is_file():
-                raise
-            raise KeyboardInterrupt(f"go on from the last whole epoch with --resume {folder}") from None
+            if (folder / "checkpoint.pt").is_file():
+                raise KeyboardInterrupt(f"go on from the last whole epoch with --resume {folder}") from None
+            raise KeyboardInterrupt("no epoch was finished") from None
 
 
 @contextmanager

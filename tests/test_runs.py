@@ -145,6 +145,10 @@ def test_an_interruption_says_how_to_go_on(go, tmp_path, kept, capsys, monkeypat
             go("--out", tmp_path / "run" / name)
         assert exit_.value.code == 130
         assert capsys.readouterr().err == "\ninterrupted; no epoch was finished\n"
+    with monkeypatch.context() as now, pytest.raises(SystemExit) as exit_:
+        now.setattr(train_glue_mini, "evaluate", stop)
+        go("--evaluate", kept.finished)
+    assert exit_.value.code == 130 and capsys.readouterr().err == "\ninterrupted\n"
     run = copy_of(kept.interrupted, tmp_path / "begun")
     interrupt(go, "--resume", run, after=2)
     assert capsys.readouterr().err == f"\ninterrupted; go on from the last whole epoch with --resume {run}\n"
@@ -375,6 +379,10 @@ def test_a_table_grows_by_rows_and_knows_which_runs_are_done(tmp_path):
     assert path.read_text().splitlines() == ["arm,seed,loss", "lora-4,0,0.5", "lora-4,1,1.5"]
     assert rows_with(path, arm="lora-4", seed=1) == [{"arm": "lora-4", "seed": "1", "loss": "1.5"}]
     assert has_row(path, seed=0) and not has_row(path, arm="lora-8", seed=0)
+    for empty in ("", "\n", "\r\n\r\n", "arm,se"):
+        (tmp_path / "empty.csv").write_text(empty)
+        append(tmp_path / "empty.csv", {"arm": "lora-4", "seed": 0})
+        assert read_table(tmp_path / "empty.csv") == [{"arm": "lora-4", "seed": "0"}]
     append(path, {"loss": 2.5, "seed": 2, "arm": "lora-8"})
     assert path.read_text().splitlines()[-1] == "lora-8,2,2.5", "whatever the order of a row"
     with pytest.raises(ValueError, match="table.csv has other columns than arm, score: choose another --out"):

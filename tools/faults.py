@@ -359,7 +359,7 @@ TABLE = [
     ("cli/files.py made", "a_place_where_nothing_can_be_written", ("except OSError as error:", "except ():")),
     ("cli/files.py locked", "a_folder_is_one_runs", ("fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass")),
     ("cli/files.py claimed", "an_interruption_says_how_to_go_on",
-     ('            if not (folder / "checkpoint.pt").is_file():\n                raise\n', "")),
+     ('if (folder / "checkpoint.pt").is_file():', "if True:")),
     ("cli/files.py _feed", "equal_digests_mean_equal", ('f"{value.dtype} {tuple(value.shape)}"', 'f"{value.dtype}"')),
     ("cli/flags.py positive", "bad_input_is_one_clear_line_and_leaves", ("if float(text) >= MOST:", "if False:")),
     ("cli/flags.py device_of", "under_torchrun_a_process_takes_the_cuda", ('name.startswith("cuda") and', "False and")),
