@@ -26,7 +26,7 @@ from glue.tasks import task_of
 from hub.roberta import save_pretrained
 from peers import METHODS
 from salora import salora_layers
-from tiny_transformer import TinyTransformer, TransformerConfig
+from tiny_transformer import MaskedLM, TinyTransformer, TransformerConfig
 
 
 @pytest.fixture(scope="module")
@@ -346,6 +346,20 @@ def test_a_full_disk_ends_the_run_with_one_line_and_no_half_file(go, tmp_path, c
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "cannot be written: " in message and not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize("kilobytes", [0, 1, 50])
+def test_a_full_disk_while_an_encoder_is_pre_trained_is_one_line_and_leaves_no_half_encoder(tmp_path, capsys, kilobytes,
+                                                                                            monkeypatch):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrain, "pretrain", lambda device: MaskedLM(TinyTransformer(pretrain.MINI)))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, before[1]))
+    try:
+        message = refused(capsys, train_glue_mini.main, ["--device", "cpu"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ("File too large" in message or "cannot be written: " in message) and not list(tmp_path.glob("runs/*"))
 
 
 def test_closed_standard_output_is_one_line(go, capsys, monkeypatch):
