@@ -5,7 +5,6 @@ that Algorithm 1 can work with. No part of the method is here: without this file
 """
 
 import re
-import warnings
 from traceback import walk_stack
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 from budget import affordable, check_budget, kept_density, total_parameters
 from salora import salora_layers
 
+TRAVEL = 14  # how far log_theta must be able to go: from P(g > 0) = 11/12 to 1e-5
 FEW_STEPS = 50  # of a window: in fewer, log theta moves by more than 14 / 50 per step, and ranks are chance
 
 NO_SCALER = "a GradScaler scales the loss but not the penalty: use bf16, which needs none"
@@ -167,18 +167,24 @@ class Guard:
             raise ValueError(f"a budget of {budget} has room for {room} parameters, but the smallest triplet has "
                              f"{least}: raise the budget or r")  # fmt: skip
 
-    def warn(self):
-        """What works, but is probably not meant."""
+    def warnings(self):
+        """What works, but is probably not meant: a list of texts."""
         model, recipe, window = self.allocator.model, self.allocator.recipe, self.allocator.schedule.window
+        found = []
         rates = {m.p for m in model.modules() if isinstance(m, nn.Dropout)} - {recipe.dropout}
         if rates and recipe.dropout is not None:
-            warnings.warn(f"the recipe has dropout {recipe.dropout:g} while adapters train, but the model has "
-                          f"nn.Dropout with p = {max(rates):g}: set p, or dropout=None in the recipe",
-                          stacklevel=3)  # fmt: skip
-        if window < FEW_STEPS:
-            warnings.warn(f"gates train for {window} of {self.allocator.total_steps} steps: in fewer than {FEW_STEPS} "
-                          "ranks mean little; raise total_steps or widen the recipe's window",
-                          stacklevel=3)  # fmt: skip
+            found.append(f"the recipe has dropout {recipe.dropout:g} while adapters train, but the model has "
+                         f"nn.Dropout with p = {max(rates):g}: set p, or dropout=None in the recipe")  # fmt: skip
+        start, end = recipe.window
+        if window < FEW_STEPS and start < end:
+            found.append(f"gates train for {window} of {self.allocator.total_steps} steps; in fewer than {FEW_STEPS} "
+                         "ranks mean little: take more steps or a wider window")  # fmt: skip
+        way = self.allocator.gate_lr * window
+        if 0 < way < 0.99 * TRAVEL and recipe.controller != "projection":
+            found.append(f"in {window} steps of {self.allocator.gate_lr:g} log_theta moves by at most {way:.3g}, and "
+                         f"needs about {TRAVEL} to close a gate: the budget may be missed; raise gate_lr or take more "
+                         "steps")  # fmt: skip
+        return found
 
     def check_parts(self):
         """The model, its adapters and the optimizer."""

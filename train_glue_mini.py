@@ -142,7 +142,7 @@ def main(argv=None):
     with errors_as_lines(parser):
         args = parser.parse_args(argv)
         args.command = shlex.join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
-        warnings.filterwarnings("ignore", module="peers")  # allocators made there warn of what the report says anyway
+        warnings.filterwarnings("ignore", module="peers")  # allocators made there warn of what reports say
         if args.export is not None:
             return export(*read_finished(args, parser))
         if args.evaluate is not None or args.predict is not None:

@@ -44,7 +44,7 @@ def panels(rows, columns, width, height):
 
 
 def mean_and_bars(values):
-    """(mean, how far the 95 % bootstrap interval reaches below it, and above it); one seed has no interval."""
+    """(mean, how far the 95 % t interval reaches below it, and above it); one seed has no interval."""
     middle = mean(values)
     low, high = interval(values) if len(values) > 1 else (middle, middle)
     return middle, max(0, middle - low), max(0, high - middle)

@@ -48,7 +48,7 @@ REFUSED = [  # flags, and what the line says
     ("--rank 0", "argument --rank: expected a whole number above 0, got '0'"),
     ("--steps many", "argument --steps: expected a whole number above 0, got 'many'"),
     (f"--epochs {10**400}", "argument --epochs: expected a number below 1e+12"),
-    ("--gate-lr fast", "argument --gate-lr: expected auto or a number above 0, got 'fast'"),
+    ("--gate-lr fast", "argument --gate-lr: expected a number above 0, got 'fast'"),
     ("--gate-lr 1e38", "argument --gate-lr: expected a number below 1e+36, got '1e38'"),
     ("--lr -1", "argument --lr: expected a number above 0, got '-1'"),
     ("--beta nan", "argument --beta: expected a number, 0 or above, got 'nan'"),
@@ -431,7 +431,7 @@ def test_a_summary_and_settings_say_what_was_run_with_what(go, tmp_path, kept):
     summary, settings = json_of(tmp_path / "paper"), json_of(tmp_path / "paper", "settings")
     assert summary["recipe"] == "paper" and summary["command"].startswith("train_glue_mini.py --out ")
     assert set(summary["versions"]) == {"python", "torch", "numpy"}
-    assert settings["gate_lr"] == pytest.approx(14 / 3) and settings["dropout"] == [0.1, 0.1]
+    assert settings["gate_lr"] == 0.01 and settings["dropout"] == [0.1, 0.1]
     ours, full = json_of(kept.finished, "settings"), json_of(tmp_path / "full", "settings")
     assert ours["gate_lr"] == 7 and ours["dropout"] == [0, 0], "the values that were used, and not auto"
     assert "recipe" not in full and "gate_lr" not in full and full["dropout"] == [0.1, 0.1]
