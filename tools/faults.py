@@ -260,6 +260,8 @@ TABLE = [
      ('elif self.due != "after_backward":', "elif False:")),
     ("guard.py Guard.see_step", "gradients_that_are_gone_before_the_step",
      ("        if layers and all(", "        if False and all(")),
+    ("guard.py Guard.check_reached", "a_layer_that_the_model_passes_by_is_warned_of_when_the_window_opens",
+     ("if not layer.B.any()", "if layer.B.any()")),
     ("guard.py Guard.warnings", "short_windows_and_a_dropout_that_the_recipe_does_not_have_are_warned_of",
      ("if window < FEW_STEPS and start < end:", "if False:"), ("if rates and recipe.dropout is not None:", "if False:"),
      ("window < FEW_STEPS and start < end", "window < FEW_STEPS"), ("0.99 * TRAVEL", "TRAVEL / 9")),
