@@ -5,6 +5,7 @@ that Algorithm 1 can work with. No part of the method is here: without this file
 """
 
 import re
+import warnings
 from traceback import walk_stack
 
 import torch
@@ -74,6 +75,8 @@ class Guard:
         if step in (0, schedule.T_start, schedule.T_end, schedule.T_end + 1):  # much may have changed since
             self.check_parts()
             self.check_processes()
+        if step == schedule.T_start > 0:
+            self.check_reached()
         self.due, self.stepped = "after_backward", False
 
     def after_backward(self):
@@ -252,6 +255,14 @@ class Guard:
         if kept != expected:
             raise ValueError(f"the model keeps {kept:.4f} of its adapter parameters where {expected:.4f} is right: its "
                              "weights come from another phase of training")  # fmt: skip
+
+    def check_reached(self):
+        """Warns of B that are still 0. Some models read a layer's weight, past its forward and so past its adapter."""
+        layers = self.allocator.layers
+        unmoved = [name for name, layer in layers.items() if not layer.B.any()]
+        if 0 < len(unmoved) < len(layers):
+            warnings.warn(f"training has not moved {', '.join(unmoved)}: does the model use these weights without "
+                          "calling their layers?", stacklevel=4)  # fmt: skip
 
     def check_moments(self):
         """Adam's moments have the shape of their parameter and can be cut with it; what Adafactor keeps cannot."""

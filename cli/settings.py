@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def settle(args):
     settings.decisions = replace(recipe, dropout=None)  # applied here, where the encoder is loaded
 
     weights = args.weights or mini_encoder(device=settings.device)  # all that can be refused before has been
-    settings.weights = str(Path(weights).resolve())  # so that --evaluate and --resume find it from anywhere
+    settings.weights = os.path.realpath(weights)  # so that --evaluate and --resume find it from anywhere
 
     defaults = {"lr": method.lr[official], "warmup": settings.decisions.warmup}
     if not args.steps:

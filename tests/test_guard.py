@@ -161,6 +161,25 @@ def test_short_windows_and_a_dropout_that_the_recipe_does_not_have_are_warned_of
             assert all(re.search(*pair) for pair in zip(expected, [str(warning.message) for warning in found]))
 
 
+def test_a_layer_that_the_model_passes_by_is_warned_of_when_the_window_opens():
+    class Bypass(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.two(torch.tanh(nn.functional.linear(x, self.one.weight)))
+
+    run = Run(lambda: (adapt(Bypass(), ["one", "two"], r=4), (6,)))
+    run.train(stop=T_START)
+    with pytest.warns(UserWarning, match="training has not moved one: does the model use these weights"):
+        run.do("B")
+    run = Run().train(stop=T_START)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.do("B")
+
+
 REFUSED = [  # (model -> the arguments of RankAllocator, error)
     (lambda m: (nn.Linear(2, 2), sgd(m), 9), "has no adapters: call adapt"),
     (lambda m: (m, sgd(nn.Linear(2, 2)), 9), "does not hold A and B of 0: make it after adapt"),

@@ -97,6 +97,7 @@ def test_all_that_can_be_refused_is_refused_before_an_encoder_is_pre_trained(tmp
     monkeypatch.setattr(cli_settings, "mini_encoder", lambda **_: pytest.fail("it should not have come so far"))
     (tmp_path / "file").write_text("mine")
     (tmp_path / "settings.json").write_text('{"task": "mini-cola"}')
+    (tmp_path / "loop").symlink_to("loop")
     for flags, message in (
         ("--window 1 0", "0 <= start <= end <= 1"),
         ("--method full --dropout 0 0 0", "--dropout takes one rate or two"),
@@ -105,9 +106,11 @@ def test_all_that_can_be_refused_is_refused_before_an_encoder_is_pre_trained(tmp
         ("--resume .", "settings.json is damaged"),
         ("--task cola --data .", "task cola needs --weights DIR"),
         ("--evaluate file", "no settings.json in file; expected the folder of a run"),
+        ("--out loop", "loop is a file: choose another --out"),
+        ("--weights loop", "loop; expected the folder of a RoBERTa or BERT checkpoint"),
     ):
         assert message in refused(capsys, train_glue_mini.main, flags.split())
-    assert (tmp_path / "file").read_text() == "mine" and names(tmp_path) == ["file", "settings.json"]
+    assert (tmp_path / "file").read_text() == "mine" and names(tmp_path) == ["file", "loop", "settings.json"]
 
 
 def test_an_encoder_without_room_for_the_words_is_refused(go, tmp_path, capsys):
@@ -153,6 +156,10 @@ def test_an_interruption_says_how_to_go_on(go, tmp_path, kept, capsys, monkeypat
             go("--out", tmp_path / "run" / name)
         assert exit_.value.code == 130
         assert capsys.readouterr().err == "\ninterrupted; no epoch was finished\n"
+    with monkeypatch.context() as now, pytest.raises(SystemExit) as exit_:
+        now.setattr(train_glue_mini, "evaluate", stop)
+        go("--evaluate", kept.finished)
+    assert exit_.value.code == 130 and capsys.readouterr().err == "\ninterrupted\n"
     run = copy_of(kept.interrupted, tmp_path / "begun")
     interrupt(go, "--resume", run, after=2)
     assert capsys.readouterr().err == f"\ninterrupted; go on from the last whole epoch with --resume {run}\n"
@@ -352,6 +359,20 @@ def test_a_full_disk_ends_the_run_with_one_line_and_no_half_file(go, tmp_path, c
     assert "cannot be written: " in message and not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.parametrize("kilobytes", [0, 1, 50])
+def test_a_full_disk_while_an_encoder_is_pre_trained_is_one_line_and_leaves_no_half_encoder(tmp_path, capsys, kilobytes,
+                                                                                            monkeypatch):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrain, "pretrain", lambda device: MaskedLM(TinyTransformer(pretrain.MINI)))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, before[1]))
+    try:
+        message = refused(capsys, train_glue_mini.main, ["--device", "cpu"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ("File too large" in message or "cannot be written: " in message) and not list(tmp_path.glob("runs/*"))
+
+
 def test_closed_standard_output_is_one_line(go, capsys, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
@@ -383,6 +404,10 @@ def test_a_table_grows_by_rows_and_knows_which_runs_are_done(tmp_path):
     assert path.read_text().splitlines() == ["arm,seed,loss", "lora-4,0,0.5", "lora-4,1,1.5"]
     assert rows_with(path, arm="lora-4", seed=1) == [{"arm": "lora-4", "seed": "1", "loss": "1.5"}]
     assert has_row(path, seed=0) and not has_row(path, arm="lora-8", seed=0)
+    for empty in ("", "\n", "\r\n\r\n", "arm,se"):
+        (tmp_path / "empty.csv").write_text(empty)
+        append(tmp_path / "empty.csv", {"arm": "lora-4", "seed": 0})
+        assert read_table(tmp_path / "empty.csv") == [{"arm": "lora-4", "seed": "0"}]
     append(path, {"loss": 2.5, "seed": 2, "arm": "lora-8"})
     assert path.read_text().splitlines()[-1] == "lora-8,2,2.5", "whatever the order of a row"
     with pytest.raises(ValueError, match="table.csv has other columns than arm, score: choose another --out"):
