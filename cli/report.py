@@ -38,8 +38,10 @@ def announce(settings, folder, model, train, dev, allocator):
         print(f"{settings.method} adds modules to the encoder: the run can be evaluated, but not merged or exported")
     if settings.method == "salora":
         schedule = allocator.schedule
-        print(f"gates train from step {schedule.T_start} to {schedule.T_end} of {allocator.total_steps}, "
-              f"gate lr {allocator.gate_lr:.3g}")  # fmt: skip
+        gates = f"gates train from step {schedule.T_start} to {schedule.T_end}"
+        if schedule.window == 0:
+            gates = f"no gates train; triplets are cut at step {schedule.T_end}"
+        print(f"{gates} of {allocator.total_steps}, gate lr {allocator.gate_lr:.3g}")
         for warning in allocator.guard.warnings():
             print(f"warning: {warning}")
     if worker() == 0:
