@@ -36,7 +36,6 @@ from cli.journal import Journal
 from cli.settings import flags_of, settle
 from cli.setup import build, seed_of
 from experiments import shift
-from experiments.arms import WARMUP
 from experiments.study import TUNE_SEED, Study
 from glue import mini
 from glue.metrics import METRICS
@@ -44,7 +43,6 @@ from glue.tasks import DEV_ROWS, TASKS, TRAIN_ROWS, load_task, task_of
 from peers import METHODS
 from peers.alora import hold_out
 from peers.sora import lambda_at
-from rank_allocator import lr_factor
 from train_glue_mini import fine_tune, loss_of
 
 ARMS = ["salora-8-to-4", "salora-16-to-4", "lora-8", "lora-4", "adalora-8-to-4", "sora-8", "alora-8-to-4", "rm-lora-4",
@@ -57,9 +55,9 @@ COSTS = ["trained", "final", "ms"]  # parameters that train, and that are left; 
 FRESH_ROWS = 4000  # of a generated task, for reports
 
 
-def lambda_of(reach, lr, steps):
-    """SoRA's highest lambda with which all thresholds eta_t lambda_t of a run add up to `reach`."""
-    total = sum(lr * lr_factor(step, steps, WARMUP) * lambda_at(step, steps, 1.0) for step in range(steps))
+def lambda_of(reach, steps):
+    """SoRA's highest lambda with which all thresholds of a run add up to `reach`."""
+    total = sum(lambda_at(step, steps, 1.0) for step in range(steps))
     if not total:
         raise ValueError(f"SoRA's lambda has no time to rise in {steps} steps: take more")
     return reach / total
@@ -76,7 +74,7 @@ def measure(args, task, arm, seed, trial):
         train, held_out = hold_out(train, settings.batch_size)
         options["score"] = lambda: -loss_of(model, held_out)
     if arm.method == "sora":
-        options["sparse_lambda"] = lambda_of(REACH["tasks"], lr, args.steps)
+        options["sparse_lambda"] = lambda_of(REACH["tasks"], args.steps)
     trained, journal = shift.parameters_of(model), Journal(args.steps)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     allocator = arm.allocator(model, optimizer, args.steps, seed_of(seed, "gates"), **options)
@@ -121,7 +119,7 @@ def fresh_rows(task):
 def measure_on_shift(args, task, arm, seed, trial):
     lr, scale = trial
     data, model, journal = shift.data_of(task, seed, args.texts), shift.model_of(arm, scale, seed), Journal(args.steps)
-    options = {"sparse_lambda": lambda_of(REACH["shift"], lr, args.steps)} if arm.method == "sora" else {}
+    options = {"sparse_lambda": lambda_of(REACH["shift"], args.steps)} if arm.method == "sora" else {}
     trained = shift.parameters_of(model)
     shift.train(model, data, arm, lr, seed, args.steps, journal=journal, **options)
     ms = 1000 * journal.seconds / args.steps

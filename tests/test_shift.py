@@ -163,13 +163,13 @@ def test_the_comparison_has_every_method_with_as_many_trials():
 
 
 def test_soras_thresholds_add_up_to_its_reach(tiny_lm):
-    lam, lr, total = compare.lambda_of(0.8, 0.01, 70), 0.01, 0.0
+    lam, total = compare.lambda_of(0.8, 70), 0.0
     model = shift.model_of(arm_of("sora-8"), 1, 0)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
     sora = arm_of("sora-8").allocator(model, optimizer, 70, 0, sparse_lambda=lam)
     for step in range(70):
         sora.step = step + 1
-        total += lr * sora.lr_factor(step) * sora.lam
+        total += sora.lam
     assert isinstance(sora, SoRA) and total == pytest.approx(0.8)
 
 
