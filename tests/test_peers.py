@@ -329,10 +329,11 @@ def test_adalora_goes_step_by_step_where_the_authors_trainer_goes():
                 sensitivity = (p * p.grad).abs().detach()
                 average[i] = 0.85 * average[i] + 0.15 * sensitivity
                 uncertainty[i] = 0.85 * uncertainty[i] + 0.15 * (sensitivity - average[i]).abs()
+        s = [a * u for a, u in zip(average, uncertainty, strict=True)]
+        scores = torch.cat([s[i][:, 0] + s[i + 1].mean(1) + s[i + 2].mean(0) for i in (0, 3)])
+        assert torch.allclose(torch.cat(loop.allocator.importance()), scores, rtol=1e-9, atol=0)
         b = 8 if t <= T_I else 2 if t > end else int(2 + 6 * (1 - (t - T_I) / (end - T_I)) ** 3)
         if t > end or (t > T_I and t % 4 == 0):
-            s = [a * u for a, u in zip(average, uncertainty, strict=True)]
-            scores = torch.cat([s[i][:, 0] + s[i + 1].mean(1) + s[i + 2].mean(0) for i in (0, 3)])
             closed = scores <= scores.kthvalue(8 - b).values
             for E, mask in zip((E1, E2), closed.split(4), strict=True):
                 E.data[mask] = 0
