@@ -37,7 +37,8 @@ SVD = Recipe.ours(window=(0.5, 0.5))  # there is no step in which gates train
 RESTART = replace(SVD, canonical=False, spread=0.0)  # with a budget of 1 nothing is cut
 PEERS = {  # variants of other methods: options of their allocators
     "rm-lora": {"-beta-0": {"beta": 0.0}, "-share-1": {"share": 1.0}},  # GM-LoRA, R-LoRA
-    "adalora": {"-eq-4": {"regularizer": orthogonality}},  # the paper's, not the authors' code's
+    "adalora": {"-eq-4": {"regularizer": orthogonality}},  # as in the paper, not as in its authors' code
+    "sora": {"-eq-10": {"times_lr": True}},  # so, too
 }
 # LoRA with the ranks that SaLoRA found from rank 16, with the same ranks shuffled among matrices of one shape, and with
 # one rank everywhere; all three have the same draw of A. Found against shuffled shows whether their places matter.

@@ -6,8 +6,8 @@ a gradient, so it can open again. After training, triplets whose gate is 0 are p
 
 Where the paper and the authors' code differ, this is the code:
 
-- In Eq. (10) xi is the learning rate times lambda. In the code the threshold is lambda itself, which it calls
-  sparse_lambda, whatever the learning rate.
+- In Eq. (10) xi is the learning rate times lambda. In the code that runs it is lambda itself, which goes on shrinking
+  gates when the learning rate has become too small for A and B to make up for it. `times_lr` is for the paper's.
 - Eq. (11) closes gates in [-xi, xi]. The code shrinks first and then closes what is left below xi, so that every gate
   in (-2 xi, 2 xi) is 0, and none is open that is smaller than xi.
 - The loss has a small multiple of the mean of |g| as well.
@@ -50,11 +50,15 @@ def lambda_at(step, total_steps, highest=LAMBDA, levels=LEVELS):
 
 
 class SoRA(Allocator):
-    """The hooks of RankAllocator, for SoRA. sparse_lambda: lambda at its highest level, the threshold of a step."""
+    """The hooks of RankAllocator, for SoRA.
 
-    def __init__(self, model, optimizer, total_steps, sparse_lambda=LAMBDA, **rest):
+    sparse_lambda: lambda at its highest level, as the authors' optimizer calls it. times_lr: the threshold is that of
+    Eq. (10), the learning rate times lambda; a lambda of about 0.6 then takes as much as the authors' at their rate.
+    """
+
+    def __init__(self, model, optimizer, total_steps, sparse_lambda=LAMBDA, times_lr=False, **rest):
         super().__init__(model, optimizer, total_steps, **rest)
-        self.sparse_lambda = sparse_lambda
+        self.sparse_lambda, self.times_lr = sparse_lambda, times_lr
         self.gates = [layer.gate.log_theta for layer in self.layers.values()]
         train_gates(self.layers.values(), optimizer, weight_decay=0.0)  # the threshold is decay enough
 
@@ -77,10 +81,14 @@ class SoRA(Allocator):
         super().after_backward()
         (L1 * torch.cat(self.gates).abs().mean()).backward()
 
+    def threshold(self):
+        """xi of the step in progress."""
+        lam = lambda_at(self.step, self.total_steps, self.sparse_lambda)
+        return self.optimizer.param_groups[-1]["lr"] * lam if self.times_lr else lam
+
     @torch.no_grad()
     def after_step(self):
         """The proximal half of Eq. (10)."""
-        xi = lambda_at(self.step, self.total_steps, self.sparse_lambda)
         for g in self.gates:
-            g.copy_(shrink(g, xi))
+            g.copy_(shrink(g, self.threshold()))
         super().after_step()

@@ -394,11 +394,13 @@ def test_sora_lambda_rises_in_seven_levels_from_zero_the_first_the_longest():
 
 
 @pytest.mark.equation("sora")
-def test_sora_goes_step_by_step_where_its_authors_trainer_goes_and_prunes_zeros_in_the_end():
+@pytest.mark.parametrize("times_lr", [False, True])
+def test_sora_goes_step_by_step_where_its_authors_trainer_goes_and_prunes_zeros_in_the_end(times_lr):
     """The loss with 1e-3 mean |g|; Adam without decay for g, written out; then the three lines, number by number."""
-    highest, steps, lr = 0.05, 56, 0.02
+    steps, lr = 56, 0.02
+    highest = 0.05 / lr if times_lr else 0.05
     lambdas = [0.0] * 20 + [level / 6 * highest for level in range(1, 7) for _ in range(6)]
-    make = lambda *parts: SoRA(*parts, sparse_lambda=highest)  # noqa: E731
+    make = lambda *parts: SoRA(*parts, sparse_lambda=highest, times_lr=times_lr)  # noqa: E731
     tiny = partial(torch.optim.AdamW, eps=1e-15)  # its eps stands elsewhere in their formula
     loop, base, x = Loop(make, steps, tiny, double_net), merge(double_net()), INPUTS.double()
     for when in loop:
@@ -423,7 +425,7 @@ def test_sora_goes_step_by_step_where_its_authors_trainer_goes_and_prunes_zeros_
             v[i] = 0.999 * v[i] + 0.001 * g.grad**2
             size = lr * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
             moved = g.detach() - size * m[i] / v[i].sqrt()
-            xi = lambdas[step - 1]
+            xi = lambdas[step - 1] * lr if times_lr else lambdas[step - 1]
             gates[i] = torch.tensor([three_lines(value, xi) for value in moved.tolist()], dtype=x.dtype)
         assert loop.allocator.status()["lam"] == pytest.approx(lambdas[step - 1])
         for layer, g, A, B in zip(loop.layers, gates, factors[0::2], factors[1::2], strict=True):

@@ -353,6 +353,7 @@ def test_an_arm_has_the_allocator_recipe_and_budget_of_its_name():
     assert [(some.beta, some.share) for some in map(allocator, names)] == [(0.1, 0.5), (0, 0.5), (0.1, 1)]
     regularizers = [allocator(name).regularizer for name in ("adalora-8-to-4", "adalora-8-to-4-eq-4")]
     assert regularizers == [mean_norm, orthogonality]
+    assert [allocator(name).times_lr for name in ("sora-8", "sora-8-eq-10")] == [False, True]
 
 
 def test_an_arm_that_is_not_in_a_table_takes_the_nearest_of_its_family_or_of_its_kind():

@@ -531,8 +531,8 @@ TABLE = [
      ("(epoch - FIRST)", "epoch")),
     ("peers/sora.py SoRA.after_backward", "sora_goes_step_by_step_where",
      ("(L1 * torch.cat(self.gates).abs().mean()).backward()", "pass")),
-    ("peers/sora.py SoRA.after_step", "sora_goes_step_by_step_where",
-     ("self.sparse_lambda)", "self.sparse_lambda * self.optimizer.param_groups[-1]['lr'])")),
+    ("peers/sora.py SoRA.threshold", "sora_goes_step_by_step_where",
+     ("if self.times_lr else lam", "if not self.times_lr else lam")),
 ]  # fmt: skip
 FAULTS = [(place, old, new, test) for place, test, *pairs in TABLE for old, new in pairs]
 
