@@ -110,7 +110,7 @@ def build_parser():
     )
     g.add_argument(
         "--sparse-lambda", type=above_zero, metavar="X",
-        help="sora: its lambda at the highest level; the larger it is, the more triplets are removed (default 0.6)",
+        help="sora: its lambda at the highest level; the larger it is, the more triplets are removed (default 0.0007)",
     )
     g.add_argument(
         "--recipe", choices=["ours", "paper", "paper-scaled", "svd"],

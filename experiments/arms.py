@@ -5,6 +5,7 @@
     salora-8-to-4-window-.2-.5    then, where it is not the default recipe, what differs: see VARIANTS
     svd-16-to-4                   the same cut by singular values alone, without gates
     lora-4-restart                LoRA with SaLoRA's learning rate, which restarts halfway
+    rm-lora-4-beta-0              a peer, and what differs from its default: see PEERS
     lora-4-found                  fresh LoRA with the ranks that SaLoRA found on the same task and seed: see PLACEMENTS
     bitfit, ia3, full, head       methods without a size
 
@@ -15,14 +16,14 @@ import argparse
 import json
 import random
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from cli.table import rows_with
 from peers import METHODS, allocator_for
 from rank_allocator import Recipe
-from salora import salora_layers
+from salora import orthogonality, salora_layers
 
 WARMUP = Recipe.ours().warmup
 VARIANTS = {  # of SaLoRA, "" being the default recipe
@@ -35,6 +36,11 @@ VARIANTS = {  # of SaLoRA, "" being the default recipe
 }
 SVD = Recipe.svd()
 RESTART = replace(SVD, canonical=False, spread=0.0)  # with a budget of 1 nothing is cut
+PEERS = {  # variants of other methods: options of their allocators
+    "rm-lora": {"-beta-0": {"beta": 0.0}, "-share-1": {"share": 1.0}},  # GM-LoRA, R-LoRA
+    "adalora": {"-eq-4": {"regularizer": orthogonality}},  # as in the paper, not as in its authors' code
+    "sora": {"-eq-10": {"times_lr": True}},  # so, too
+}
 # LoRA with the ranks that SaLoRA found from rank 16, with the same ranks shuffled among matrices of one shape, and with
 # one rank everywhere; all three have the same draw of A. Found against shuffled shows whether their places matter.
 PLACEMENTS = ("-found", "-shuffled", "-uniform")
@@ -49,6 +55,7 @@ class Arm:
     size: float = 0  # that of LoRA of this rank, or START of what has no triplets
     recipe: Recipe | None = None
     placement: str = ""  # of PLACEMENTS
+    options: dict = field(default_factory=dict)  # of PEERS
 
     @property
     def is_cut(self):
@@ -62,7 +69,7 @@ class Arm:
         """options: what the allocator of this method alone has."""
         if METHODS[self.method].budgeted:
             options["budget"] = self.size / self.start
-        options |= {"warmup": WARMUP, "recipe": self.recipe}
+        options |= {"warmup": WARMUP, "recipe": self.recipe, **self.options}
         return allocator_for(self.method, model, optimizer, steps, seed=seed, **options)
 
 
@@ -76,15 +83,16 @@ def arm_of(name):
     recipes = {"salora": VARIANTS, "svd": {"": SVD}, "lora": lora}.get(word, {"": None})
     variant = variant or ""
     recipe = recipes.get(variant)
+    options = PEERS.get(word, {})
     method = "salora" if recipe else word
-    known = variant in recipes and method in METHODS and METHODS[method].sized
+    known = (variant in recipes or variant in options) and method in METHODS and METHODS[method].sized
     if not known or (size and not (METHODS[method].budgeted and 0 < float(size) <= int(start))):
         raise argparse.ArgumentTypeError(f"{name!r} is not an arm, such as lora-4, salora-16-to-4 or bitfit; methods "
                                          f"are {', '.join(METHODS)} and svd")  # fmt: skip
     family = (f"{word}-{start}" if size else word) + variant
     if variant in PLACEMENTS:
         return Arm(name, family, method, 16, float(start), placement=variant)
-    return Arm(name, family, method, int(start), float(size or start), recipe)
+    return Arm(name, family, method, int(start), float(size or start), recipe, options=options.get(variant, {}))
 
 
 def nearest(arm, table):

@@ -6,6 +6,7 @@
 behind the feed-forward net, each before the residual; LayerNorms train, too. `pfeiffer` (Pfeiffer et al., EACL 2021,
 arXiv 2005.00247): one in every block, behind the LayerNorm that follows the feed-forward net; nothing else trains.
 f is GELU in both. A bottleneck has a nonlinearity in it, so it cannot be folded into the matrix before it.
+As in Houlsby's code, the block's dropout comes before the adapter, and none after it. Pfeiffer's stays where it is.
 Left out: Pfeiffer's second residual around that LayerNorm, AdapterFusion, dropping adapters.
 """
 
@@ -16,18 +17,22 @@ STD = 0.01  # Houlsby, section 3.6: near the identity at the start; larger value
 
 
 class Adapter(nn.Module):
-    """A frozen module `base` with d outputs, and behind it a bottleneck of m units and a residual around that."""
+    """A frozen module `base` with d outputs, and behind it a bottleneck of m units and a residual around that.
 
-    def __init__(self, base, d, m):
+    dropout: a module between the two.
+    """
+
+    def __init__(self, base, d, m, dropout=None):
         super().__init__()
         self.base = base
+        self.dropout = dropout or nn.Identity()
         self.down, self.up = nn.Linear(d, m), nn.Linear(m, d)
         for linear in (self.down, self.up):
             nn.init.trunc_normal_(linear.weight, std=STD, a=-2 * STD, b=2 * STD)
             nn.init.zeros_(linear.bias)
 
     def forward(self, x):
-        h = self.base(x)  # (..., d)
+        h = self.dropout(self.base(x))  # (..., d)
         return h + self.up(F.gelu(self.down(h)))  # (..., d) through (..., m)
 
 
@@ -36,7 +41,9 @@ def houlsby(model, m):
     encoder = model.encoder.requires_grad_(False)
     d = encoder.config.hidden_size
     for block in encoder.layers:
-        block.out, block.down = Adapter(block.out, d, m), Adapter(block.down, d, m)
+        block.out = Adapter(block.out, d, m, block.dropout)
+        block.down = Adapter(block.down, d, m, block.dropout)
+        block.dropout = nn.Identity()
         for norm in (block.norm1, block.norm2):
             norm.requires_grad_(True)
 

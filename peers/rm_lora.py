@@ -3,6 +3,7 @@
 Two additions to LoRA, against directions that are never used: a pull of A and B toward orthogonality (Eq. 10), and
 random masks, so that a step updates only r_hat of the R directions of a matrix (Algorithm 1). No rank is cut: all R
 directions stay. The variants of the paper: beta = 0 is GM-LoRA, share = 1 is R-LoRA, both together are plain LoRA.
+Studies have them as rm-lora-4-beta-0 and rm-lora-4-share-1 (experiments/arms.py).
 
 Adam and weight decay move a parameter whose gradient is 0. "Update only these directions" is meant here to the letter:
 the other rows of A and columns of B, and their moments, are put back after the step.

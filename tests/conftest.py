@@ -83,8 +83,8 @@ EQUATIONS = {  # what stands in @pytest.mark.equation("8") -> the place in the c
     # The encoder
     "encoder": "tiny_transformer.py: x = norm(x + f(x)) with exact GELU; positions start at pad + 1",
     # The peers
-    "adalora": "peers/adalora.py, Eqs. (4), (6) to (11): importance I_bar U_bar; the b(t) best keep their value",
-    "sora": "peers/sora.py, Eqs. (10), (11): g <- T(g - eta gradient), T the soft threshold at xi = eta lambda",
+    "adalora": "peers/adalora.py, Eqs. (6) to (11): importance I_bar U_bar; the b(t) best keep their value",
+    "sora": "peers/sora.py, Eqs. (10), (11): g <- T(g - eta gradient), T the soft threshold, and 0 below 2 xi",
     "alora": "peers/alora.py, Eq. (6): IS(r) = S(M) - S(M without r) + S(M with only r); a move opens what it closes",
     "rm-lora": "peers/rm_lora.py, Eq. (10) and Alg. 1: a step updates r_hat of R directions",
     "peers": "peers/allocator.py: the hooks of a training loop, and plain LoRA when it is over",

@@ -3,6 +3,8 @@
 import copy
 import itertools
 from fractions import Fraction
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +19,12 @@ from hard_concrete import HardConcreteGate
 from hub.adapters import save_adapter
 from hub.peft import export_peft
 from peers import METHODS, adalora, adapters, allocator_for, alora, install, rm_lora, sora
-from peers.adalora import AdaLoRA, budget_at
+from peers.adalora import AdaLoRA, budget_at, mean_norm
 from peers.allocator import Allocator
 from peers.alora import ALoRA, hold_out
 from peers.fixed_ranks import FixedRanks
 from peers.rm_lora import RMLoRA
-from peers.sora import SoRA, lambda_at, soft_threshold
+from peers.sora import SoRA, lambda_at, shrink, soft_threshold
 from rank_allocator import RankAllocator
 from salora import adapt, merge, orthogonality, salora_layers
 from tiny_transformer import SequenceClassifier
@@ -35,6 +37,10 @@ pytestmark = pytest.mark.equation("peers")
 def net():
     torch.manual_seed(0)
     return adapt(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)), ["0", "2"], 4, 8)
+
+
+def double_net():
+    return net().double()
 
 
 class Spared(nn.Module):
@@ -57,7 +63,7 @@ INPUTS, LABELS = torch.randn(64, 6, generator=generator(1)), torch.arange(64) % 
 
 
 def loss_of(model):
-    return nn.functional.cross_entropy(model(INPUTS), LABELS)
+    return nn.functional.cross_entropy(model(INPUTS.to(next(model.parameters()).dtype)), LABELS)
 
 
 class Loop:
@@ -162,16 +168,23 @@ def test_what_a_peer_draws_is_decided_by_its_seed_and_by_nothing_else(make):
     assert torch.equal(trained(1), trained(1, drawn_before=3)) and not torch.equal(trained(1), trained(2))
 
 
-@pytest.mark.parametrize("name,weight", [("adalora", adalora.GAMMA), ("rm-lora", rm_lora.BETA)])
-def test_the_orthogonality_of_b_and_a_is_part_of_the_gradient(name, weight):
+PULLS = {
+    "adalora": (AdaLoRA, adalora.GAMMA, mean_norm),
+    "adalora, Eq. (4)": (lambda *parts: AdaLoRA(*parts, regularizer=orthogonality), adalora.GAMMA, orthogonality),
+    "rm-lora": (RMLoRA, rm_lora.BETA, orthogonality),
+}
+
+
+@pytest.mark.parametrize("make,weight,pull_of", PULLS.values(), ids=PULLS)
+def test_the_orthogonality_of_b_and_a_is_part_of_the_gradient(make, weight, pull_of):
     """The only part here, where that of the loss is zeroed."""
-    loop = Loop(ALLOCATING[name], steps=3)
+    loop = Loop(make, steps=3)
     for when in loop:
         if when == "backward":
             loop.optimizer.zero_grad(set_to_none=False)
         if when == "after_backward":
             factors = [p for layer in loop.layers for p in (layer.A, layer.B)]
-            pulls = torch.autograd.grad(weight * orthogonality(loop.layers), factors)
+            pulls = torch.autograd.grad(weight * pull_of(loop.allocator.layers), factors)
             for p, pull in zip(factors, pulls, strict=True):
                 moved = p.grad != 0  # RM-LoRA masks the rest
                 assert torch.equal(p.grad[moved], pull[moved]) and (moved.any() or not pull.any())
@@ -217,54 +230,127 @@ def test_adalora_budget_falls_along_a_cubic_from_all_triplets_to_the_last(data):
         assert exact - 1 - 1e-6 < budgets[t] <= exact + 1e-6
 
 
-@pytest.mark.equation("adalora")
-def test_adalora_starts_with_vectors_of_norm_1_and_singular_values_of_0():
-    model = adapt(nn.Sequential(nn.Linear(1500, 2000)), ["0"], 4, 8)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
-    AdaLoRA(model, optimizer, 9).before_step(0)
-    layer = model[0]
-    for norms in (layer.B.norm(dim=0), layer.A.norm(dim=1)):
-        assert norms.tolist() == pytest.approx([1] * 4, abs=0.15), "up to chance"
-    assert not layer.gate().any()
+T, T_I, T_F = 30, 2, 12  # of the comparisons below
+
+
+def short_adalora(*parts, interval):
+    allocator = AdaLoRA(*parts, budget=0.25, interval=interval)
+    allocator.t_i, allocator.t_f = T_I, T_F
+    return allocator
+
+
+def triplets_of(loop):
+    """E (r, 1), A and B of every layer, as the authors call them."""
+    return [(layer.gate.log_theta.detach()[:, None], layer.A.detach(), layer.B.detach()) for layer in loop.layers]
+
+
+def assert_same_path(ours, theirs):
+    """The same singular values are 0, and all else agrees up to rounding."""
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine[0] == 0, other[0] == 0)
+        for a, b in zip(mine, other, strict=True):
+            assert_close(a, b.detach(), 64)
+
+
+class WithLoss(nn.Module):
+    """A net that returns its loss the way models of transformers do: PEFT adds its regularizer there."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self):
+        return SimpleNamespace(loss=loss_of(self.net))
 
 
 @pytest.mark.equation("adalora")
-def test_adalora_has_the_importances_and_masks_of_peft_on_the_same_gradients():
-    """A triplet whose value was 0 comes back there and here alike."""
+def test_adalora_goes_step_by_step_where_peft_goes():
+    """Importances, masks and weights, through PEFT's own forward and update_and_allocate. They allocate at T - t_f
+    whether it is due or not: here it is."""
     peft = pytest.importorskip("peft")
-    from peft.tuners.adalora import RankAllocator
-
-    loop, theirs, masked = Loop(lambda *parts: AdaLoRA(*parts, budget=0.25, interval=3), steps=20), nn.Module(), []
-    loop.allocator.t_i, loop.allocator.t_f = 2, 10
-    for i, layer in enumerate(loop.layers):
-        parts = {"lora_A": layer.A, "lora_B": layer.B, "lora_E": layer.gate.log_theta[:, None]}
-        new = {name: nn.ParameterDict({"default": nn.Parameter(p.detach().clone())}) for name, p in parts.items()}
-        theirs.add_module(f"m{i}", nn.ModuleDict(new))
-    plan = dict(init_r=4, target_r=1, tinit=2, tfinal=10, deltaT=3, total_step=20, beta1=0.85, beta2=0.85)
-    oracle = RankAllocator(theirs, peft.AdaLoraConfig(**plan), "default")
+    loop, masked = Loop(lambda *parts: short_adalora(*parts, interval=3), T, build=double_net), []
+    plan = dict(init_r=4, target_r=1, tinit=T_I, tfinal=T_F, deltaT=3, total_step=T, orth_reg_weight=0.1)
+    config = peft.AdaLoraConfig(**plan, lora_alpha=8, target_modules=["0", "2"])
+    theirs = peft.get_peft_model(WithLoss(merge(net())), config).double()
+    oracle, adapters = theirs.base_model, [theirs.base_model.model.net[i] for i in (0, 2)]
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=0.02)
+    parts = [[adapter.get_parameter(f"lora_{kind}.default") for kind in "EAB"] for adapter in adapters]
+    for adapter in adapters:
+        adapter.scaling["default"] *= (4 + 1e-5) / 4  # their forward divides by the rank plus 1e-5
 
     for when in loop:
-        t = loop.allocator.step + (when != "after_step")  # after_step has counted already
-        for layer, module in zip(loop.layers, theirs.children(), strict=True):
-            for p, copied in zip((layer.A, layer.B, layer.gate.log_theta), module.parameters(), strict=True):
-                if when in ("after_backward", "step"):
-                    copied.data.copy_(p.detach().view_as(copied))
-                    copied.grad = p.grad.clone().view_as(copied)
-        if when == "after_backward" and t < 20 - 10:
-            oracle.update_ipt(theirs)
+        t = loop.allocator.step - 1  # theirs: after_step has counted this step already
+        if when == "before_step" and t == -1:
+            for own, other in zip(triplets_of(loop), parts, strict=True):
+                for p, q in zip(own, other, strict=True):
+                    q.data.copy_(p)
         if when == "after_step":
-            b, due = oracle.budget_schedule(t)
-            assert b == budget_at(t, 20, 2, 10, 8, 2)
-            for i, s in enumerate(loop.allocator.importance()):
-                E, A, B = (oracle._element_score(f"m{i}.lora_{kind}.default") for kind in "EAB")
-                assert torch.allclose(E[:, 0] + A.mean(1) + B.mean(0), s, rtol=1e-5, atol=0)
-            if due and b < 8:  # peft cannot keep all: it looks for the 0-th smallest
-                oracle.mask_to_budget(theirs, b)
+            oracle().loss.backward()
+            optimizer.step()
+            oracle.update_and_allocate(t)
+            optimizer.zero_grad()
+            assert_same_path(triplets_of(loop), parts)
+            if t < T - T_F:  # they forget them then
+                for i, s in zip((0, 2), loop.allocator.importance(), strict=True):
+                    name = f"net.{i}.lora_%s.default"
+                    E, A, B = (oracle.rankallocator._element_score(name % kind) for kind in "EAB")
+                    assert torch.allclose(E[:, 0] + A.mean(1) + B.mean(0), s, rtol=1e-9, atol=0)
+            if not all(E.all() for E, _, _ in parts):
                 masked.append(t)
-            for layer, module in zip(loop.layers, theirs.children(), strict=True):
-                E = module["lora_E"]["default"][:, 0]
-                assert torch.equal(E, layer.gate.log_theta), "the same values are 0, and only when they are due"
-    assert masked == [3, 6, 9, *range(11, 21)]
+    assert masked == [3, 6, 9, 12, 15, 18, *range(19, 30)]
+
+
+@pytest.mark.equation("adalora")
+def test_adalora_goes_step_by_step_where_the_authors_trainer_goes():
+    """Backward, the optimizer, then importances of the new weights and the old gradients, then the mask."""
+    loop, masked = Loop(lambda *parts: short_adalora(*parts, interval=4), T, build=double_net), []
+    noise, base = generator(0), merge(double_net())
+    x = INPUTS.double()
+    end = T - T_F
+    for when in loop:
+        t = loop.allocator.step - 1
+        if when == "before_step" and t == -1:
+            parts = []
+            for layer in loop.layers:
+                A, B = (0.02 * torch.randn(p.shape, generator=noise).double() for p in (layer.A, layer.B))
+                parts += [nn.Parameter(p) for p in (torch.zeros_like(A[:, :1]), A, B)]
+            optimizer = torch.optim.AdamW(parts, lr=0.02)
+            average, uncertainty = ([torch.zeros_like(p) for p in parts] for _ in range(2))
+        if when != "after_step":
+            continue
+        E1, A1, B1, E2, A2, B2 = parts
+        h = torch.tanh(base[0](x) + 2 * x @ (A1 * E1).T @ B1.T)
+        loss = nn.functional.cross_entropy(base[2](h) + 2 * h @ (A2 * E2).T @ B2.T, LABELS)
+        grams = [A1 @ A1.T, B1.T @ B1, A2 @ A2.T, B2.T @ B2]
+        pull = sum(torch.linalg.matrix_norm(gram - torch.eye(4, dtype=gram.dtype)) for gram in grams)
+        (loss + 0.1 * pull / 4).backward()
+        optimizer.step()
+        if t < end:
+            for i, p in enumerate(parts):
+                sensitivity = (p * p.grad).abs().detach()
+                average[i] = 0.85 * average[i] + 0.15 * sensitivity
+                uncertainty[i] = 0.85 * uncertainty[i] + 0.15 * (sensitivity - average[i]).abs()
+        s = [a * u for a, u in zip(average, uncertainty, strict=True)]
+        scores = torch.cat([s[i][:, 0] + s[i + 1].mean(1) + s[i + 2].mean(0) for i in (0, 3)])
+        assert torch.allclose(torch.cat(loop.allocator.importance()), scores, rtol=1e-9, atol=0)
+        b = 8 if t <= T_I else 2 if t > end else int(2 + 6 * (1 - (t - T_I) / (end - T_I)) ** 3)
+        if t > end or (t > T_I and t % 4 == 0):
+            closed = scores <= scores.kthvalue(8 - b).values
+            for E, mask in zip((E1, E2), closed.split(4), strict=True):
+                E.data[mask] = 0
+            masked.append((t, b))
+        optimizer.zero_grad()
+        assert_same_path(triplets_of(loop), (parts[:3], parts[3:]))
+    assert masked == [(4, 6), (8, 3), (12, 2), (16, 2), *((t, 2) for t in range(19, 30))]
+
+
+@pytest.mark.equation("adalora")
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 11])
+@pytest.mark.parametrize("budget,last", [(0.25, 2), (1.0, 8)])
+def test_adalora_keeps_its_budget_in_the_shortest_run(steps, budget, last):
+    """The authors' trainer counts from 0, so that with t_f = 1 the last mask would never come."""
+    loop = Loop(lambda *parts: AdaLoRA(*parts, budget=budget), steps).train()
+    assert sum(int(mask.sum()) for mask in loop.allocator.masks()) == last
 
 
 # SoRA
@@ -281,31 +367,73 @@ def test_sora_prox_is_the_closed_form_minimizer(x, xi):
     assert (best == 0) == (abs(x) <= xi), "exactly 0, not nearly"
 
 
+def three_lines(g, xi):
+    """What the authors' optimizer does to a gate after its step."""
+    if g > xi:
+        g -= xi
+    if g < -xi:
+        g += xi
+    return 0.0 if abs(g) < xi else g
+
+
 @pytest.mark.equation("sora")
-def test_sora_lambda_rises_in_seven_equal_levels_from_zero():
-    values = [lambda_at(step, 70) for step in range(70)]
+@given(st.floats(-3, 3), st.floats(0, 2))
+def test_sora_shrinks_as_its_authors_do_so_that_no_gate_below_twice_the_threshold_stays(g, xi):
+    left = shrink(torch.tensor([g], dtype=torch.float64), xi).item()
+    if abs(g) != xi:  # they leave that one number as it is
+        assert left == three_lines(g, xi)
+    assert left == 0 if abs(g) < 2 * xi else abs(left) >= xi
+
+
+@pytest.mark.equation("sora")
+def test_sora_lambda_rises_in_seven_levels_from_zero_the_first_the_longest():
+    values = [lambda_at(step, 1400) for step in range(1400)]
     assert values[0] == 0 and values[-1] == sora.LAMBDA and values == sorted(values)
-    assert [values.count(value) for value in dict.fromkeys(values)] == [10] * 7
-    steps = [b - a for a, b in itertools.pairwise(dict.fromkeys(values))]
-    assert steps == pytest.approx([sora.LAMBDA / 6] * 6)
+    levels = list(dict.fromkeys(values))
+    assert [values.count(value) for value in levels] == [500, *6 * [150]]
+    assert [b - a for a, b in itertools.pairwise(levels)] == pytest.approx([sora.LAMBDA / 6] * 6)
 
 
 @pytest.mark.equation("sora")
-def test_sora_shrinks_gates_by_eta_times_lambda_after_every_step_and_prunes_zeros_in_the_end():
-    loop = Loop(lambda *parts: SoRA(*parts, sparse_lambda=3.0))
+@pytest.mark.parametrize("times_lr", [False, True])
+def test_sora_goes_step_by_step_where_its_authors_trainer_goes_and_prunes_zeros_in_the_end(times_lr):
+    """The loss with 1e-3 mean |g|; Adam without decay for g, written out; then the three lines, number by number."""
+    steps, lr = 56, 0.02
+    highest = 0.05 / lr if times_lr else 0.05
+    lambdas = [0.0] * 20 + [level / 6 * highest for level in range(1, 7) for _ in range(6)]
+    make = lambda *parts: SoRA(*parts, sparse_lambda=highest, times_lr=times_lr)  # noqa: E731
+    tiny = partial(torch.optim.AdamW, eps=1e-15)  # its eps stands elsewhere in their formula
+    loop, base, x = Loop(make, steps, tiny, double_net), merge(double_net()), INPUTS.double()
     for when in loop:
-        step, group = loop.allocator.step, loop.optimizer.param_groups[-1]
-        gates = torch.cat([layer.gate.log_theta.detach() for layer in loop.layers])
-        if when == "before_step":
-            group["lr"] = 0.01 + 0.001 * step
-        if when == "step":
-            before = gates.clone()
-        if when == "after_step":
-            lam = lambda_at(step - 1, 40, 3.0)
-            assert torch.equal(gates, soft_threshold(before, group["lr"] * lam)), f"step {step}"
-            assert loop.allocator.status()["lam"] == lam
-            assert group["weight_decay"] == 0, "the threshold is decay enough"
-    nonzero = [int(layer.gate.log_theta.count_nonzero()) for layer in loop.layers]
+        step = loop.allocator.step
+        if when == "before_step" and step == 0:
+            noise = generator(0)
+            gates = [torch.randn(4, generator=noise).double() for _ in loop.layers]
+            factors = [nn.Parameter(p.detach().clone()) for layer in loop.layers for p in (layer.A, layer.B)]
+            optimizer = tiny(factors, lr=lr)
+            m, v = ([torch.zeros(4, dtype=x.dtype) for _ in gates] for _ in range(2))
+        if when != "after_step":
+            continue
+        A1, B1, A2, B2 = factors
+        g1, g2 = (g.requires_grad_(True) for g in gates)
+        h = torch.tanh(base[0](x) + ((x @ A1.T) * g1) @ B1.T * 2)
+        loss = nn.functional.cross_entropy(base[2](h) + ((h @ A2.T) * g2) @ B2.T * 2, LABELS)
+        (loss + 1e-3 * (g1.abs().sum() + g2.abs().sum()) / 8).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for i, g in enumerate(gates):
+            m[i] = 0.9 * m[i] + 0.1 * g.grad
+            v[i] = 0.999 * v[i] + 0.001 * g.grad**2
+            size = lr * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
+            moved = g.detach() - size * m[i] / v[i].sqrt()
+            xi = lambdas[step - 1] * lr if times_lr else lambdas[step - 1]
+            gates[i] = torch.tensor([three_lines(value, xi) for value in moved.tolist()], dtype=x.dtype)
+        assert loop.allocator.status()["lam"] == pytest.approx(lambdas[step - 1])
+        for layer, g, A, B in zip(loop.layers, gates, factors[0::2], factors[1::2], strict=True):
+            assert torch.equal(g == 0, layer.gate.log_theta == 0)
+            for own, other in ((layer.gate.log_theta, g), (layer.A, A), (layer.B, B)):
+                assert_close(own.detach(), other.detach(), 1000)  # Adam magnifies rounding of small gradients
+    nonzero = [int(g.count_nonzero()) for g in gates]
     assert 0 < sum(nonzero) < 8 and loop.allocator.status()["triplets"] == f"{sum(nonzero)}/8"
     loop.allocator.finish()
     assert [layer.r for layer in loop.layers] == nonzero
@@ -548,10 +676,10 @@ def test_dropout_in_the_attention_acts_in_train_mode_alone(name):
 @pytest.mark.equation("adapters")
 def test_an_adapter_is_a_bottleneck_with_a_residual():
     base, x = nn.Linear(6, 4), torch.randn(2, 5, 6)
-    adapter = adapters.Adapter(base, 4, 3)
+    adapter = adapters.Adapter(base, 4, 3, dropout=nn.Hardtanh())  # something that is to be seen in eval mode, too
     for p in adapter.parameters():
         p.data.normal_()
-    h = base(x)
+    h = base(x).clamp(-1, 1)
     inner = h @ adapter.down.weight.T + adapter.down.bias  # (2, 5, 3)
     inner = inner * (1 + torch.erf(inner / 2**0.5)) / 2
     assert torch.allclose(adapter(x), h + inner @ adapter.up.weight.T + adapter.up.bias, atol=1e-5)
@@ -562,6 +690,20 @@ def test_adapters_stand_where_their_papers_put_them():
     for name, parts in (("adapter-h", ("out", "down")), ("adapter-p", ("norm2",))):
         found = {n for n, m in installed(name).named_modules() if isinstance(m, adapters.Adapter)}
         assert found == {f"encoder.layers.{i}.{part}" for i in range(LAYERS) for part in parts}
+
+
+@pytest.mark.equation("adapters")
+def test_houlsbys_adapters_come_after_the_dropout_and_nothing_comes_between_them_and_the_residual():
+    """Where dropout zeroes everything, what an adapter makes of zeros is still there."""
+    model, x = installed("adapter-h").train(), torch.randn(2, 4, D)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 1.0
+        if isinstance(module, adapters.Adapter):
+            module.up.bias.data.normal_()
+    block = model.encoder.layers[0]
+    expected = block.norm2(block.norm1(x + block.out.up.bias) + block.down.up.bias)
+    assert_close(block(x, None), expected, 64)
 
 
 @pytest.mark.equation("prefix")

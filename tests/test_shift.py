@@ -192,14 +192,15 @@ def test_the_comparison_has_every_method_with_as_many_trials():
     assert set(shift.TUNED.values()) <= set(shift.GRID) < set(compare.WIDE)
 
 
-def test_soras_thresholds_add_up_to_its_reach(tiny_lm):
-    lam, lr, total = compare.lambda_of(0.8, 0.01, 70), 0.01, 0.0
+@pytest.mark.parametrize("name", ["sora-8", "sora-8-eq-10"])
+def test_soras_thresholds_add_up_to_its_reach(tiny_lm, name):
+    lam, total = compare.lambda_of(0.8, arm_of(name), 0.01, 70), 0.0
     model = shift.model_of(arm_of("sora-8"), 1, 0)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
-    sora = arm_of("sora-8").allocator(model, optimizer, 70, 0, sparse_lambda=lam)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    sora = arm_of(name).allocator(model, optimizer, 70, 0, sparse_lambda=lam)
     for step in range(70):
-        sora.step = step + 1
-        total += lr * sora.lr_factor(step) * sora.lam
+        sora.step, optimizer.param_groups[-1]["lr"] = step, 0.01 * sora.lr_factor(step)
+        total += sora.threshold()
     assert isinstance(sora, SoRA) and total == pytest.approx(0.8)
 
 

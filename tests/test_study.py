@@ -15,10 +15,11 @@ from cli.table import read_table
 from experiments import tables
 from experiments.arms import arm_of, nearest
 from experiments.study import TUNE_SEED, Study, fit
+from peers.adalora import mean_norm
 from peers.alora import ALoRA
 from peers.fixed_ranks import FixedRanks
 from rank_allocator import Recipe
-from salora import adapt
+from salora import adapt, orthogonality
 
 DIVERGES = 0.4  # a learning rate
 
@@ -325,11 +326,14 @@ ARMS = {  # name -> family, method, start, size
     "salora-8-to-4-paper": ("salora-8-paper", "salora", 8, 4),
     "svd-16-to-4": ("svd-16", "salora", 16, 4),
     "alora-8-to-4": ("alora-8", "alora", 8, 4),
+    "rm-lora-4-beta-0": ("rm-lora-beta-0", "rm-lora", 4, 4),
+    "adalora-8-to-4-eq-4": ("adalora-8-eq-4", "adalora", 8, 4),
     "adapter-h-16": ("adapter-h", "adapter-h", 16, 16),
     "bitfit": ("bitfit", "bitfit", None, 0),
 }
 WRONG = ["", "salora", "svd", "lora-.5", "lora-0", "lora-8-to-4", "salora-16-to-17", "salora-8-to-0", "best-4",
-         "full-3", "adapter-h", "lora-4-paper", "svd-8-to-4-paper", "salora-8-to-4-better", "sora-8-to-4"]  # fmt: skip
+         "full-3", "adapter-h", "lora-4-paper", "svd-8-to-4-paper", "salora-8-to-4-better", "sora-8-to-4",
+         "rm-lora-4-beta-1", "lora-4-beta-0"]  # fmt: skip
 
 
 def test_a_name_says_what_an_arm_is_and_one_that_means_nothing_is_refused():
@@ -354,6 +358,12 @@ def test_an_arm_has_the_allocator_recipe_and_budget_of_its_name():
     lora, alora = allocator("lora-4"), allocator("alora-8-to-4", score=lambda: 0.0)
     assert type(lora) is FixedRanks and type(alora) is ALoRA and alora.budget == 0.5
     assert lora.lr_factor(0) == alora.lr_factor(0) < 0.5, "all of them warm up"
+
+    names = ("rm-lora-4", "rm-lora-4-beta-0", "rm-lora-4-share-1")
+    assert [(some.beta, some.share) for some in map(allocator, names)] == [(0.1, 0.5), (0, 0.5), (0.1, 1)]
+    regularizers = [allocator(name).regularizer for name in ("adalora-8-to-4", "adalora-8-to-4-eq-4")]
+    assert regularizers == [mean_norm, orthogonality]
+    assert [allocator(name).times_lr for name in ("sora-8", "sora-8-eq-10")] == [False, True]
 
 
 def test_an_arm_that_is_not_in_a_table_takes_the_nearest_of_its_family_or_of_its_kind():
