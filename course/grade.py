@@ -1,191 +1,171 @@
 """Grade submissions with the checks in course/checks: one point per test.
 
-    python course/grade.py FOLDER               one submission: a folder, or a single .py file
-    python course/grade.py FOLDER --json        {"points": 12, "out_of": 81, "exercises": {"1": {"points": 7, ...}}}
-    python course/grade.py ROOT --all           a class: every folder and .py file in ROOT, as CSV
+    python course/grade.py SUBMISSION                  a folder, a zip file, a .py file or a notebook
+    python course/grade.py SUBMISSION --json           {"points": 12, "out_of": 90, "exercises": {"1": {...}}}
+    python course/grade.py ROOT --all                  a class: everything in ROOT, one line of CSV each
+    python course/grade.py ROOT --all --out grades.csv --feedback pages
+                                                       the same in a file, and a page for every student; if it was
+                                                       interrupted, the same command goes on
+    python course/grade.py .                           in a handout: how far you are
 
-Only the four files that students write in are read, and none of them runs in this process: every exercise gets a fresh
-process with a time limit (course/judge.py). Exercise 10 is for the teacher to judge.
+The tests run here and ask questions. They are answered by another process, which runs the student's code and returns
+plain data (course/answer.py): no student's code runs in this one. Exercise 10 is for the teacher to judge.
 """
 
 import argparse
 import csv
 import json
 import os
-import secrets
-import signal
 import sys
-import tempfile
-import time
-from hmac import compare_digest
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from course.exercises import EXERCISES, FILES, chosen
-from course.graft import blanked, reference_texts
+from course.ending import ending_in_a_line
+from course.exercises import EXERCISES, FILES, NOT_WRITTEN, chosen
+from course.graft import reference_texts
+from course.intake import KINDS, collect, printable
+from course.reading import pairs, solution
 
-LARGEST = 2**20  # bytes of a student's file, and of a report
-LIMIT = 60  # seconds per exercise; the slowest takes 2 on an idle core
-
-
-def grade(submission, exercises=EXERCISES.values(), limit=LIMIT):
-    """The marks of a submission, as `--json` prints them. Raises OSError where there is no submission."""
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        student, notes = _collect(Path(submission), Path(folder))
-        for exercise in exercises:
-            results[str(exercise.number)] = _grade_one(exercise, student, limit)
-    points, out_of = (sum(result[key] for result in results.values()) for key in ("points", "out_of"))
-    return {"submission": str(submission), "points": points, "out_of": out_of, "notes": notes, "exercises": results}
+COLUMNS = ("submission", "points", "out_of")
 
 
-def _collect(submission, folder):
-    """({file: path} of copies of the files that students write in, notes about them)."""
-    if not submission.exists():
-        raise FileNotFoundError(f"there is no submission {submission}")
-    student, notes = {}, []
-    for file in FILES:
-        if submission.is_dir():
-            places = [submission / file, submission / Path(file).name]
-        else:  # a single file: by its name if that is one of ours, and otherwise wherever its functions belong
-            named = submission.name in [Path(other).name for other in FILES]
-            places = [submission] if not named or submission.name == Path(file).name else []
-        for place in places:
-            if not os.path.lexists(place):
-                continue
-            why_not = _why_not(place, submission)
-            if why_not:
-                notes.append(f"{place.name} {why_not}, and was not read")
-                continue
-            student[file] = folder / file
-            student[file].parent.mkdir(exist_ok=True)
-            student[file].write_bytes(place.read_bytes())
-            break
-    return student, list(dict.fromkeys(notes))
-
-
-def _why_not(place, submission):
-    """Why a student's file is not read, or None."""
-    linked = place.is_symlink() or place.resolve() != submission.resolve() / place.relative_to(submission)
-    if linked or not place.is_file():
-        return "is a link or not a file"
-    if place.stat().st_size > LARGEST:
-        return f"has more than {LARGEST} bytes"
-    if not os.access(place, os.R_OK):
-        return "is not readable"
-
-
-def _grade_one(exercise, student, limit):
-    from course.judge import judge
-
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["course.judge", "hypothesis"])
-    key, started = secrets.token_bytes(32), time.time()
-    with tempfile.TemporaryDirectory() as work, tempfile.TemporaryDirectory() as results:
-        report = Path(results) / "report"
-        job = (exercise.number, blanked(reference_texts(), exercise), student, work, report, key)
-        process = context.Process(target=judge, args=job)
-        process.start()
-        process.join(limit)
-        late = process.is_alive()
-        _end(process)
-        facts = _signed(report, key)
-    return _marks(exercise, facts, late, limit) | {"seconds": round(time.time() - started, 1)}
-
-
-def _end(process):
-    try:
-        os.killpg(process.pid, signal.SIGKILL)  # the group that the process opened for itself
-    except (ProcessLookupError, PermissionError):
-        process.kill()
-    process.join()
-
-
-def _signed(report, key):
-    """The facts in a report that this exercise's process has signed."""
-    from course.judge import signature
-
-    facts = []
-    if report.exists():
-        with open(report, "rb") as file:
-            lines = file.read(LARGEST).decode(errors="replace").splitlines()
-        for line in lines:
-            sign, _, text = line.partition(" ")
-            if compare_digest(sign.encode(), signature(key, text).encode()):
-                facts.append(json.loads(text))
-    return facts
-
-
-def _marks(exercise, facts, late, limit):
-    """Points of one exercise: the tests that passed, in a process that ran to its end and left all other code alone."""
-    tests = exercise.tests()
-    passed = {fact["test"] for fact in facts if fact.get("passed")} & set(tests)
-    failed = {fact["test"]: fact["words"] for fact in facts if "words" in fact}
-    end = next((fact for fact in facts if "end" in fact), None)
-    notes = [fact["unusable"] for fact in facts if "unusable" in fact]
-    if late:
-        notes.append(f"not finished after {limit} s: an endless loop?")
-    elif end is None:
-        notes.append("the process ended before the tests were done: an exit, or too much memory?")
-    if end is not None:
-        notes += [f"refused: {what}" for what in end["refused"]]
-        if end["changed"]:
-            notes.append(f"changes code outside the submission: {', '.join(end['changed'])}")
-    valid = end is not None and not end["changed"]
-    return {"points": len(passed) if valid else 0, "out_of": len(tests), "notes": notes, "failed": failed}
-
-
-def report_of(marks):
-    """The marks in words."""
+def report_of(marks, all_failures=False):
+    """The marks in words; of each exercise, the first failed test or all of them."""
     lines = [f"{marks['submission']}: {marks['points']} of {marks['out_of']}", *marks["notes"]]
     for number, result in marks["exercises"].items():
-        title = EXERCISES[int(number)].title
-        lines.append(f"exercise {number}: {result['points']} of {result['out_of']}   {title}   ({result['seconds']} s)")
-        lines += [f"    {note}" for note in result["notes"]]
-        for words in list(result["failed"].values())[:1]:
-            lines += [f"    {line}" for line in words.splitlines()]
+        lines.append(f"exercise {number}: {score_of(result):12} {EXERCISES[int(number)].title}")
+        lines += [f"    {note}" for note in result["notes"] if note != NOT_WRITTEN]
+        failures = [text for text in result["failed"].values() if text]
+        for text in failures if all_failures else failures[:1]:
+            lines += [f"    {line}" for line in text.splitlines()]
+            lines += [""] if all_failures else []
     return "\n".join(lines)
 
 
-def write_table(root, exercises, limit, out):
-    """One line of CSV per submission in a folder."""
-    numbers = [exercise.number for exercise in exercises]
-    writer = csv.writer(out)
-    writer.writerow(["submission", "points", "out_of", *(f"exercise_{number}" for number in numbers), "notes"])
-    for submission in sorted(Path(root).iterdir()):
-        if submission.name.startswith((".", "__")) or not (submission.is_dir() or submission.suffix == ".py"):
-            continue
-        marks = grade(submission, exercises, limit)
-        results = marks["exercises"].values()
-        notes = marks["notes"] + [f"{n}: {note}" for n, r in marks["exercises"].items() for note in r["notes"]]
-        points = [result["points"] for result in results]
-        writer.writerow([submission.name, marks["points"], marks["out_of"], *points, "; ".join(notes)])
-        out.flush()
+def score_of(result):
+    return f"{result['points']} of {result['out_of']}" if result["written"] else NOT_WRITTEN
+
+
+def write_table(root, exercises, out=None, limit=None, jobs=1, feedback=None):
+    """One line of CSV for everything in a folder, and a page for every student in the folder `feedback`.
+
+    out: a path, or None to print. Lines that it has already are not graded again. Raises ValueError if it holds
+    another table.
+    """
+    head = [*COLUMNS, *(f"exercise_{exercise.number}" for exercise in exercises), "notes", "look"]
+    places = sorted(place for place in Path(root).iterdir() if not place.name.startswith((".", "__")))
+    done = _names_in(out, head)
+    waiting = [place for place in places if printable(place.name) not in done]
+    alike = _alike(places, exercises)
+    if feedback:
+        feedback.mkdir(parents=True, exist_ok=True)
+    file = open(out, "a", newline="", encoding="utf-8") if out else sys.stdout
+    writer = csv.writer(file)
+    if not done:
+        writer.writerow(head)
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for marks in pool.map(lambda place: _marks_of(place, exercises, limit), waiting):
+            marks["look"] += alike[marks["submission"]]
+            if feedback:
+                page = feedback / f"{marks['submission']}.txt"
+                page.write_text(report_of(marks, all_failures=True) + "\n", encoding="utf-8")
+            writer.writerow(_row(marks))
+            file.flush()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _row(marks):
+    results = marks["exercises"].values()
+    scores = [result["points"] if result["written"] else NOT_WRITTEN for result in results]
+    numbers = {}  # {note: the exercises that have it}
+    for number, result in marks["exercises"].items():
+        for note in result["notes"]:
+            numbers.setdefault(note, []).append(number)
+    notes = [f"{','.join(found)}: {note}" for note, found in numbers.items() if note != NOT_WRITTEN]
+    notes = "; ".join(marks["notes"] + notes)
+    return [*(marks[column] for column in COLUMNS), *scores, notes, "; ".join(marks["look"])]
+
+
+def _names_in(out, head):
+    """The submissions in a table that was begun before."""
+    if not out or not out.exists() or out.stat().st_size == 0:
+        return set()
+    text = out.read_text(encoding="utf-8")
+    rows = list(csv.reader(text.splitlines(keepends=True)))
+    if rows[0] != head or not text.endswith("\n"):
+        raise ValueError(f"{out} holds another table, or its last line is cut off: name a new file, or mend it")
+    return {row[0] for row in rows[1:] if row}
+
+
+def _marks_of(place, exercises, limit):
+    from course.judge import grade, nothing
+
+    if not place.is_symlink() and (place.is_dir() or place.suffix in KINDS):
+        return grade(place, exercises, limit)
+    what = "a link" if place.is_symlink() else "not a folder, a zip file, a .py file or a notebook"
+    results = {str(exercise.number): nothing(exercise, NOT_WRITTEN) for exercise in exercises}
+    out_of = sum(result["out_of"] for result in results.values())
+    marks = {"submission": printable(place.name), "points": 0, "out_of": out_of}
+    return marks | {"notes": [what], "exercises": results, "look": []}
+
+
+def _alike(places, exercises):
+    """{submission: notes} on solutions that are nearly those of others, or of the reference."""
+    students = {printable(place.name): collect(place)[0] for place in places}
+    students["the reference"] = {file: (file, text) for file, text in reference_texts().items() if file in FILES}
+    tokens = {name: {e.number: solution(files, e) for e in exercises} for name, files in students.items()}
+    notes = {name: [] for name in students}
+    for number, one, other, share in pairs(tokens):
+        notes[one].append(f"exercise {number} is {share:.0%} like {other}")
+        notes[other].append(f"exercise {number} is {share:.0%} like {one}")
+    return notes
 
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("submission", type=Path, help="a folder or a .py file; with --all, a folder of them")
+    parser.add_argument("submission", type=Path, help="a folder, zip file, .py file or notebook; with --all, a folder "
+                        "of them")  # fmt: skip
     parser.add_argument("--exercises", type=chosen, default=EXERCISES.values(), metavar="1-4", help="default: all")
-    parser.add_argument("--limit", type=float, default=LIMIT, metavar="S", help="seconds per exercise (default 60)")
+    parser.add_argument("--limit", type=float, metavar="S", help="seconds of computing per question (default 10, as in "
+                        "`pytest --exercise`)")  # fmt: skip
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print the marks as JSON")
-    output.add_argument("--all", action="store_true", help="grade every submission in the folder, and print CSV")
+    output.add_argument("--all", action="store_true", help="grade everything in the folder, and print CSV")
+    parser.add_argument("--out", type=Path, metavar="CSV", help="with --all: write to this file; lines that it has "
+                        "already are kept, and not graded again")  # fmt: skip
+    parser.add_argument("--feedback", type=Path, metavar="DIR", help="with --all: a page of text for every student")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="with --all: submissions at the "
+                        "same time (default: one per core)")  # fmt: skip
     return parser
 
 
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
-    if not args.submission.exists():
+    if not os.path.lexists(args.submission):
         parser.error(f"there is no submission {args.submission}")
-    if args.all:
-        return write_table(args.submission, args.exercises, args.limit, sys.stdout)
-    marks = grade(args.submission, args.exercises, args.limit)
-    print(json.dumps(marks, indent=1) if args.json else report_of(marks))
+    if args.all and not args.submission.is_dir():
+        parser.error(f"--all takes a folder of submissions, got {args.submission}")
+    if args.limit is not None and not 0 < args.limit <= 3600:
+        parser.error(f"--limit must be above 0 and at most 3600 seconds, got {args.limit:g}")
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
+    if (args.out or args.feedback) and not args.all:
+        parser.error("--out and --feedback go with --all")
+    hint = "the same command goes on" if args.out else "nothing is left behind"
+    with ending_in_a_line("grade.py", hint):
+        from course import judge  # only here: the processes that answer import this file, and nothing of the judge's
+
+        judge.prepare()
+        if args.all:
+            return write_table(args.submission, args.exercises, args.out, args.limit, args.jobs, args.feedback)
+        marks = judge.grade(args.submission, args.exercises, args.limit)
+        print(json.dumps(marks, indent=1) if args.json else report_of(marks))
 
 
 if __name__ == "__main__":

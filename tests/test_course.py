@@ -11,18 +11,17 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import EQUATIONS, ROOT
-from course_faults import FORBIDDEN, HOSTILE, REPLACED, RIGHT, WRONG, hostile
+from course_faults import HOSTILE, RIGHT, WRONG, hostile
 from torch import nn
 
 import train_glue_mini  # noqa: F401  before a test puts other modules in place of those that it imports
-from course import grade, judge, lesson, make_handout, run
+from course import checking, grade, judge, lesson, make_handout, run
 from course.exercises import EXERCISES, FILES, MODULES, chosen
-from course.graft import Unusable, blanked, functions_of, graft, is_stub, reference_texts, stubbed
+from course.graft import Unusable, blanked, functions_of, graft, is_stub, reference_texts, said, stubbed
 
 COURSE, HARD = ROOT / "course", "hard_concrete.py"
 BLANKS = make_handout.blanks(EXERCISES.values())
@@ -40,38 +39,41 @@ def handout(tmp_path_factory):
 
 @pytest.fixture
 def student(tmp_path, monkeypatch):
-    """student(number, text) -> {file: path} of a student's file. Our modules, should it replace them, come back."""
+    """student(number, text) -> {file: (path, text)} of a student's file. Our modules, should it replace them, come
+    back."""
     for file in MODULES:
         name = file.removesuffix(".py").replace("/", ".")
         monkeypatch.setitem(sys.modules, name, importlib.import_module(name))
-    monkeypatch.setattr(sys.modules["course"], "bare_loop", sys.modules["course.bare_loop"])
+    for name in ("bare_loop", "questions"):
+        monkeypatch.setattr(sys.modules["course"], name, sys.modules[f"course.{name}"])
     monkeypatch.setattr("course.graft.compile", COMPILE, raising=False)
 
     def write(number, text):
         [file] = EXERCISES[number].targets
         path = tmp_path / Path(file).name
         path.write_text(text, encoding="utf-8")
-        return {file: path}
+        return {file: (str(path), text)}
 
     return write
 
 
-def grafted(number, paths):
-    """The modules, in which the functions of an exercise are those of a student's {file: path}."""
-    graft(blanked(reference_texts(), EXERCISES[number]), EXERCISES[number].targets, paths)
+def grafted(number, files):
+    """The modules, in which the functions of an exercise are those of a student's {file: (path, text)}."""
+    graft(blanked(reference_texts(), EXERCISES[number]), EXERCISES[number].targets, files)
     return sys.modules
 
 
-def failures(number, paths):
+def failures(number, files):
     """Runs the checks of an exercise in this process. Yields what a student reads about those that fail."""
-    grafted(number, paths)
-    checks = runpy.run_path(EXERCISES[number].checks)
+    grafted(number, files)
+    checks = runpy.run_path(str(EXERCISES[number].checks))
     for name in EXERCISES[number].tests():
         try:
             checks[name]()
         except Exception as error:
-            item = SimpleNamespace(name=name, function=checks[name])
-            yield lesson.Lesson(EXERCISES[number], paths.values()).words(item, error)
+            different = isinstance(error, checking.Different)
+            happened = str(error) if different else said(error, [path for path, _ in files.values()])
+            yield lesson.words(checks[name], happened)
 
 
 def changed(number, old, new):
@@ -86,9 +88,9 @@ def test_every_exercise_has_functions_that_exist_tests_that_blame_them_and_its_p
     questions, answers = ((COURSE / page).read_text(encoding="utf-8") for page in ("exercises.md", "answers.md"))
     for number, exercise in EXERCISES.items():
         [targets] = exercise.targets.values()
-        checks = runpy.run_path(exercise.checks)
+        checks = runpy.run_path(str(exercise.checks))
         about = [checks[name].about for name in exercise.tests()]
-        assert 5 <= len(about) <= 12 and {function for function, _ in about} == set(targets), exercise.title
+        assert 5 <= len(about) <= 15 and {function for function, _ in about} == set(targets), exercise.title
         assert about[0][0] == targets[0] and {key for _, key in about} <= EQUATIONS.keys(), exercise.title
         assert f"## {number}. {exercise.title}\n" in questions and f"## {number}. {exercise.title}\n" in answers
         assert f"python -m pytest --exercise {number}\n" in questions
@@ -100,13 +102,14 @@ def test_exercises_are_chosen_by_numbers_and_ranges_and_others_are_refused(pytes
     for text in ("", "0", "10", "2-99", "x", "1-", "-1", "3-1", "1;2"):
         with pytest.raises(ValueError, match="exercises"):
             chosen(text)
-    with pytest.raises(pytest.UsageError, match="one number from 1 to 9, got '1-2'"):
-        lesson.begin(pytestconfig, "1-2", None)
+    for text, words in {"1-2": "one number, got '1-2'", "0": "numbers and ranges from 1 to 9"}.items():
+        with pytest.raises(pytest.UsageError, match=words):
+            lesson.begin(pytestconfig, text, None)
 
 
 @pytest.mark.parametrize("number", EXERCISES)
 def test_an_exercise_can_be_solved_whatever_else_is_blank(number, handout, student):
-    blank = {file: handout / file for file in FILES}
+    blank = {file: (file, (handout / file).read_bytes()) for file in FILES}
     words = list(failures(number, blank))
     assert len(words) == len(EXERCISES[number].tests())
     assert all(text.endswith(f"\nnot written yet: {EXERCISES[number].stub}") for text in words)
