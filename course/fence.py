@@ -1,7 +1,7 @@
 """Limits of a process that the kernel keeps, whatever runs in it: on computing, memory, and all files but a few.
 
-Files are fenced by Landlock, in Linux since 5.13 and in most containers. Elsewhere `restrict` returns False: then run
-graded code in a container of your own.
+Files are fenced by Landlock, in Linux since 5.13 and in most containers. Elsewhere `version` is 0: then grade in a
+container of your own.
 """
 
 import ctypes
@@ -17,7 +17,8 @@ except ImportError:  # not on Windows
 MEGABYTE = 2**20
 MEMORY, FILE_SIZE = 2048 * MEGABYTE, 16 * MEGABYTE
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # system calls, on every architecture
-READ_FILE, READ_DIR, EXECUTE = 1 << 2, 1 << 3, 1 << 0
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+READ, OF_FILES = READ_FILE | READ_DIR, READ_FILE | WRITE_FILE
 RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # how many rights to files a version of Landlock knows; 16 from version 5 on
 PARENT_DEATH_SIGNAL, NO_NEW_PRIVILEGES = 1, 38  # options of prctl
 
@@ -38,27 +39,31 @@ def limit_computing(seconds):
     resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime + seconds + 0.999), hard))
 
 
+def version():
+    """Of Landlock in this kernel; 0 without it."""
+    try:
+        return max(0, ctypes.CDLL(None).syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1))
+    except (OSError, TypeError, AttributeError):  # Windows, macOS
+        return 0
+
+
 def restrict(readable, writable):
     """From now on this process may read what lies below these paths, write below `writable`, and no more: no other
-    file, no program, no TCP connection, no signal to other processes. Returns whether the kernel can do this."""
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        version = libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1)
-    except (OSError, TypeError, AttributeError):  # Windows, macOS
-        return False
-    if version < 1:
-        return False
-    every = (1 << RIGHTS.get(version, 16)) - 1
-    rules = struct.pack("QQQ", every, 3 if version >= 4 else 0, 2 if version >= 6 else 0)  # files, TCP, signals
-    ruleset = libc.syscall(CREATE_RULESET, rules, ctypes.c_size_t(len(rules)), 0)
-    allowed = [(path, READ_FILE | READ_DIR) for path in readable] + [(path, every & ~EXECUTE) for path in writable]
-    for path, rights in allowed:
+    file, no program, no TCP connection, no signal to other processes. Nothing happens where there is no Landlock."""
+    known = version()
+    if not known:
+        return
+    libc = ctypes.CDLL(None)
+    every = (1 << RIGHTS.get(known, 16)) - 1
+    handled = struct.pack("QQQ", every, 3 if known >= 4 else 0, 2 if known >= 6 else 0)  # files, TCP, signals
+    ruleset = libc.syscall(CREATE_RULESET, handled, ctypes.c_size_t(len(handled)), 0)
+    for path, rights in [*((path, READ) for path in readable), *((path, every & ~EXECUTE) for path in writable)]:
         if os.path.exists(path):
+            rights = rights if os.path.isdir(path) else rights & OF_FILES
             place = os.open(path, os.O_PATH)
-            rights = rights if os.path.isdir(path) else rights & (READ_FILE | 1 << 1)
             libc.syscall(ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, place), 0)
             os.close(place)
     libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-    done = libc.syscall(RESTRICT_SELF, ruleset, 0) == 0
+    if libc.syscall(RESTRICT_SELF, ruleset, 0):
+        raise OSError("the kernel has Landlock, but refuses to use it")
     os.close(ruleset)
-    return done

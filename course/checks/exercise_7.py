@@ -52,6 +52,12 @@ def test_the_budget_is_counted_in_parameters_not_in_triplets():
 
 
 @about(*RULE)
+def test_the_largest_log_theta_goes_first_whatever_it_costs():
+    layers = [dict(d=2, k=2, r=1, log_theta=[0.9]), dict(d=12, k=12, r=1, log_theta=[1.0])]
+    compare(kept(layers, 0.9), [[0], [1]], "log_theta = 0.9 at 4 parameters and 1.0 at 24, budget 0.9: room for 25")
+
+
+@about(*RULE)
 def test_the_budget_is_a_share_of_the_parameters_at_creation():
     layer = dict(d=4, k=4, r=4, log_theta=[0.0, 3.0, 2.0, 1.0], gates=[0.0, 1.0, 1.0, 1.0], pruned=True)
     words = "one of four triplets was pruned before; log_theta = [3, 2, 1] are left, budget 1/2: two of four may stay"

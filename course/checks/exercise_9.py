@@ -68,15 +68,16 @@ def test_every_step_of_the_window_draws_noise_from_the_generator():
 
 @about("before_step", "noise")
 def test_one_draw_serves_all_layers():
-    same(noise_at(3, "free")[0], noise_at(3, "free")[1], "the noise at step 3")
+    got, expected = noise_at(3, "free")
+    same(got, expected, "the noise at step 3")
     draws = before_step(bank("free"), SCHEDULE, [3, 4], BUDGET, SEED)["draws"]
     holds(draws <= 2, "calls of resample in two steps of the window", draws, "2: one call for all layers in each step")
 
 
 @about("before_step", "alg 1")
 def test_inside_the_window_only_noise_changes():
-    states = states_after("free", 3)[0]
-    same(noise_at(3, "free")[0], every(states, "noise"), "the noise at step 3")
+    states, noise = states_after("free", 3)[0], noise_at(3, "free")[1]
+    same(every(states, "noise"), noise, "the noise at step 3")
     for name in ("A", "B", "log_theta"):
         for layer, before in zip(states, layers_of(bank("free"))):
             unchanged = before.gate.log_theta if name == "log_theta" else getattr(before, name)
