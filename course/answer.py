@@ -66,6 +66,7 @@ def _be_alone(line):
         os.dup2(nowhere, stream)
     os.closerange(3, line)
     os.closerange(line + 1, 1024)
+    sys.stdin = open(0, closefd=False)  # multiprocessing's own is closed by now
 
 
 def _readable():

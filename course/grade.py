@@ -55,6 +55,8 @@ def write_table(root, exercises, out=None, limit=None, jobs=1, feedback=None):
     out: a path, or None to print. Lines that it has already are not graded again. Raises ValueError if it holds
     another table.
     """
+    from course.judge import Respondent
+
     head = [*COLUMNS, *(f"exercise_{exercise.number}" for exercise in exercises), "notes", "look"]
     places = sorted(place for place in Path(root).iterdir() if not place.name.startswith((".", "__")))
     done = _names_in(out, head)
@@ -75,8 +77,12 @@ def write_table(root, exercises, out=None, limit=None, jobs=1, feedback=None):
                 page.write_text(report_of(marks, all_failures=True) + "\n", encoding="utf-8")
             writer.writerow(_row(marks))
             file.flush()
-    finally:
+    except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
+        Respondent.stop_all()
+        raise
+    finally:
+        pool.shutdown()
 
 
 def _row(marks):
@@ -120,9 +126,10 @@ def _alike(places, exercises):
     students["the reference"] = {file: (file, text) for file, text in reference_texts().items() if file in FILES}
     tokens = {name: {e.number: solution(files, e) for e in exercises} for name, files in students.items()}
     notes = {name: [] for name in students}
-    for number, one, other, share in pairs(tokens):
-        notes[one].append(f"exercise {number} is {share:.0%} like {other}")
-        notes[other].append(f"exercise {number} is {share:.0%} like {one}")
+    for (one, other), numbers in pairs(tokens).items():
+        where = ",".join(map(str, numbers))
+        notes[one].append(f"like {other} in {where}")
+        notes[other].append(f"like {one} in {where}")
     return notes
 
 
@@ -149,6 +156,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not os.path.lexists(args.submission):
         parser.error(f"there is no submission {args.submission}")
+    if not args.submission.is_dir() and args.submission.suffix not in KINDS:
+        parser.error(f"{args.submission} is not a folder, a zip file, a .py file or a notebook")
     if args.all and not args.submission.is_dir():
         parser.error(f"--all takes a folder of submissions, got {args.submission}")
     if args.limit is not None and not 0 < args.limit <= 3600:
@@ -157,6 +166,9 @@ def main(argv=None):
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
     if (args.out or args.feedback) and not args.all:
         parser.error("--out and --feedback go with --all")
+    for path in filter(None, (args.out, args.feedback)):
+        if path.resolve().is_relative_to(args.submission.resolve()):
+            parser.error(f"{path} lies among the submissions: name a place outside {args.submission}")
     hint = "the same command goes on" if args.out else "nothing is left behind"
     with ending_in_a_line("grade.py", hint):
         from course import judge  # only here: the processes that answer import this file, and nothing of the judge's

@@ -123,7 +123,7 @@ def _insert(module, file, names, source):
                 setattr(ours, key, value)
 
 
-LEFT_OVER = {"input": "EOFError", "breakpoint": "BdbQuit"}  # what they raise where there is no keyboard
+LEFT_OVER = {"EOFError": "an input()", "BdbQuit": "a breakpoint()"}  # what raises these where there is no keyboard
 
 
 def said(error, paths):
@@ -136,9 +136,10 @@ def said(error, paths):
             line = trace.tb_lineno
         trace = trace.tb_next
     kind, words = type(error).__name__, next(iter(str(error).splitlines()), "")[:300]
-    left_over = [f" (is there an {name}() left?)" for name, raises in LEFT_OVER.items() if kind == raises]
+    if kind in LEFT_OVER:
+        words = f"there is no keyboard here: was {LEFT_OVER[kind]} left in the file?"
     where = "" if line is None else f"line {line}: "
-    return f"{where}{kind}{': ' if words else ''}{words}{''.join(left_over)}"
+    return f"{where}{kind}{': ' if words else ''}{words}"
 
 
 def is_written(text, names):

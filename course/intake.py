@@ -35,8 +35,8 @@ def collect(place):
         names = sorted((name for name in found if _called(name, file)), key=lambda name: _rank(name, file))
         if names:
             _take(student, notes, file, found, names[0])
-            if names[0] not in (file, Path(file).name):
-                notes.append(f"{file} is {printable(names[0])} here")
+            if Path(names[0]).name != Path(file).name:
+                notes.append(f"{file} is called {printable(names[0])}")
     for name in sorted(found):
         if not any(_called(name, file) for file in FILES):
             for file in FILES:
@@ -101,7 +101,8 @@ def _listed(place):
         return _listed_folder(place)
     if place.suffix == ".zip":
         return _listed_zip(place)
-    return {place.name: Reader(place.name, place.stat().st_size, place.read_bytes)}, []
+    why_not = None if place.is_file() else "is not a file"
+    return {place.name: Reader(place.name, place.stat().st_size, place.read_bytes, why_not)}, []
 
 
 def _listed_folder(root):

@@ -43,6 +43,7 @@ class Respondent:
     """One exercise of one submission in a process of its own: `ask` is what the questions of the checks call."""
 
     lock = threading.Lock()  # multiprocessing's list of children is for one thread at a time
+    alive, stopped = set(), False
 
     def __init__(self, exercise, student, folder, limit):
         self.limit = limit
@@ -50,7 +51,10 @@ class Respondent:
         self.line, theirs = socket.socketpair()
         self.process = fork_server().Process(target=answer, args=(theirs, *job))
         with self.lock:
+            if self.stopped:
+                raise InterruptedError
             self.process.start()
+            self.alive.add(self)
         theirs.close()
 
     def ready(self):
@@ -108,7 +112,15 @@ class Respondent:
                 except (ProcessLookupError, PermissionError):
                     pass
             self.process.join()
+            self.alive.discard(self)
         self.line.close()
+
+    @classmethod
+    def stop_all(cls):
+        """For threads that are grading: ends what they wait for, and lets them begin nothing new."""
+        cls.stopped = True
+        for respondent in list(cls.alive):
+            respondent.end()
 
 
 def fork_server():
@@ -150,7 +162,8 @@ def grade(submission, exercises=EXERCISES.values(), limit=None):
         results[str(exercise.number)] = _grade_one(exercise, student, limit or LIMIT)
     look = []  # for the teacher
     for file, (_, text) in student.items():
-        look += [f"{file}, line {line}: {name}" for line, name in unusual(text, texts[file])]
+        names = [f"{name} (line {line})" for name, line in unusual(text, texts[file]).items()]
+        look += [f"{file} uses {', '.join(names)}"] if names else []
     points, out_of = (sum(result[key] for result in results.values()) for key in ("points", "out_of"))
     name = printable(Path(submission).absolute().name)
     return {"submission": name, "points": points, "out_of": out_of, "notes": notes, "exercises": results, "look": look}

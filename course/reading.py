@@ -19,17 +19,17 @@ NAMES = """__builtins__ __class__ __closure__ __code__ __defaults__ __dict__ __g
 __subclasses__ __loader__ __spec__ _getframe _C compile eval exec from_file fromfile getattr globals load locals modules
 open save setattr settrace vars""".split()
 ALIKE = 0.9  # share of equal tokens from which two solutions are reported
-SHORT = 25  # tokens; a shorter solution is nearly the same whoever writes it
+SHORT = 60  # tokens; a shorter solution is nearly the same whoever writes it
 
 
 def unusual(text, reference=""):
-    """[(line, name)] of what an honest solution has no use for. Names that the reference has too do not count."""
-    usual = {name for _, name in unusual(reference)} if reference else ()
+    """{name: first line} of what an honest solution has no use for. Names that the reference has too do not count."""
+    usual = unusual(reference) if reference else {}
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return []
-    found = []
+        return {}
+    found = {}
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Import):
@@ -45,8 +45,8 @@ def unusual(text, reference=""):
         imports = isinstance(node, (ast.Import, ast.ImportFrom))
         for name in names:
             if name in NAMES or (imports and name.split(".")[0] in MODULES):
-                found.append((node.lineno, name))
-    return sorted({(line, name) for line, name in found if name not in usual})
+                found[name] = min(node.lineno, found.get(name, node.lineno))
+    return {name: found[name] for name in sorted(found) if name not in usual}
 
 
 def solution(student, exercise):
@@ -77,15 +77,15 @@ def _tokens(function):
 
 
 def pairs(solutions):
-    """Submissions whose solutions are nearly the same: [(exercise number, one name, other name, share)].
+    """Submissions whose solutions are nearly the same: {(one name, other name): [exercise numbers]}.
 
     solutions: {name: {exercise number: tokens}}, with the reference among them under a name of its own.
     """
-    found = []
+    found = {}
     for number in EXERCISES:
         written = {name: tokens[number] for name, tokens in solutions.items() if len(tokens.get(number, ())) >= SHORT}
         for one, other in combinations(sorted(written), 2):
             matcher = SequenceMatcher(None, written[one], written[other], autojunk=False)
             if matcher.real_quick_ratio() >= ALIKE and matcher.quick_ratio() >= ALIKE and matcher.ratio() >= ALIKE:
-                found.append((number, one, other, matcher.ratio()))
+                found.setdefault((one, other), []).append(number)
     return found

@@ -206,7 +206,7 @@ tricks = [lambda _: raises(ValueError("\\ud800 \\x1b[31m\\x07")), lambda _: sys.
 FOREVER = """
 if os.fork() == 0:
     os.setsid()
-    time.sleep(5)
+    time.sleep(3)
     os._exit(0)
 """
 
@@ -220,8 +220,8 @@ HOSTILE = {  # what it does: (points, the note or None, code at import, first li
     "writes where answers go": (0, "something else was written", GARBAGE, "write(b'[1]' + bytes([10]))"),
     "writes a nest of brackets": (0, "something else was written", GARBAGE, "write(b'[' * 100_000 + bytes([10]))"),
     "writes without an end": (0, "the process ended before it answered", GARBAGE, "while True: write(b'x' * 2**16)"),
-    "waits": (0, "no answer within 2 s", "", "time.sleep(1000)"),
-    "leaves a child that waits": (0, "no answer within 2 s", FOREVER, "os._exit(0)"),
+    "waits": (0, "no answer within 1 s:", "", "time.sleep(1000)"),
+    "leaves a child that waits": (0, "no answer within 1 s:", FOREVER, "os._exit(0)"),
 }
 
 
