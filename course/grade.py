@@ -13,124 +13,17 @@ plain data (course/answer.py): no student's code runs in this one. Exercise 10 i
 """
 
 import argparse
-import csv
 import json
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from course.ending import ending_in_a_line
-from course.exercises import EXERCISES, FILES, NOT_WRITTEN, chosen
-from course.graft import reference_texts
-from course.intake import KINDS, collect, printable
-from course.reading import pairs, solution
-
-COLUMNS = ("submission", "points", "out_of")
-
-
-def report_of(marks, all_failures=False):
-    """The marks in words; of each exercise, the first failed test or all of them."""
-    lines = [f"{marks['submission']}: {marks['points']} of {marks['out_of']}", *marks["notes"]]
-    for number, result in marks["exercises"].items():
-        lines.append(f"exercise {number}: {score_of(result):12} {EXERCISES[int(number)].title}")
-        lines += [f"    {note}" for note in result["notes"] if note != NOT_WRITTEN]
-        failures = [text for text in result["failed"].values() if text]
-        for text in failures if all_failures else failures[:1]:
-            lines += [f"    {line}" for line in text.splitlines()]
-            lines += [""] if all_failures else []
-    return "\n".join(lines)
-
-
-def score_of(result):
-    return f"{result['points']} of {result['out_of']}" if result["written"] else NOT_WRITTEN
-
-
-def write_table(root, exercises, out=None, limit=None, jobs=1, feedback=None):
-    """One line of CSV for everything in a folder, and a page for every student in the folder `feedback`.
-
-    out: a path, or None to print. Lines that it has already are not graded again. Raises ValueError if it holds
-    another table.
-    """
-    from course.judge import Respondent
-
-    head = [*COLUMNS, *(f"exercise_{exercise.number}" for exercise in exercises), "notes", "look"]
-    places = sorted(place for place in Path(root).iterdir() if not place.name.startswith((".", "__")))
-    done = _names_in(out, head)
-    waiting = [place for place in places if printable(place.name) not in done]
-    alike = _alike(places, exercises)
-    if feedback:
-        feedback.mkdir(parents=True, exist_ok=True)
-    file = open(out, "a", newline="", encoding="utf-8") if out else sys.stdout
-    writer = csv.writer(file)
-    if not done:
-        writer.writerow(head)
-    pool = ThreadPoolExecutor(jobs)
-    try:
-        for marks in pool.map(lambda place: _marks_of(place, exercises, limit), waiting):
-            marks["look"] += alike[marks["submission"]]
-            if feedback:
-                page = feedback / f"{marks['submission']}.txt"
-                page.write_text(report_of(marks, all_failures=True) + "\n", encoding="utf-8")
-            writer.writerow(_row(marks))
-            file.flush()
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        Respondent.stop_all()
-        raise
-    finally:
-        pool.shutdown()
-
-
-def _row(marks):
-    results = marks["exercises"].values()
-    scores = [result["points"] if result["written"] else NOT_WRITTEN for result in results]
-    numbers = {}  # {note: the exercises that have it}
-    for number, result in marks["exercises"].items():
-        for note in result["notes"]:
-            numbers.setdefault(note, []).append(number)
-    notes = [f"{','.join(found)}: {note}" for note, found in numbers.items() if note != NOT_WRITTEN]
-    notes = "; ".join(marks["notes"] + notes)
-    return [*(marks[column] for column in COLUMNS), *scores, notes, "; ".join(marks["look"])]
-
-
-def _names_in(out, head):
-    """The submissions in a table that was begun before."""
-    if not out or not out.exists() or out.stat().st_size == 0:
-        return set()
-    text = out.read_text(encoding="utf-8")
-    rows = list(csv.reader(text.splitlines(keepends=True)))
-    if rows[0] != head or not text.endswith("\n"):
-        raise ValueError(f"{out} holds another table, or its last line is cut off: name a new file, or mend it")
-    return {row[0] for row in rows[1:] if row}
-
-
-def _marks_of(place, exercises, limit):
-    from course.judge import grade, nothing
-
-    if not place.is_symlink() and (place.is_dir() or place.suffix in KINDS):
-        return grade(place, exercises, limit)
-    what = "a link" if place.is_symlink() else "not a folder, a zip file, a .py file or a notebook"
-    results = {str(exercise.number): nothing(exercise, NOT_WRITTEN) for exercise in exercises}
-    out_of = sum(result["out_of"] for result in results.values())
-    marks = {"submission": printable(place.name), "points": 0, "out_of": out_of}
-    return marks | {"notes": [what], "exercises": results, "look": []}
-
-
-def _alike(places, exercises):
-    """{submission: notes} on solutions that are nearly those of others, or of the reference."""
-    students = {printable(place.name): collect(place)[0] for place in places}
-    students["the reference"] = {file: (file, text) for file, text in reference_texts().items() if file in FILES}
-    tokens = {name: {e.number: solution(files, e) for e in exercises} for name, files in students.items()}
-    notes = {name: [] for name in students}
-    for (one, other), numbers in pairs(tokens).items():
-        where = ",".join(map(str, numbers))
-        notes[one].append(f"like {other} in {where}")
-        notes[other].append(f"like {one} in {where}")
-    return notes
+from course.exercises import EXERCISES, chosen
+from course.intake import KINDS
 
 
 def build_parser():
@@ -146,6 +39,8 @@ def build_parser():
     parser.add_argument("--out", type=Path, metavar="CSV", help="with --all: write to this file; lines that it has "
                         "already are kept, and not graded again")  # fmt: skip
     parser.add_argument("--feedback", type=Path, metavar="DIR", help="with --all: a page of text for every student")
+    parser.add_argument("--join", type=Path, metavar="CSV", nargs="+", default=[], help="with --all: add the columns "
+                        "of these tables by their column `submission`: names, late days, other points")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="with --all: submissions at the "
                         "same time (default: one per core)")  # fmt: skip
     return parser
@@ -164,8 +59,8 @@ def main(argv=None):
         parser.error(f"--limit must be above 0 and at most 3600 seconds, got {args.limit:g}")
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
-    if (args.out or args.feedback) and not args.all:
-        parser.error("--out and --feedback go with --all")
+    if (args.out or args.feedback or args.join) and not args.all:
+        parser.error("--out, --feedback and --join go with --all")
     for path in filter(None, (args.out, args.feedback)):
         if path.resolve().is_relative_to(args.submission.resolve()):
             parser.error(f"{path} lies among the submissions: name a place outside {args.submission}")
@@ -175,9 +70,12 @@ def main(argv=None):
 
         judge.prepare()
         if args.all:
-            return write_table(args.submission, args.exercises, args.out, args.limit, args.jobs, args.feedback)
+            from course.table import write_table
+
+            how = dict(limit=args.limit, jobs=args.jobs, feedback=args.feedback, joined=args.join)
+            return write_table(args.submission, args.exercises, args.out, **how)
         marks = judge.grade(args.submission, args.exercises, args.limit)
-        print(json.dumps(marks, indent=1) if args.json else report_of(marks))
+        print(json.dumps(marks, indent=1) if args.json else judge.report_of(marks))
 
 
 if __name__ == "__main__":

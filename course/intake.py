@@ -17,7 +17,9 @@ from course.graft import functions_of
 
 LARGEST = 2**20  # bytes of a file
 MOST = 2000  # files in a submission; a handout has about 150
-KINDS = (".py", ".ipynb", ".zip")
+KINDS = (".py", ".ipynb", ".zip")  # of a submission that is not a folder
+READ = (".py", ".ipynb", ".md")
+PAGE = "answers.md"
 MAGIC = re.compile(rb"(?m)^([ \t]*)[%!?].*$")  # what only notebooks understand
 SHELL = re.compile(rb"(?m)^([ \t]*)get_ipython\(\).*$")  # the same, once a notebook is exported
 KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)  # of a notebook
@@ -38,7 +40,7 @@ def collect(place):
             if Path(names[0]).name != Path(file).name:
                 notes.append(f"{file} is called {printable(names[0])}")
     for name in sorted(found):
-        if not any(_called(name, file) for file in FILES):
+        if not name.endswith(".md") and not any(_called(name, file) for file in FILES):
             for file in FILES:
                 if file not in student and _defines(found[name], file):
                     _take(student, notes, file, found, name)
@@ -46,6 +48,16 @@ def collect(place):
     if not student and not notes:
         notes.append(f"none of {', '.join(FILES)} is here")
     return student, list(dict.fromkeys(notes))
+
+
+def answers_in(place):
+    """The text of the page with answers to the questions, or "" without one."""
+    found, _ = _listed(Path(place))
+    names = sorted((name for name in found if _called(name, PAGE)), key=lambda name: _rank(name, PAGE))
+    try:
+        return printable(found[names[0]]().decode("utf-8", "replace")) if names else ""
+    except Unreadable:
+        return ""
 
 
 def _take(student, notes, file, found, name):
@@ -57,8 +69,8 @@ def _take(student, notes, file, found, name):
 
 def _called(name, file):
     """Whether this is the file, perhaps renamed by a browser or a learning system."""
-    stem = re.escape(Path(file).stem)
-    return re.fullmatch(rf"(.*_)?{stem}(\s*\(\d+\)|[ _-]\d+|[ _-]copy)?\.(py|ipynb)", Path(name).name) is not None
+    stem, kind = re.escape(Path(file).stem), "md" if file.endswith(".md") else "py|ipynb"
+    return re.fullmatch(rf"(.*_)?{stem}(\s*\(\d+\)|[ _-]\d+|[ _-]copy)?\.({kind})", Path(name).name) is not None
 
 
 def _rank(name, file):
@@ -68,7 +80,7 @@ def _rank(name, file):
 
 def _defines(read, file):
     try:
-        names = functions_of(source_of("x.ipynb" if read.notebook else "x.py", read()))
+        names = functions_of(source_of(read.name, read()))
     except (Unreadable, SyntaxError, ValueError, RecursionError):
         return False
     return any(name in names for exercise in EXERCISES.values() for name in exercise.targets.get(file, ()))
@@ -78,7 +90,7 @@ class Reader:
     """Reads one file when it is called: read(size) -> bytes."""
 
     def __init__(self, name, size, read, why_not=None):
-        self.notebook, self.size, self.read, self.why_not = name.endswith(".ipynb"), size, read, why_not
+        self.name, self.size, self.read, self.why_not = name, size, read, why_not
 
     def __call__(self):
         if self.why_not:
@@ -118,7 +130,7 @@ def _listed_folder(root):
                 inside, more = _listed_zip(path)
                 found |= {f"{path.name}/{key}": reader for key, reader in inside.items()}
                 notes += more
-            if path.suffix in (".py", ".ipynb"):
+            if path.suffix in READ:
                 why_not = None if path.is_file() and not path.is_symlink() else "is a link or not a file"
                 size = path.lstat().st_size
                 found[path.relative_to(root).as_posix()] = Reader(name, size, path.read_bytes, why_not)
@@ -128,7 +140,7 @@ def _listed_folder(root):
 def _listed_zip(path):
     try:
         packed = zipfile.ZipFile(path)
-        infos = [info for info in packed.infolist() if info.filename.endswith((".py", ".ipynb"))][:MOST]
+        infos = [info for info in packed.infolist() if info.filename.endswith(READ)][:MOST]
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         return {}, [f"{printable(path.name)} is not a zip file that can be read ({error})"]
     found = {}

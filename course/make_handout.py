@@ -23,6 +23,8 @@ if __name__ == "__main__":
 from course.ending import ending_in_a_line
 from course.exercises import EXERCISES, MODULES, NOT_WRITTEN, ROOT, chosen
 from course.graft import reference_texts, stubbed
+from course.intake import PAGE
+from course.written import page
 
 COPIED = ("*.txt", "*.toml", "*.py", "LICENSE", "assets", "cli", "course", "experiments", "glue", "hub", "peers",
           "tests/conftest.py")  # fmt: skip
@@ -34,8 +36,8 @@ Start with `course/exercises.md`. Set up once, with Python 3.11 or later, then s
     pip install -r requirements.txt
     python course/grade.py .
 
-You write in `hard_concrete.py`, `salora.py`, `budget.py` and `course/bare_loop.py`. All other files are as in the
-repository that this handout was made from.
+You write in `hard_concrete.py`, `salora.py`, `budget.py`, `course/bare_loop.py` and `answers.md`. All other files are
+as in the repository that this handout was made from.
 """
 
 
@@ -44,6 +46,7 @@ def make_handout(out, exercises):
     texts = reference_texts()
     out.mkdir(parents=True)
     (out / "README.md").write_text(README, encoding="utf-8")
+    (out / PAGE).write_text(page(exercises), encoding="utf-8")
     for source in [path for pattern in COPIED for path in ROOT.glob(pattern)]:
         copy = out / source.relative_to(ROOT)
         if source.is_dir():

@@ -21,7 +21,7 @@ from course_faults import HOSTILE, OPEN, RIGHT, WRONG, hostile
 from torch import nn
 
 import train_glue_mini  # noqa: F401  before a test puts other modules in place of those that it imports
-from course import checking, fence, grade, judge, lesson, make_handout, run
+from course import checking, fence, grade, judge, lesson, make_handout, run, table, written
 from course.exercises import EXERCISES, FILES, MODULES, chosen
 from course.graft import Unusable, blanked, functions_of, graft, is_stub, reference_texts, said, stubbed
 from course.judge import Respondent
@@ -94,7 +94,7 @@ def test_every_exercise_has_functions_that_exist_tests_that_blame_them_and_its_p
         [targets] = exercise.targets.values()
         checks = runpy.run_path(str(exercise.checks))
         about = [checks[name].about for name in exercise.tests()]
-        assert 5 <= len(about) <= 15 and {function for function, _ in about} == set(targets), exercise.title
+        assert 5 <= len(about) <= 16 and {function for function, _ in about} == set(targets), exercise.title
         assert about[0][0] == targets[0] and {key for _, key in about} <= EQUATIONS.keys(), exercise.title
         assert f"## {number}. {exercise.title}\n" in questions and f"## {number}. {exercise.title}\n" in answers
         assert f"python -m pytest --exercise {number}\n" in questions
@@ -195,6 +195,10 @@ def test_a_handout_has_blanks_for_answers_and_what_gives_them_away_and_nothing_o
     assert "RankAllocator.before_step" in BLANKS["rank_allocator.py"]
     teachers = ("answers.md", "teaching.md", "make_handout.py", "../tests/test_course.py")
     assert not any((handout / "course" / name).exists() for name in teachers)
+    questions = re.findall(r"\*\*Question\.\*\* (.+)", (COURSE / "exercises.md").read_text(encoding="utf-8"))
+    room = (handout / "answers.md").read_text(encoding="utf-8")
+    assert len(questions) == 9 and all(question in room for question in questions) and room.count(written.HERE) == 9
+    assert len(written.sections(COURSE / "answers.md", "**Points.**")) - 1 == 9, "and the project"
 
 
 def test_a_handout_of_some_exercises_leaves_all_else_as_it_is_and_is_not_written_over_anything(tmp_path, capsys):
@@ -299,6 +303,7 @@ def classroom(tmp_path):
     root, text = tmp_path / "class", reference_texts()[HARD]
     for name, content in {
         "flat/hard_concrete.py": text,
+        "flat/answers.md": f"{written.page([EXERCISES[1]])}\n7.33 gates, \x1b[31mI think.\n",
         "deep/home/work/hard_concrete.py": text,
         "deep/home/notes.txt": "hello",
         "renamed/hard_concrete (1).py": text,
@@ -330,8 +335,16 @@ def classroom(tmp_path):
 def test_a_class_in_every_state_gets_a_row_and_a_page_each(classroom, tmp_path):
     root, points = classroom
     out, pages = tmp_path / "grades.csv", tmp_path / "pages"
-    grade.main([str(root), "--all", "--exercises", "1", "--out", str(out), "--feedback", str(pages), "--jobs", "2"])
+    roster = tmp_path / "roster.csv"
+    roster.write_text("submission,name,late\nflat,Ada,2\nsingle,Bo,0\nghost,Zoe,1\n", encoding="utf-8")
+    more = ["--out", out, "--feedback", pages, "--jobs", "2", "--join", roster]
+    grade.main([str(root), "--all", "--exercises", "1", *map(str, more)])
     rows = {row["submission"]: row for row in csv.DictReader(out.read_text(encoding="utf-8").splitlines())}
+    assert [(rows[name]["name"], rows[name]["late"]) for name in ("flat", "single.py")] == [("Ada", "2"), ("Bo", "0")]
+    assert rows.pop("ghost")["notes"] == "nothing was handed in"
+    words = (pages / "flat.txt").read_text(encoding="utf-8")
+    assert "question 1: 7.33 gates, [31mI think.\n    points: 1: 7.33 gates, or 8 x 11/12." in words
+    assert "question 1: no answer" in (pages / "deep.txt").read_text(encoding="utf-8")
     scores = {name: "not written" if score is None else str(score) for name, score in points.items()}
     assert {name: row["exercise_1"] for name, row in rows.items()} == scores
     assert {page.stem for page in pages.iterdir()} == rows.keys()
@@ -349,7 +362,7 @@ def test_a_table_that_was_interrupted_goes_on_where_it_was(classroom, tmp_path, 
     root, points = classroom
     out = tmp_path / "grades.csv"
     flags = ["--all", "--exercises", "1", "--out", str(out), "--jobs", "1"]
-    marks_of, graded = grade._marks_of, []
+    marks_of, graded = table._marks_of, []
 
     def interrupt(place, *rest):
         graded.append(place.name)
@@ -357,7 +370,7 @@ def test_a_table_that_was_interrupted_goes_on_where_it_was(classroom, tmp_path, 
             raise KeyboardInterrupt
         return marks_of(place, *rest)
 
-    monkeypatch.setattr(grade, "_marks_of", interrupt)
+    monkeypatch.setattr(table, "_marks_of", interrupt)
     with pytest.raises(SystemExit, match="130"):
         grade.main([str(root), *flags])
     assert "the same command goes on" in capsys.readouterr().err
@@ -399,7 +412,7 @@ def test_the_teacher_is_told_of_odd_names_and_of_solutions_that_are_alike(studen
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "budget.py").write_text(text, encoding="utf-8")
-    alike = grade._alike(sorted(tmp_path.iterdir()), [EXERCISES[7]])
+    alike = table._alike(sorted(tmp_path.iterdir()), [EXERCISES[7]])
     assert alike["ann"] == ["like bob in 7", "like cleo in 7", "like the reference in 7"]
     odd = "import ctypes, sys\nx = sys._getframe().f_globals['__code__']\ny = sys.modules\n"
     assert unusual(odd.encode(), b"") == {"__code__": 2, "_getframe": 2, "ctypes": 1, "modules": 3, "sys": 1}

@@ -94,6 +94,12 @@ def test_at_t_end_what_does_not_fit_is_removed():
     same(ranks(later), [2, 1], "the ranks a step later")
 
 
+@about("before_step", "phases")
+def test_an_empty_window_is_decided_in_the_step_in_which_it_begins():
+    [states] = before_step(bank("held"), (10, 0.2, 0.2), [2], BUDGET, SEED)["states"]
+    same(ranks(states), [2, 1], "the ranks after before_step at T_start = T_end, budget 0.6")
+
+
 @about("after_backward", "9")
 def test_the_gradient_of_the_regularizer_is_added_to_that_of_the_task():
     task, alone = numbers(3, 4), layers_of(bank("held"))
