@@ -21,28 +21,34 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from course.checking import LIMIT
 from course.ending import ending_in_a_line
-from course.exercises import EXERCISES, chosen
+from course.exercises import COURSE, EXERCISES, chosen
+from course.fence import version
 from course.intake import KINDS
 
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("submission", type=Path, help="a folder, zip file, .py file or notebook; with --all, a folder "
-                        "of them")  # fmt: skip
-    parser.add_argument("--exercises", type=chosen, default=EXERCISES.values(), metavar="1-4", help="default: all")
-    parser.add_argument("--limit", type=float, metavar="S", help="seconds of computing per question (default 10, as in "
-                        "`pytest --exercise`)")  # fmt: skip
+    add = parser.add_argument
+    add("submission", type=Path, help="a folder, zip file, .py file or notebook; with --all, a folder of them")
+    add("--exercises", type=chosen, default=EXERCISES.values(), metavar="1-4", help="default: all")
+    add("--limit", type=float, default=LIMIT, metavar="S", help="seconds of computing per question (default: 10)")
+    if (COURSE / "hidden.py").exists():  # the teacher's
+        add("--hidden", metavar="SEED", help="more tests, with other numbers and shapes; SEED is any word")
+    else:
+        parser.set_defaults(hidden=None)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print the marks as JSON")
+    output.add_argument("--gradescope", action="store_true", help="print them as Gradescope's results.json")
     output.add_argument("--all", action="store_true", help="grade everything in the folder, and print CSV")
-    parser.add_argument("--out", type=Path, metavar="CSV", help="with --all: write to this file; lines that it has "
-                        "already are kept, and not graded again")  # fmt: skip
-    parser.add_argument("--feedback", type=Path, metavar="DIR", help="with --all: a page of text for every student")
-    parser.add_argument("--join", type=Path, metavar="CSV", nargs="+", default=[], help="with --all: add the columns "
-                        "of these tables by their column `submission`: names, late days, other points")  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="with --all: submissions at the "
-                        "same time (default: one per core)")  # fmt: skip
+    group = parser.add_argument_group("with --all")
+    add = group.add_argument
+    add("--out", type=Path, metavar="CSV", help="write to this file; lines that it has already are kept")
+    add("--feedback", type=Path, metavar="DIR", help="write a page of text for every student")
+    add("--join", type=Path, metavar="CSV", nargs="+", default=[], help="add the columns of these tables, by their "
+        "column `submission`: names, late days, other points")  # fmt: skip
+    add("--jobs", type=int, default=os.cpu_count(), metavar="N", help="submissions at a time (default: one per core)")
     return parser
 
 
@@ -55,7 +61,7 @@ def main(argv=None):
         parser.error(f"{args.submission} is not a folder, a zip file, a .py file or a notebook")
     if args.all and not args.submission.is_dir():
         parser.error(f"--all takes a folder of submissions, got {args.submission}")
-    if args.limit is not None and not 0 < args.limit <= 3600:
+    if not 0 < args.limit <= 3600:
         parser.error(f"--limit must be above 0 and at most 3600 seconds, got {args.limit:g}")
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
@@ -69,13 +75,18 @@ def main(argv=None):
         from course import judge  # only here: the processes that answer import this file, and nothing of the judge's
 
         judge.prepare()
+        if not version():
+            print("grade.py: no Landlock here: a submission could read and write your files", file=sys.stderr)
         if args.all:
             from course.table import write_table
 
-            how = dict(limit=args.limit, jobs=args.jobs, feedback=args.feedback, joined=args.join)
-            return write_table(args.submission, args.exercises, args.out, **how)
-        marks = judge.grade(args.submission, args.exercises, args.limit)
-        print(json.dumps(marks, indent=1) if args.json else judge.report_of(marks))
+            where = dict(out=args.out, jobs=args.jobs, feedback=args.feedback, joined=args.join)
+            return write_table(args.submission, args.exercises, **where, limit=args.limit, hidden=args.hidden)
+        marks = judge.grade(args.submission, args.exercises, args.limit, args.hidden)
+        if args.json or args.gradescope:
+            print(json.dumps(judge.gradescope_of(marks) if args.gradescope else marks, indent=1))
+        else:
+            print(judge.report_of(marks))
 
 
 if __name__ == "__main__":

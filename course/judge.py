@@ -148,18 +148,26 @@ def prepare():
 
 
 @functools.cache
-def tests_of(number):
-    """{name: test} of an exercise, in order."""
+def tests_of(number, hidden=None):
+    """{name: test} of an exercise, in order. hidden: a seed, for hidden tests as well."""
     checks = runpy.run_path(str(EXERCISES[number].checks))
-    return {name: checks[name] for name in EXERCISES[number].tests()}
+    tests = {name: checks[name] for name in EXERCISES[number].tests()}
+    if hidden is not None:
+        from course.hidden import tests_for  # a handout has none
+
+        tests |= tests_for(number, hidden)
+    return tests
 
 
-def grade(submission, exercises=EXERCISES.values(), limit=None):
-    """The marks of a submission, as `--json` prints them. Raises OSError where there is no submission."""
+def grade(submission, exercises=EXERCISES.values(), limit=LIMIT, hidden=None):
+    """The marks of a submission, as `--json` prints them. Raises OSError where there is no submission.
+
+    limit: seconds of computing per question. hidden: the seed of hidden tests, if there are to be any.
+    """
     student, notes = collect(submission)
     texts, results = reference_texts(), {}
     for exercise in exercises:
-        results[str(exercise.number)] = _grade_one(exercise, student, limit or LIMIT)
+        results[str(exercise.number)] = _grade_one(exercise, student, limit, tests_of(exercise.number, hidden))
     look = []  # for the teacher
     for file, (_, text) in student.items():
         names = [f"{name} (line {line})" for name, line in unusual(text, texts[file]).items()]
@@ -169,23 +177,23 @@ def grade(submission, exercises=EXERCISES.values(), limit=None):
     return {"submission": name, "points": points, "out_of": out_of, "notes": notes, "exercises": results, "look": look}
 
 
-def nothing(exercise, note):
+def nothing(out_of, note):
     """The marks of an exercise that is not there."""
-    return {"points": 0, "out_of": len(exercise.tests()), "written": False, "notes": [note], "failed": {}}
+    return {"points": 0, "out_of": out_of, "written": False, "notes": [note], "failed": {}}
 
 
-def _grade_one(exercise, student, limit):
+def _grade_one(exercise, student, limit, tests):
     [[file, names]] = exercise.targets.items()
     if file not in student:
-        return nothing(exercise, f"there is no {file}")
+        return nothing(len(tests), f"there is no {file}")
     if not is_written(student[file][1], names):
-        return nothing(exercise, NOT_WRITTEN)
-    marks, started = nothing(exercise, "") | {"written": True}, time.time()
+        return nothing(len(tests), NOT_WRITTEN)
+    marks, started = nothing(len(tests), "") | {"written": True}, time.time()
     with tempfile.TemporaryDirectory(prefix="answer-", ignore_cleanup_errors=True) as folder:
         respondent = Respondent(exercise, student, folder, limit)
         try:
             unusable = respondent.ready()
-            marks |= {"notes": [printable(unusable)]} if unusable else _run_tests(exercise, respondent)
+            marks |= {"notes": [printable(unusable)]} if unusable else _run_tests(tests, respondent)
         except Gone as error:
             marks["notes"] = [f"{file} does not load: {error}"]
         finally:
@@ -193,9 +201,9 @@ def _grade_one(exercise, student, limit):
     return marks | {"seconds": round(time.time() - started, 1)}
 
 
-def _run_tests(exercise, respondent):
+def _run_tests(tests, respondent):
     """{"points", "notes", "failed"} of the tests of one exercise. After one without an answer, no more are run."""
-    tests, failed, blamed, notes = tests_of(exercise.number), {}, [], []
+    failed, blamed, notes = {}, [], []
     before = ANSWERS.set(respondent.ask)
     for i, (name, test) in enumerate(tests.items()):
         error = _failure(test)
@@ -237,3 +245,14 @@ def report_of(marks, all_failures=False):
 
 def score_of(result):
     return f"{result['points']} of {result['out_of']}" if result["written"] else NOT_WRITTEN
+
+
+def gradescope_of(marks):
+    """The marks as Gradescope reads them: a test per exercise, with every failure in the words that students see."""
+    tests = []
+    for number, result in marks["exercises"].items():
+        words = [*result["notes"], *(text for text in result["failed"].values() if text)]
+        name = f"Exercise {number}: {EXERCISES[int(number)].title}"
+        test = {"name": name, "score": result["points"], "max_score": result["out_of"], "output": "\n\n".join(words)}
+        tests.append(test)
+    return {"score": marks["points"], "output": "\n".join(marks["notes"]), "tests": tests}

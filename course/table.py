@@ -8,18 +8,19 @@ from pathlib import Path
 from course.exercises import FILES, NOT_WRITTEN
 from course.graft import reference_texts
 from course.intake import KINDS, answers_in, collect, printable
-from course.judge import Respondent, grade, nothing, report_of
+from course.judge import Respondent, grade, nothing, report_of, tests_of
 from course.reading import pairs, solution
 from course.written import beside_rubric
 
 COLUMNS = ("submission", "points", "out_of")
 
 
-def write_table(root, exercises, out=None, limit=None, jobs=1, feedback=None, joined=()):
+def write_table(root, exercises, out=None, jobs=1, feedback=None, joined=(), **how):
     """One line of CSV for everything in a folder, and a page for every student in the folder `feedback`.
 
     out: a path, or None to print. Lines that it has already are not graded again. joined: paths of tables whose
-    columns are added by the name of the submission; names that only they have get a line, too.
+    columns are added by the name of the submission; names that only they have get a line, too. how: limit and hidden,
+    as for `grade`.
     Raises ValueError if `out` holds another table, or one that is joined has no column `submission`.
     """
     columns, known = _joined(joined)
@@ -36,7 +37,7 @@ def write_table(root, exercises, out=None, limit=None, jobs=1, feedback=None, jo
         writer.writerow(head)
     pool = ThreadPoolExecutor(jobs)
     try:
-        for marks in pool.map(lambda place: _marks_of(place, exercises, limit), waiting):
+        for marks in pool.map(lambda place: _marks_of(place, exercises, how), waiting):
             marks["look"] += alike[marks["submission"]]
             if feedback:
                 page = feedback / f"{marks['submission']}.txt"
@@ -46,7 +47,7 @@ def write_table(root, exercises, out=None, limit=None, jobs=1, feedback=None, jo
             file.flush()
         there = {name for place in places for name in (printable(place.name), Path(printable(place.name)).stem)}
         for name in known.keys() - there - done:
-            marks = _blank(name, "nothing was handed in", exercises)
+            marks = _blank(name, "nothing was handed in", exercises, how)
             writer.writerow(_row(marks, known, columns))
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -96,18 +97,19 @@ def _names_in(out, head):
     return {row[0] for row in rows[1:] if row}
 
 
-def _marks_of(place, exercises, limit):
+def _marks_of(place, exercises, how):
     if not place.is_symlink() and (place.is_dir() or place.suffix in KINDS):
-        marks = grade(place, exercises, limit)
+        marks = grade(place, exercises, **how)
         return marks | {"answers": answers_in(place)}
     what = "a link" if place.is_symlink() else "not a folder, a zip file, a .py file or a notebook"
-    return _blank(printable(place.name), what, exercises)
+    return _blank(printable(place.name), what, exercises, how)
 
 
-def _blank(name, note, exercises):
+def _blank(name, note, exercises, how):
     """The marks of what is not a submission."""
-    results = {str(exercise.number): nothing(exercise, NOT_WRITTEN) for exercise in exercises}
-    out_of = sum(result["out_of"] for result in results.values())
+    sizes = {exercise.number: len(tests_of(exercise.number, how.get("hidden"))) for exercise in exercises}
+    results = {str(number): nothing(size, NOT_WRITTEN) for number, size in sizes.items()}
+    out_of = sum(sizes.values())
     marks = {"submission": name, "points": 0, "out_of": out_of, "answers": ""}
     return marks | {"notes": [note], "exercises": results, "look": []}
 

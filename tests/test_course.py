@@ -21,7 +21,7 @@ from course_faults import HOSTILE, OPEN, RIGHT, WRONG, hostile
 from torch import nn
 
 import train_glue_mini  # noqa: F401  before a test puts other modules in place of those that it imports
-from course import checking, fence, grade, judge, lesson, make_handout, run, table, written
+from course import checking, fence, grade, judge, lesson, make_autograder, make_handout, run, table, written
 from course.exercises import EXERCISES, FILES, MODULES, chosen
 from course.graft import Unusable, blanked, functions_of, graft, is_stub, reference_texts, said, stubbed
 from course.judge import Respondent
@@ -193,7 +193,7 @@ def test_a_handout_has_blanks_for_answers_and_what_gives_them_away_and_nothing_o
     assert BLANKS[HARD]["prob_above"] == "left out: it gives away exercise 1"
     assert BLANKS[HARD]["median_gate"] == "Exercise 3: Section 3.5", "although it gives away exercise 2"
     assert "RankAllocator.before_step" in BLANKS["rank_allocator.py"]
-    teachers = ("answers.md", "teaching.md", "make_handout.py", "../tests/test_course.py")
+    teachers = ("answers.md", "teaching.md", "make_handout.py", "hidden.py", "../tests/test_course.py")
     assert not any((handout / "course" / name).exists() for name in teachers)
     questions = re.findall(r"\*\*Question\.\*\* (.+)", (COURSE / "exercises.md").read_text(encoding="utf-8"))
     room = (handout / "answers.md").read_text(encoding="utf-8")
@@ -292,6 +292,37 @@ def test_a_right_solution_may_be_slow_and_startup_is_not_charged(judging, tmp_pa
     marks = judging.grade(tmp_path, [EXERCISES[1]], limit=1)["exercises"]["1"]
     assert marks["points"] == 4, "tests that passed before count"
     assert marks["notes"] == ["too slow, or an endless loop: not finished after 1 s of computing; 2 tests were not run"]
+
+
+def test_hidden_tests_pass_whatever_is_right_and_fail_what_was_made_for_the_public_numbers(judging, student, tmp_path):
+    number, _, old, new = RIGHT[1]
+    texts = reference_texts() | {next(iter(EXERCISES[number].targets)): changed(number, old, new)}
+    for file in FILES:
+        (tmp_path / Path(file).name).write_text(texts[file], encoding="utf-8")
+    marks = judging.grade(tmp_path, hidden="2031")
+    assert marks["points"] == marks["out_of"] == sum(len(judge.tests_of(number, "2031")) for number in EXERCISES)
+    known = "if (tau, gamma) not in ((1, -0.1), (2, -0.1), (1, -0.5), (0.7, -0.1)):\n        return log_theta\n"
+    made = changed(1, f"    return {OPEN}", f"    {known}    return {OPEN}")
+    (tmp_path / HARD).write_text(made, encoding="utf-8")
+    found = judging.grade(tmp_path, [EXERCISES[1]], hidden="2031")["exercises"]["1"]
+    assert found["points"] == 7 and list(found["failed"]) == ["hidden_prob_open"]
+
+
+@pytest.mark.slow
+def test_gradescope_gets_a_zip_file_whose_script_writes_its_results(tmp_path):
+    make_autograder.main([str(tmp_path / "autograder.zip"), "--hidden", "a word", "--exercises", "1-2"])
+    with zipfile.ZipFile(tmp_path / "autograder.zip") as packed:
+        packed.extractall(tmp_path / "source")
+    (tmp_path / "submission").mkdir()
+    (tmp_path / "submission" / HARD).write_text(changed(1, *WRONG[0][3:]), encoding="utf-8")
+    path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/bin", "/bin"])
+    bare = {"AUTOGRADER": str(tmp_path), "PATH": path}
+    subprocess.run(["bash", "source/run_autograder"], cwd=tmp_path, env=bare, check=True)
+    results = json.loads((tmp_path / "results" / "results.json").read_text(encoding="utf-8"))
+    assert results["score"] == 9 and [test["max_score"] for test in results["tests"]] == [8, 9]
+    assert "prob_open(0.0)\n  got      0.0833\n  expected 0.9167" in results["tests"][0]["output"]
+    with pytest.raises(SystemExit, match="2"):
+        make_autograder.main([str(tmp_path / "autograder.zip")])
 
 
 NOTEBOOK = {"cells": [{"cell_type": "code", "source": ["%matplotlib inline\n", "!pip install torch"]}]}
