@@ -24,10 +24,14 @@ PARENT_DEATH_SIGNAL, NO_NEW_PRIVILEGES = 1, 38  # options of prctl
 
 
 def limit_memory():
-    """Also: no large file, no core dump, and an end when the process that forked this one ends."""
+    """Also: no large file, no core dump, no other process, and an end when the process that forked this one ends.
+
+    To root the kernel allows other processes all the same.
+    """
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_SIZE, FILE_SIZE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     if hasattr(os, "uname") and os.uname().sysname == "Linux":
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
 
