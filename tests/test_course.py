@@ -21,7 +21,19 @@ from course_faults import HOSTILE, OPEN, RIGHT, WRONG, hostile
 from torch import nn
 
 import train_glue_mini  # noqa: F401  before a test puts other modules in place of those that it imports
-from course import checking, fence, grade, judge, lesson, make_autograder, make_handout, run, table, written
+from course import (
+    checking,
+    explore_gate,
+    fence,
+    grade,
+    judge,
+    lesson,
+    make_autograder,
+    make_handout,
+    run,
+    table,
+    written,
+)
 from course.exercises import EXERCISES, FILES, MODULES, chosen
 from course.graft import Unusable, blanked, functions_of, graft, is_stub, reference_texts, said, stubbed
 from course.judge import Respondent
@@ -455,6 +467,20 @@ def test_the_bare_loop_is_a_script_that_finds_the_planted_ranks(monkeypatch, cap
     runpy.run_path(COURSE / "bare_loop.py", run_name="__main__")
     assert sys.path[0] == str(ROOT)
     assert capsys.readouterr().out.endswith("| planted ranks [1, 3], learned [1, 3]\n")
+
+
+def test_the_picture_of_a_gate_shows_a_density_and_two_masses_that_add_up_to_1(tmp_path, student, capsys):
+    for values in ((0.0, 1.0, -0.1, 1.1), (-1.0, 0.7, -0.2, 1.3), (2.0, 1.5, -0.5, 1.05)):
+        facts = explore_gate.facts_of(*values)
+        width = facts["s"][1] - facts["s"][0]
+        area = sum(density * width for s, density in zip(facts["s"], facts["density"]) if 0 < s < 1)
+        assert abs(area + facts["closed"] + facts["one"] - 1) < 0.01
+    explore_gate.main(["--save", str(tmp_path / "gate.png"), "--log-theta", "-2.4"])
+    assert capsys.readouterr().out.startswith("19 of 19 functions") and (tmp_path / "gate.png").stat().st_size > 10_000
+    for flags, words in {("--tau", "nan"): "from 0.1 to 2.0", ("--save", "gate.x"): "not supported"}.items():
+        with pytest.raises(SystemExit, match="2"):
+            explore_gate.main([*flags])
+        assert words in capsys.readouterr().err
 
 
 def test_the_numbers_of_the_walkthrough_are_those_that_the_code_prints(student):
