@@ -172,9 +172,16 @@ def grade(submission, exercises=EXERCISES.values(), limit=LIMIT, hidden=None):
     for file, (_, text) in student.items():
         names = [f"{name} (line {line})" for name, line in unusual(text, texts[file]).items()]
         look += [f"{file} uses {', '.join(names)}"] if names else []
-    points, out_of = (sum(result[key] for result in results.values()) for key in ("points", "out_of"))
     name = printable(Path(submission).absolute().name)
-    return {"submission": name, "points": points, "out_of": out_of, "notes": notes, "exercises": results, "look": look}
+    return {"submission": name, **totals(results), "notes": notes, "exercises": results, "look": look}
+
+
+def totals(results):
+    """Points, their maximum, and percent: the mean share of the exercises, weighted by their minutes."""
+    points, out_of = (sum(result[key] for result in results.values()) for key in ("points", "out_of"))
+    minutes = {number: EXERCISES[int(number)].minutes for number in results}
+    shares = [minutes[number] * result["points"] / result["out_of"] for number, result in results.items()]
+    return {"points": points, "out_of": out_of, "percent": round(100 * sum(shares) / sum(minutes.values()), 1)}
 
 
 def nothing(out_of, note):
@@ -232,7 +239,7 @@ def _failure(test):
 
 def report_of(marks, all_failures=False):
     """The marks in words; of each exercise, the first failed test or all of them."""
-    lines = [f"{marks['submission']}: {marks['points']} of {marks['out_of']}", *marks["notes"]]
+    lines = [f"{marks['submission']}: {marks['points']} of {marks['out_of']}, or {marks['percent']} %", *marks["notes"]]
     for number, result in marks["exercises"].items():
         lines.append(f"exercise {number}: {score_of(result):12} {EXERCISES[int(number)].title}")
         lines += [f"    {note}" for note in result["notes"] if note != NOT_WRITTEN]

@@ -28,7 +28,8 @@ from course.written import page
 
 COPIED = ("*.txt", "*.toml", "*.py", "LICENSE", "assets", "cli", "course", "experiments", "glue", "hub", "peers",
           "tests/conftest.py")  # fmt: skip
-LEFT_OUT = ("answers.md", "teaching.md", "make_handout.py", "make_autograder.py", "hidden.py", "slides.md", ".*", "__pycache__")
+LEFT_OUT = ("answers.md", "teaching.md", "slides.md", "make_handout.py", "make_autograder.py", "hidden.py", ".*",
+            "__pycache__")  # fmt: skip
 README = """# Exercises on SaLoRA
 
 Start with `course/exercises.md`. Set up once, with Python 3.11 or later, then see how far you are:

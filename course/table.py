@@ -8,11 +8,11 @@ from pathlib import Path
 from course.exercises import FILES, NOT_WRITTEN
 from course.graft import reference_texts
 from course.intake import KINDS, answers_in, collect, printable
-from course.judge import Respondent, grade, nothing, report_of, tests_of
+from course.judge import Respondent, grade, nothing, report_of, tests_of, totals
 from course.reading import pairs, solution
 from course.written import beside_rubric
 
-COLUMNS = ("submission", "points", "out_of")
+COLUMNS = ("submission", "points", "out_of", "percent")
 
 
 def write_table(root, exercises, out=None, jobs=1, feedback=None, joined=(), **how):
@@ -109,8 +109,7 @@ def _blank(name, note, exercises, how):
     """The marks of what is not a submission."""
     sizes = {exercise.number: len(tests_of(exercise.number, how.get("hidden"))) for exercise in exercises}
     results = {str(number): nothing(size, NOT_WRITTEN) for number, size in sizes.items()}
-    out_of = sum(sizes.values())
-    marks = {"submission": name, "points": 0, "out_of": out_of, "answers": ""}
+    marks = {"submission": name, **totals(results), "answers": ""}
     return marks | {"notes": [note], "exercises": results, "look": []}
 
 

@@ -110,6 +110,7 @@ def test_every_exercise_has_functions_that_exist_tests_that_blame_them_and_its_p
         assert about[0][0] == targets[0] and {key for _, key in about} <= EQUATIONS.keys(), exercise.title
         assert f"## {number}. {exercise.title}\n" in questions and f"## {number}. {exercise.title}\n" in answers
         assert f"python -m pytest --exercise {number}\n" in questions
+        assert f"| {number} | {exercise.title} | `{next(iter(exercise.targets))}` | {exercise.minutes} |\n" in questions
 
 
 def test_exercises_are_chosen_by_numbers_and_ranges_and_others_are_refused(pytestconfig):
@@ -384,7 +385,7 @@ def test_a_class_in_every_state_gets_a_row_and_a_page_each(classroom, tmp_path):
     grade.main([str(root), "--all", "--exercises", "1", *map(str, more)])
     rows = {row["submission"]: row for row in csv.DictReader(out.read_text(encoding="utf-8").splitlines())}
     assert [(rows[name]["name"], rows[name]["late"]) for name in ("flat", "single.py")] == [("Ada", "2"), ("Bo", "0")]
-    assert rows.pop("ghost")["notes"] == "nothing was handed in"
+    assert rows["wrong"]["percent"] == "85.7" and rows.pop("ghost")["notes"] == "nothing was handed in"
     words = (pages / "flat.txt").read_text(encoding="utf-8")
     assert "question 1: 7.33 gates, [31mI think.\n    points: 1: 7.33 gates, or 8 x 11/12." in words
     assert "question 1: no answer" in (pages / "deep.txt").read_text(encoding="utf-8")
