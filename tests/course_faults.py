@@ -223,6 +223,7 @@ HOSTILE = {  # what it does: (points, the note or None, code at import, first li
     "waits": (0, "no answer within 1 s:", "", "time.sleep(1000)"),
     "leaves a child that waits": (0, "no answer within 1 s:", FOREVER, "os._exit(0)"),
 }
+PATIENT = ("kills itself", "writes a nest of brackets", "writes without an end", "waits", "leaves a child that waits")
 
 
 def hostile(top, first, prize, reference):

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import EQUATIONS, ROOT
-from course_faults import HOSTILE, OPEN, RIGHT, WRONG, hostile
+from course_faults import HOSTILE, OPEN, PATIENT, RIGHT, WRONG, hostile
 from torch import nn
 
 import train_glue_mini  # noqa: F401  before a test puts other modules in place of those that it imports
@@ -270,7 +270,7 @@ def judging():
     return judge
 
 
-@pytest.mark.parametrize("what", HOSTILE)
+@pytest.mark.parametrize("what", [pytest.param(w, marks=[pytest.mark.slow] * (w in PATIENT)) for w in HOSTILE])
 def test_a_hostile_submission_gets_what_its_answers_are_worth_and_does_no_harm(judging, what, tmp_path, monkeypatch):
     points, note, top, first = HOSTILE[what]
     if what.startswith("trespasses") and not fence.version():
