@@ -13,7 +13,7 @@ def ending_in_a_line(program, hint="nothing is left behind"):
     def stop(*_):
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
         sys.stdout.flush()
@@ -24,6 +24,8 @@ def ending_in_a_line(program, hint="nothing is left behind"):
         _end(2, f"{program}: {error}")
     except KeyboardInterrupt:
         _end(130, f"\n{program}: interrupted; {hint}")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(status, line):

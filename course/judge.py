@@ -52,7 +52,7 @@ class Respondent:
         self.process = fork_server().Process(target=answer, args=(theirs, *job))
         with self.lock:
             if self.stopped:
-                raise InterruptedError
+                raise KeyboardInterrupt
             self.process.start()
             self.alive.add(self)
         theirs.close()

@@ -32,7 +32,7 @@ def write_table(root, exercises, out=None, jobs=1, feedback=None, joined=(), **h
     if feedback:
         feedback.mkdir(parents=True, exist_ok=True)
     file = open(out, "a", newline="", encoding="utf-8") if out else sys.stdout
-    writer = csv.writer(file)
+    writer = csv.writer(file, lineterminator="\n")
     if not done:
         writer.writerow(head)
     pool = ThreadPoolExecutor(jobs)
@@ -87,14 +87,17 @@ def _row(marks, known, columns):
 
 
 def _names_in(out, head):
-    """The submissions in a table that was begun before."""
-    if not out or not out.exists() or out.stat().st_size == 0:
+    """The submissions in a table that was begun before. A last line that is cut off is taken away."""
+    if not out or not out.exists():
         return set()
     text = out.read_text(encoding="utf-8")
-    rows = list(csv.reader(text.splitlines(keepends=True)))
-    if rows[0] != head or not text.endswith("\n"):
-        raise ValueError(f"{out} holds another table, or its last line is cut off: name a new file, or mend it")
-    return {row[0] for row in rows[1:] if row}
+    whole = text[: text.rfind("\n") + 1]
+    rows = list(csv.reader(whole.splitlines()))
+    if rows and rows[0] != head:
+        raise ValueError(f"{out} holds another table: name a new file")
+    if whole != text:
+        out.write_text(whole, encoding="utf-8")
+    return {row[0] for row in rows}
 
 
 def _marks_of(place, exercises, how):
