@@ -87,7 +87,7 @@ def _defines(read, file):
 
 
 class Reader:
-    """Reads one file when it is called: read(size) -> bytes."""
+    """A file that is read when this is called. Raises Unreadable."""
 
     def __init__(self, name, size, read, why_not=None):
         self.name, self.size, self.read, self.why_not = name, size, read, why_not

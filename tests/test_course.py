@@ -9,8 +9,10 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -286,6 +288,47 @@ def test_a_hostile_submission_gets_what_its_answers_are_worth_and_does_no_harm(j
     assert prize.read_text() == "here" and sorted(os.listdir(tmp_path)) == [HARD, "prize"]
 
 
+@pytest.mark.slow
+def test_nothing_in_the_folder_that_the_grader_is_called_in_is_executed(tmp_path):
+    trap = f"open({str(tmp_path / 'trapped')!r}, 'w').close()\n"
+    for name in ("hypothesis", "torch", "signal", "socket", "multiprocessing", "conftest", "course/__init__"):
+        path = tmp_path / "submission" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(trap, encoding="utf-8")
+    (tmp_path / "submission" / HARD).write_text(reference_texts()[HARD], encoding="utf-8")
+    command = [sys.executable, str(COURSE / "grade.py"), ".", "--json", "--exercises", "1"]
+    done = subprocess.run(command, cwd=tmp_path / "submission", capture_output=True, text=True)
+    assert json.loads(done.stdout)["points"] == 7 and not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_whatever_ends_the_grader_ends_the_processes_that_answer(end, tmp_path):
+    (tmp_path / "class").mkdir()
+    for name in ("ann.py", "bob.py"):
+        text = "import os\nopen('me', 'w').write(str(os.getpid()))\ndef prob_open(*_):\n    while True: pass\n"
+        (tmp_path / "class" / name).write_text(text, encoding="utf-8")
+    command = [sys.executable, str(COURSE / "grade.py"), str(tmp_path / "class"), "--all", "--limit", "999"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    grader = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def until(happened):
+        for _ in range(600):
+            if happened():
+                return
+            time.sleep(0.1)
+        raise AssertionError
+
+    until(lambda: len([path for path in tmp_path.glob("answer-*/me") if path.read_text()]) == 2)
+    processes = [int(path.read_text()) for path in tmp_path.glob("answer-*/me")]
+    grader.send_signal(end)
+    said = grader.communicate(timeout=60)[1]
+    until(lambda: not any(Path(f"/proc/{process}").exists() for process in processes))
+    if end != signal.SIGKILL:
+        assert grader.returncode == 130 and said == "\ngrade.py: interrupted; nothing is left behind\n"
+        assert list(tmp_path.glob("answer-*")) == []
+
+
 def test_the_grader_says_what_the_student_reads_at_home(judging, student, tmp_path):
     for number, _, _, old, new in {row[0]: row for row in WRONG}.values():  # one of each exercise
         files = student(number, changed(number, old, new))
@@ -425,6 +468,7 @@ def test_a_table_that_was_interrupted_goes_on_where_it_was(classroom, tmp_path, 
     grade.main([str(root), *flags])
     lines = out.read_text(encoding="utf-8").splitlines()
     assert lines[:4] == kept.splitlines() and len(lines) == 1 + len(points)
+    assert {len(row) for row in csv.reader(lines)} == {7}
     with pytest.raises(SystemExit, match="2"):
         grade.main([str(root), "--all", "--out", str(out)])
     assert "holds another table" in capsys.readouterr().err
