@@ -46,7 +46,7 @@ def collect(place):
                     _take(student, notes, file, found, name)
                     notes.append(f"{file} is missing: its functions were read from {printable(name)}")
     if not student and not notes:
-        notes.append(f"none of {', '.join(FILES)} is here")
+        notes.append(f"none of {', '.join(FILES)} is here, and no function of theirs")
     return student, list(dict.fromkeys(notes))
 
 
@@ -118,7 +118,7 @@ def _listed(place):
 
 
 def _listed_folder(root):
-    found, notes, seen = {}, [], 0
+    found, notes, others, seen = {}, [], [], 0
     for folder, inner, files in os.walk(root):
         inner[:] = sorted(name for name in inner if not name.startswith((".", "__")))
         for name in sorted(files):
@@ -134,7 +134,8 @@ def _listed_folder(root):
                 why_not = None if path.is_file() and not path.is_symlink() else "is a link or not a file"
                 size = path.lstat().st_size
                 found[path.relative_to(root).as_posix()] = Reader(name, size, path.read_bytes, why_not)
-    return found, notes
+            others.append(name)
+    return found, notes if found else [*notes, _only(others)]
 
 
 def _listed_zip(path):
@@ -148,7 +149,13 @@ def _listed_zip(path):
         if not info.filename.startswith(("__", ".")):
             read = lambda info=info: packed.open(info).read(LARGEST + 1)[:LARGEST]  # noqa: E731
             found[info.filename] = Reader(info.filename, info.file_size, read)
-    return found, []
+    return found, [] if found else [_only(packed.namelist())]
+
+
+def _only(names):
+    """What is said about a submission in which there is nothing to read."""
+    named = ", ".join(printable(name) for name in names[:5])
+    return f"there is nothing here but {named}{' ...' if len(names) > 5 else ''}" if names else "it is empty"
 
 
 def source_of(name, text):

@@ -35,7 +35,7 @@ README = """# Exercises on SaLoRA
 Start with `course/exercises.md`. Set up once, with Python 3.11 or later, then see how far you are:
 
     pip install -r requirements.txt
-    python course/grade.py .
+    python course/grade.py .FLAGS
 
 You write in `hard_concrete.py`, `salora.py`, `budget.py`, `course/bare_loop.py` and `answers.md`. All other files are
 as in the repository that this handout was made from.
@@ -46,7 +46,9 @@ def make_handout(out, exercises):
     """Write the handout into a new folder."""
     texts = reference_texts()
     out.mkdir(parents=True)
-    (out / "README.md").write_text(README, encoding="utf-8")
+    flags = f" --exercises {','.join(str(exercise.number) for exercise in exercises)}"
+    readme = README.replace("FLAGS", flags if len(exercises) < len(EXERCISES) else "")
+    (out / "README.md").write_text(readme, encoding="utf-8")
     (out / PAGE).write_text(page(exercises), encoding="utf-8")
     for source in [path for pattern in COPIED for path in ROOT.glob(pattern)]:
         copy = out / source.relative_to(ROOT)

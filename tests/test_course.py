@@ -218,6 +218,7 @@ def test_a_handout_has_blanks_for_answers_and_what_gives_them_away_and_nothing_o
 
 def test_a_handout_of_some_exercises_leaves_all_else_as_it_is_and_is_not_written_over_anything(tmp_path, capsys):
     make_handout.make_handout(tmp_path / "out", chosen("4,7"))
+    assert "python course/grade.py . --exercises 4,7\n" in (tmp_path / "out/README.md").read_text(encoding="utf-8")
     for file, text in reference_texts().items():
         same = (tmp_path / "out" / file).read_text(encoding="utf-8") == text
         assert same == (file not in ("salora.py", "budget.py"))
@@ -436,6 +437,7 @@ def test_a_class_in_every_state_gets_a_row_and_a_page_each(classroom, tmp_path):
     assert {name: row["exercise_1"] for name, row in rows.items()} == scores
     assert {page.stem for page in pages.iterdir()} == rows.keys()
     assert "hard_concrete.py is called hard_concrete (1).py" in rows["renamed"]["notes"]
+    assert rows["empty"]["notes"].startswith("there is nothing here but notes.txt")
     assert "its functions were read from book.ipynb" in rows["book.ipynb"]["notes"]
     assert "line 1: SyntaxError" in rows["breaks"]["notes"] and "not a zip file" in rows["broken.zip"]["notes"]
     assert "prob_open(0.0, tau=1.0, gamma=-0.5" in (pages / "wrong.txt").read_text(encoding="utf-8")
