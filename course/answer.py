@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -70,6 +71,6 @@ def _be_alone(line):
 
 
 def _readable():
-    """Where Python and its packages are. The repository is not among them."""
-    packages = [path for path in sys.path if path and os.path.realpath(path) != str(ROOT)]
+    """Where Python and its packages are. Nothing of the repository is among them."""
+    packages = [path for path in sys.path if path and not Path(path).resolve().is_relative_to(ROOT)]
     return [sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", os.devnull, "/dev/urandom", *packages]

@@ -1,7 +1,7 @@
 """Grade submissions with the checks in course/checks: one point per test.
 
     python course/grade.py SUBMISSION                  a folder, a zip file, a .py file or a notebook
-    python course/grade.py SUBMISSION --json           {"points": 12, "out_of": 92, "exercises": {"1": {...}}}
+    python course/grade.py SUBMISSION --json           {"points": 12, "out_of": 93, "exercises": {"1": {...}}}
     python course/grade.py ROOT --all                  a class: everything in ROOT, one line of CSV each
     python course/grade.py ROOT --all --out grades.csv --feedback pages
                                                        the same in a file, and a page for every student; if it was

@@ -149,6 +149,7 @@ def call(name, *args):
 attempts = [
     lambda: os.remove(PRIZE), lambda: os.rename(PRIZE, "mine"), lambda: open(PRIZE, "w"), lambda: os.truncate(PRIZE, 0),
     lambda: open("/etc/passwd"), lambda: open(REFERENCE), lambda: os.listdir(os.path.dirname(REFERENCE)),
+    lambda: os.listdir(os.path.join(os.path.dirname(REFERENCE), "tests")),
     lambda: torch.from_file(REFERENCE, size=100, dtype=torch.uint8), lambda: torch.save([1], beside),
     lambda: torch.from_file(beside, shared=True, size=4), lambda: torch.from_file(PRIZE, shared=True, size=4).fill_(0),
     lambda: sqlite3.connect(beside).execute("create table t (x)"), lambda: os.mkfifo(beside), lambda: os.mkdir(beside),

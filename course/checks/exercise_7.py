@@ -9,23 +9,24 @@ from course.questions import best_within_budget
 RULE = ("best_within_budget", "budget rule")
 
 
+CALL = "best_within_budget(layers, budget)"
+
+
 def kept(layers, budget):
-    """The masks as lists of 0 and 1, if they are masks."""
-    masks, call = best_within_budget(layers, budget), "best_within_budget(layers, budget)"
-    expected = f"a list of {len(layers)} boolean tensors, one per layer"
-    holds(masks is not None, call, "None: is a return missing?", expected)
-    holds(isinstance(masks, list), call, f"a {type_of(masks)}", expected)
-    holds(len(masks) == len(layers), call, f"a list of {len(masks)}", expected)
-    for mask in masks:
-        boolean = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
-        holds(boolean, call, f"a list with a {type_of(mask)} in it", expected)
-    return [mask.int().tolist() for mask in masks]
+    """The masks as lists of 0 and 1."""
+    masks = best_within_budget(layers, budget)
+    got = "None: is a return missing?" if masks is None else type_of(masks)
+    one_each = isinstance(masks, list) and len(masks) == len(layers)
+    holds(one_each, CALL, got, f"a list of {len(layers)} masks, one per layer")
+    return [[int(bool(value)) for value in mask] for mask in masks]
 
 
 def type_of(value):
     if isinstance(value, torch.Tensor):
-        return f"tensor of {str(value.dtype).removeprefix('torch.')}"
-    return value.type if isinstance(value, Other) else type(value).__name__
+        return f"a tensor of {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return f"a {value.type if isinstance(value, Other) else type(value).__name__}"
 
 
 def compare(got, expected, call):
@@ -97,6 +98,16 @@ def test_the_budget_is_never_exceeded_and_no_room_is_wasted():
         holds(spent <= limit + 1e-6, words, spent, f"at most {limit:.1f}")
         wasted = f"{spent} of {limit:.1f}, although a closed triplet of {min(closed)} parameters still fits"
         holds(spent + min(closed) > limit, words, wasted, "that no closed triplet fits")
+
+
+@about(*RULE)
+def test_masks_are_boolean_tensors_of_one_number_per_triplet():
+    layers = [dict(d=4, k=4, r=2, log_theta=[2.0, 1.0]), dict(d=4, k=4, r=1, log_theta=[-1.0])]
+    masks = best_within_budget(layers, 0.7)
+    compare(kept(layers, 0.7), [[1, 1], [0]], "log_theta = [2, 1] and [-1], equal costs, budget 0.7")
+    for mask in masks:
+        boolean = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
+        holds(boolean, CALL, f"a list with {type_of(mask)} in it", "a list of tensors of bool")
 
 
 @about(*RULE)
