@@ -131,6 +131,10 @@ u = (torch.arange(5000, dtype=log_theta.dtype) + 0.5) / 5000
     layer.A.zero_()[:n] = S[:n].sqrt()[:, None] * Vt[:n]
     return
     (Qb, Rb), (Qa, Ra) = """),
+    (2, "a logit by hand", "torch.logit(u)", "(torch.log(u) - torch.log1p(-u))"),
+    (4, "einsum", "F.linear(h, self.B)", "torch.einsum('...r,dr->...d', h, self.B)"),
+    (7, "sorted, then reversed, with ties in order", "key=lambda t: -t[0]", "key=lambda t: t[0], reverse=True"),
+    (8, "other data in the same Parameter", "self.lam.clamp_(min=0)", "self.lam.data = torch.relu(self.lam.data)"),
 ]  # fmt: skip
 
 BODY = """import ctypes, gc, json, math, os, signal, socket, sqlite3, subprocess, sys, threading, time
