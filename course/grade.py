@@ -26,6 +26,7 @@ from course.ending import ending_in_a_line
 from course.exercises import COURSE, EXERCISES, chosen
 from course.fence import version
 from course.intake import KINDS
+from course.report import gradescope_of, report_of
 
 
 def build_parser():
@@ -84,9 +85,9 @@ def main(argv=None):
             return write_table(args.submission, args.exercises, **where, limit=args.limit, hidden=args.hidden)
         marks = judge.grade(args.submission, args.exercises, args.limit, args.hidden)
         if args.json or args.gradescope:
-            print(json.dumps(judge.gradescope_of(marks) if args.gradescope else marks, indent=1))
+            print(json.dumps(gradescope_of(marks) if args.gradescope else marks, indent=1))
         else:
-            print(judge.report_of(marks))
+            print(report_of(marks))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from pathlib import Path
 from course.exercises import FILES, NOT_WRITTEN
 from course.graft import reference_texts
 from course.intake import KINDS, answers_in, collect, printable
-from course.judge import Respondent, grade, nothing, report_of, tests_of, totals
+from course.judge import Respondent, grade, nothing, tests_of, totals
 from course.reading import pairs, solution
+from course.report import report_of
 from course.written import beside_rubric
 
 COLUMNS = ("submission", "points", "out_of", "percent")
