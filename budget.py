@@ -9,6 +9,7 @@ called, which is Algorithm 1 (rank_allocator.py).
 """
 
 from math import floor
+from numbers import Real
 
 import torch
 from torch import nn
@@ -126,7 +127,7 @@ def freeze_gates(layers, budget, rule="budget", survivors="one"):
 def best_within_budget(layers, budget):
     """A mask (r,) per layer: the triplets of largest log_theta, each that still fits what the budget has left."""
     masks = [torch.zeros(layer.r, dtype=torch.bool) for layer in layers]
-    left = floor(budget * total_parameters(layers) + 1e-6)  # 0.29 x 12,800 is 3,711.9999... in floats
+    left = affordable(budget, total_parameters(layers))
     triplets = [
         (log_theta, i, j)
         for i, layer in enumerate(layers)
@@ -139,10 +140,19 @@ def best_within_budget(layers, budget):
     return masks
 
 
+def affordable(budget, total):
+    """The largest int n with n / total <= budget. floor(budget x total) is not always it: 0.29 x 12,800 is a little
+    less than 3,712 in floats."""
+    n = floor(budget * total) + 1
+    while n / total > budget:
+        n -= 1
+    return n
+
+
 def check_budget(budget):
-    """Raises ValueError unless budget is in (0, 1]."""
-    if not 0 < budget <= 1:
-        raise ValueError(f"budget must be in (0, 1], got {budget}")
+    """Raises ValueError unless budget is a number in (0, 1]."""
+    if not isinstance(budget, Real) or not 0 < budget <= 1:
+        raise ValueError(f"budget must be in (0, 1], got {budget!r}")
 
 
 class GateSchedule:

@@ -5,14 +5,18 @@ that Algorithm 1 can work with. No part of the method is here: without this file
 """
 
 import re
+import warnings
 from traceback import walk_stack
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from budget import check_budget, kept_density
+from budget import affordable, check_budget, kept_density, total_parameters
 from salora import salora_layers
+
+TRAVEL = 14  # how far log_theta must be able to go: from P(g > 0) = 11/12 to 1e-5
+FEW_STEPS = 50  # of a window: in fewer, log theta moves by more than 14 / 50 per step, and ranks are chance
 
 NO_SCALER = "a GradScaler scales the loss but not the penalty: use bf16, which needs none"
 ORDER = ("each step is before_step, loss.backward, after_backward, optimizer.step, after_step, zero_grad; "
@@ -23,18 +27,24 @@ class Guard:
     """The checks of one RankAllocator, one method per hook. Raises RuntimeError for misuse of a hook, and ValueError
     for a model or an optimizer that the allocator cannot work with."""
 
-    def __init__(self, allocator, optimizer, gradients_are_summed):
-        self.allocator, self.gradients_are_summed = allocator, gradients_are_summed
-        check_budget(allocator.budget)
-        if not isinstance(allocator.total_steps, int) or allocator.total_steps < 1:
-            raise ValueError(f"total_steps must be a whole number of at least 1, got {allocator.total_steps!r}")
+    def __init__(self, allocator, optimizer):
+        self.allocator = allocator
+        self.check_arguments()
         if getattr(optimizer, "scaler", None) is not None:
             raise ValueError(NO_SCALER)
+        for name, layer in allocator.layers.items():
+            if layer.allocating:
+                raise ValueError(f"another RankAllocator is at work on {name}: adapt a fresh model")
         self.check_parts()
+        self.check_budget()
         self.due = "before_step"  # the hook that must come next
         self.stepped = False  # whether the optimizer has stepped since after_backward
         self.looked_for_scaler = False
-        self.handle = allocator.optimizer.register_step_pre_hook(self.see_step)
+        optimizer = allocator.optimizer
+        self.handles = [
+            optimizer.register_step_pre_hook(self.before_optimizer_step),
+            optimizer.register_step_post_hook(self.after_optimizer_step),
+        ]
 
     # The hooks, in their order
 
@@ -62,27 +72,48 @@ class Guard:
             raise ValueError("triplets have been pruned already: call load_state_dict to go on with a run, or adapt a "
                              "fresh model")  # fmt: skip
         schedule = self.allocator.schedule
-        if step in (0, schedule.T_start, schedule.T_end):  # much may have changed since the last look
+        if step in (0, schedule.T_start, schedule.T_end, schedule.T_end + 1):  # much may have changed since
             self.check_parts()
             self.check_processes()
+        if step == schedule.T_start > 0:
+            self.check_reached()
         self.due, self.stepped = "after_backward", False
 
     def after_backward(self):
-        self.expect("after_backward")
+        """What a step needs, after the gradients of all processes have been reduced."""
         layers = [layer for layer in self.allocator.layers.values() if layer.r > 0]
         if layers and all(layer.B.grad is None for layer in layers):
             raise RuntimeError("no gradient has reached an adapter: call after_backward after loss.backward()")
-        if self.allocator.phase == "window" and not all(layer.training for layer in layers):
-            raise RuntimeError("the model is in eval mode, in which gates have no noise: call model.train() first")
+        if self.allocator.phase == "window":
+            if not all(layer.training for layer in layers):
+                raise RuntimeError("the model is in eval mode, in which gates have no noise: call model.train() first")
+            if not self.allocator.gate_gradients:
+                raise RuntimeError("no gradient has reached log_theta: leave its requires_grad to the allocator")
         self.due = "after_step"
 
-    def see_step(self, *_):
-        """Called by the optimizer before each of its steps."""
+    def before_optimizer_step(self, optimizer, args, kwargs):
+        """Called by the optimizer before each of its steps. What it is called with decides which hook sees the step."""
+        if not self.looked_for_scaler:  # once: whoever uses a scaler uses it from the first step on
+            self.check_scaler()
+        self.closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if self.closure is None:
+            self.see_step()
+        elif self.due != "after_backward":  # what it adds, the closure's zero_grad would remove
+            raise RuntimeError("optimizer.step(closure) does the backward pass: call after_backward in the closure")
+
+    def after_optimizer_step(self, optimizer, args, kwargs):
+        """Called by the optimizer after each of its steps."""
+        if self.closure is not None:
+            self.see_step()
+
+    def see_step(self):
+        """The optimizer steps, or has just done so with a closure, which has called after_backward."""
         self.expect("after_step", "optimizer.step()")
         if self.stepped:
             raise RuntimeError(f"optimizer.step() was called twice at step {self.allocator.step}")
-        if not self.looked_for_scaler:  # once: whoever uses a scaler uses it from the first step on
-            self.check_scaler()
+        layers = [layer for layer in self.allocator.layers.values() if layer.r > 0]
+        if layers and all(layer.B.grad is None for layer in layers):
+            raise RuntimeError("the gradients are gone: call zero_grad after after_step")
         self.stepped = True
 
     def after_step(self):
@@ -95,15 +126,16 @@ class Guard:
 
     def finish(self):
         self.expect("before_step", "finish")
-        step, total_steps = self.allocator.step, self.allocator.total_steps
-        if step != total_steps:
-            raise RuntimeError(f"finish() after {step} of {total_steps} steps: run all of them first")
+        step, T_end = self.allocator.step, self.allocator.schedule.T_end
+        if step < T_end:
+            raise RuntimeError(f"finish() after {step} steps, but ranks are decided after {T_end}: run these first")
         if self.check_gates(step) != "free":
             self.check_kept(self.allocator.kept_end)
         self.check_parts()
         self.check_processes()
         self.due = "nothing more"
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
 
     def load_state_dict(self, state):
         """Returns the state of the gates, "held", "free" or "fixed", at the step of a saved run."""
@@ -121,6 +153,42 @@ class Guard:
 
     # What the allocator works with
 
+    def check_arguments(self):
+        total_steps, reduce = self.allocator.total_steps, self.allocator.reduce
+        if type(total_steps) is not int or total_steps < 1:
+            raise ValueError(f"total_steps must be a whole number of at least 1, got {total_steps!r}; for Trainer, set "
+                             "max_steps")  # fmt: skip
+        if reduce not in (None, "mean", "sum"):
+            raise ValueError(f'reduce must be "mean", "sum" or None, got {reduce!r}')
+
+    def check_budget(self):
+        """A budget in which no triplet fits would leave nothing to train."""
+        budget, layers = self.allocator.budget, self.allocator.layers
+        check_budget(budget)
+        room, least = affordable(budget, total_parameters(layers)), min(x.triplet_size for x in layers.values())
+        if self.allocator.recipe.rule == "budget" and room < least:
+            raise ValueError(f"a budget of {budget} has room for {room} parameters, but the smallest triplet has "
+                             f"{least}: raise the budget or r")  # fmt: skip
+
+    def warnings(self):
+        """What works, but is probably not meant: a list of texts."""
+        model, recipe, window = self.allocator.model, self.allocator.recipe, self.allocator.schedule.window
+        found = []
+        rates = {m.p for m in model.modules() if isinstance(m, nn.Dropout)} - {recipe.dropout}
+        if rates and recipe.dropout is not None:
+            found.append(f"the recipe has dropout {recipe.dropout:g} while adapters train, but the model has "
+                         f"nn.Dropout with p = {max(rates):g}: set p, or dropout=None in the recipe")  # fmt: skip
+        start, end = recipe.window
+        if window < FEW_STEPS and start < end:
+            found.append(f"gates train for {window} of {self.allocator.total_steps} steps; in fewer than {FEW_STEPS} "
+                         "ranks mean little: take more steps or a wider window")  # fmt: skip
+        way = self.allocator.gate_lr * window
+        if 0 < way < 0.99 * TRAVEL and recipe.controller != "projection":
+            found.append(f"in {window} steps of {self.allocator.gate_lr:g} log_theta moves by at most {way:.3g}, and "
+                         f"needs about {TRAVEL} to close a gate: the budget may be missed; raise gate_lr or take more "
+                         "steps")  # fmt: skip
+        return found
+
     def check_parts(self):
         """The model, its adapters and the optimizer."""
         model, layers, optimizer = self.allocator.model, self.allocator.layers, self.allocator.optimizer
@@ -129,18 +197,21 @@ class Guard:
         if list(salora_layers(model).values()) != list(layers.values()):
             raise ValueError("the model's adapters have been replaced: do so before making a RankAllocator")
         for kind in [type(optimizer), *(type(m) for m in model.modules())]:
-            if re.search("FSDP|FullyShardedDataParallel|deepspeed", f"{kind.__module__}.{kind.__name__}"):
-                raise ValueError(f"{kind.__name__} shards parameters, which then cannot be pruned: train without it")
-            if issubclass(kind, nn.parallel.DistributedDataParallel):
-                raise ValueError("DistributedDataParallel loses sight of a parameter that is pruned, and of log_theta: "
-                                 "sum gradients with dist.all_reduce instead")  # fmt: skip
-        if dist.is_initialized() and dist.get_world_size() > 1 and not self.gradients_are_summed:
-            raise ValueError("several processes: sum all gradients before after_backward, those of log_theta too, "
-                             "and say so with gradients_are_summed=True")  # fmt: skip
+            if re.search("FullyShardedDataParallel|deepspeed", f"{kind.__module__}.{kind.__name__}"):
+                raise ValueError(f"{kind.__name__} shards adapters, which then cannot be pruned: use fully_shard with "
+                                 "them in ignored_params, or DistributedDataParallel")  # fmt: skip
+        if world_size() > 1 and self.allocator.reduce is None:
+            raise ValueError('several processes: pass reduce="mean", so that after_backward averages their gradients, '
+                             'or "sum"')  # fmt: skip
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, layer in layers.items():
+            if any(hasattr(p, "full_tensor") for p in (layer.A, layer.B, layer.gate.log_theta)):  # a DTensor
+                raise ValueError(f"the adapter of {name} is sharded: give fully_shard its A, B and gate.log_theta as "
+                                 "ignored_params")  # fmt: skip
             if id(layer.A) not in held or id(layer.B) not in held:
                 raise ValueError(f"the optimizer does not hold A and B of {name}: make it after adapt()")
+            if layer.r > 0 and not (layer.A.requires_grad and layer.B.requires_grad):
+                raise ValueError(f"A and B of {name} are frozen: call requires_grad_(True) on them")
             if id(layer.gate.log_theta) in held:
                 raise ValueError(f"the optimizer holds log_theta of {name}, which the allocator trains: leave it out")
             if layer.gate.log_theta.dtype in (torch.float16, torch.bfloat16):
@@ -157,7 +228,7 @@ class Guard:
 
     def check_processes(self):
         """Adapters that differ between processes would get ranks that differ."""
-        if not dist.is_initialized() or dist.get_world_size() == 1:
+        if world_size() == 1:
             return
         layers = self.allocator.layers.values()
         sums = [p.detach().double().sum() for layer in layers for p in (layer.A, layer.B, layer.gate.log_theta)]
@@ -185,6 +256,14 @@ class Guard:
             raise ValueError(f"the model keeps {kept:.4f} of its adapter parameters where {expected:.4f} is right: its "
                              "weights come from another phase of training")  # fmt: skip
 
+    def check_reached(self):
+        """Warns of B that are still 0. Some models read a layer's weight, past its forward and so past its adapter."""
+        layers = self.allocator.layers
+        unmoved = [name for name, layer in layers.items() if not layer.B.any()]
+        if 0 < len(unmoved) < len(layers):
+            warnings.warn(f"training has not moved {', '.join(unmoved)}: does the model use these weights without "
+                          "calling their layers?", stacklevel=4)  # fmt: skip
+
     def check_moments(self):
         """Adam's moments have the shape of their parameter and can be cut with it; what Adafactor keeps cannot."""
         optimizer = self.allocator.optimizer
@@ -195,6 +274,11 @@ class Guard:
                         kept = f"{type(optimizer).__name__} keeps {key} of shape {tuple(value.shape)}"
                         raise RuntimeError(f"{kept} for a matrix of shape {tuple(p.shape)}: use AdamW or SGD, whose "
                                            "moments have the shape of their parameter")  # fmt: skip
+
+
+def world_size():
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def unwrapped(optimizer):

@@ -140,9 +140,13 @@ class HardConcreteGate(nn.Module):
 
 
 def set_data(p, data):
-    """Give a Parameter data of another shape, and no gradient. It stays the same object for all who hold it."""
+    """Give a Parameter data of another shape, and no gradient. It stays the same object for all who hold it.
+
+    One that is left without entries trains no more: DistributedDataParallel would wait for its gradient.
+    """
     p.grad = None
     # Autograd remembers a Parameter's shape while any graph through it lives, that of the last loss for instance.
     # A change of dtype makes it forget.
     p.data = torch.empty(0, dtype=torch.float16 if p.dtype != torch.float16 else torch.float32, device=p.device)
     p.data = data
+    p.requires_grad_(p.requires_grad and p.numel() > 0)

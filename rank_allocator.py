@@ -6,9 +6,11 @@ A loop calls three hooks in every step, and a fourth at the end. What they compu
 to work with in guard.py. Left out: the loop itself (train_glue_mini.py has one).
 """
 
+import warnings
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.distributed as dist
 
 from budget import (
     RULES,
@@ -22,11 +24,11 @@ from budget import (
     resample,
     start_gates,
 )
-from guard import Guard, unwrapped
+from guard import TRAVEL, Guard, unwrapped, world_size
 from salora import canonicalize, layer_list, orthogonality, prune, salora_layers
 
 CONTROLLERS = ("quadratic", "sgd", "projection")
-TRAVEL = 14  # how far log_theta must be able to go: from P(g > 0) = 11/12 to 1e-5
+RANGES = {"gate_lr": (1e-9, 1e9), "beta": (0, 1e9), "spread": (0, 1e3), "warmup": (0, 1), "dropout": (0, 0.99)}
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Recipe:
     # At T_end the learning rate returns to its top, and from there falls to 0. This, too, is `lr_factor`'s.
     restart: bool = True
     # The encoder's dropout while adapters train; None: what the checkpoint says. Adapters underfit, so 0 does better.
-    # Whoever loads the encoder applies it.
+    # Whoever loads the encoder applies it; an allocator warns of other rates.
     dropout: float | None = 0.0
 
     @classmethod
@@ -70,17 +72,40 @@ class Recipe:
 
     @classmethod
     def paper(cls, **changes):
-        """The published algorithm, with Adam for lambda and log_theta, since plain gradient steps hardly move them."""
-        published = dict(window=(0.2, 0.5), controller="quadratic", beta=0.1, canonical=False, spread=0.0)
+        """The published algorithm, with all of App. B's values. Where the paper can be read in two ways:
+
+        - Theta is stepped as log_theta, by Adam, since plain gradient steps hardly move it; lambda likewise
+        - Eq. (12) has the loss of the task and Eq. (9), without the gate term of Eq. (10), where lambda is 0
+        - Eq. (9) is in the loss in all phases; eta_c is constant; triplets are pruned at T_end
+        - a survivor keeps its median gate for the rest of training; weight decay is the optimizer's own
+        """
+        published = dict(window=(0.2, 0.5), controller="quadratic", gate_lr=0.01, beta=0.1, canonical=False, spread=0.0)
         published |= dict(rule="median", survivors="median", warmup=0.0, restart=False, dropout=None)
         return cls(**{**published, **changes})
 
+    @classmethod
+    def paper_scaled(cls, **changes):
+        """The published algorithm, but for eta_c, which is scaled to the length of the window so that C can reach b."""
+        return cls.paper(**{"gate_lr": None, **changes})
+
+    @classmethod
+    def svd(cls, **changes):
+        """No gates train: at T_end the largest singular values that fit the budget stay. What `ours` is measured by."""
+        return cls(**{"window": (0.5, 0.5), **changes})
+
     def __post_init__(self):
         GateSchedule(1, *self.window)  # raises ValueError for an impossible window
-        allowed = {"controller": CONTROLLERS, "rule": RULES, "survivors": SURVIVORS}
-        for name, values in allowed.items():
+        for name, values in {"controller": CONTROLLERS, "rule": RULES, "survivors": SURVIVORS}.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            optional = name in ("gate_lr", "dropout") and value is None
+            if not optional and (type(value) not in (int, float) or not least <= value <= most):
+                raise ValueError(f"{name} must be a number from {least:g} to {most:g}, got {value!r}")
+        for name in ("canonical", "restart"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
 
 class RankAllocator:
@@ -101,27 +126,35 @@ class RankAllocator:
     optimizer's state are sliced, so learning-rate schedulers and clip lists go on. It never writes a learning rate;
     `lr_factor(step)` is the factor that the recipe prescribes, for LambdaLR or a loop of one's own.
 
-    budget: b in (0, 1]. seed: of the gates' noise. gradients_are_summed: with several processes, the caller's word
-    that all of them see the same gradients at `after_backward`, those of log_theta included.
+    budget: b in (0, 1]. seed: of the gates' noise. reduce: with several processes, "mean" or "sum", how after_backward
+    makes one gradient of theirs, for all that the optimizer holds and for log_theta. "mean" is for losses that are
+    averages over a process's rows, and also for DistributedDataParallel, whose averages it leaves as they are; closed
+    triplets then go at finish, since DistributedDataParallel relies on the shapes of its parameters.
+    The gradients of log_theta are in `gate_gradients` until after_step, so that clipping and zero_grad leave them out.
+    An average of the weights (EMA) starts after T_end, when all shapes are final.
     Raises ValueError for a model or an optimizer that it cannot work with, RuntimeError for a hook out of order.
     """
 
-    def __init__(self, model, optimizer, total_steps, budget=0.5, recipe=None, seed=0, gradients_are_summed=False):
+    def __init__(self, model, optimizer, total_steps, budget=0.5, recipe=None, seed=0, reduce=None):
         self.model, self.layers, self.optimizer = model, salora_layers(model), unwrapped(optimizer)
-        self.total_steps, self.budget, self.recipe = total_steps, budget, recipe or Recipe.ours()
-        self.guard = Guard(self, optimizer, gradients_are_summed)
+        self.total_steps, self.budget, self.recipe, self.reduce = total_steps, budget, recipe or Recipe.ours(), reduce
+        self.guard = Guard(self, optimizer)
         self.schedule = GateSchedule(total_steps, *self.recipe.window)
         self.step = 0  # the step in progress, or the next one
         self.C_end = self.kept_end = None  # C just before the decision at T_end, and the density that it kept
 
         self.gate_lr = self.recipe.gate_lr or max(0.01, TRAVEL / max(1, self.schedule.window))  # eta_c
         Optimizer = torch.optim.SGD if self.recipe.controller == "sgd" else torch.optim.Adam
-        log_thetas = [layer.gate.log_theta for layer in self.layers.values()]
-        self.gate_optimizer = Optimizer(log_thetas, lr=self.gate_lr)
-        self.lagrangian = Lagrangian(budget, self.gate_lr, Optimizer, log_thetas[0].device)
+        self.log_thetas = [layer.gate.log_theta for layer in self.layers.values()]
+        self.gate_optimizer = Optimizer(self.log_thetas, lr=self.gate_lr)
+        self.gate_gradients = {}  # {log_theta: its gradient}, of this step so far
+        self.hooks = []  # through which autograd hands them over
+        self.lagrangian = Lagrangian(budget, self.gate_lr, Optimizer, self.log_thetas[0].device)
         self.noise = torch.Generator().manual_seed(seed)
         for layer in self.layers.values():
             layer.allocating = True
+        for warning in self.guard.warnings():
+            warnings.warn(warning, stacklevel=2)
 
     @property
     def phase(self):
@@ -137,6 +170,7 @@ class RankAllocator:
     def before_step(self, step):
         """At T_start the gates are released, in the window noise is drawn, at T_end the gates are fixed and pruned."""
         self.guard.before_step(step)
+        self.gate_gradients = {}
         self._enter_phase()
         if self.phase == "window":
             resample(self.layers, self.noise)  # one draw per optimizer step
@@ -151,9 +185,16 @@ class RankAllocator:
         return penalty
 
     def after_backward(self):
-        """Add the penalty's gradient, once per step: after all micro-batches, and after gradients are clipped."""
+        """Add the penalty's gradient, once per step: after all micro-batches, and after gradients are clipped.
+
+        With `reduce` the gradients of all processes become one here; a loop that clips them itself does so after it.
+        """
+        self.guard.expect("after_backward")
+        if self.reduce and world_size() > 1:
+            self._reduce_gradients()
         self.guard.after_backward()
-        penalty = self.penalty()
+        with torch.enable_grad():
+            penalty = self.penalty()
         if penalty.requires_grad:
             penalty.backward()
 
@@ -161,6 +202,7 @@ class RankAllocator:
         """In the window: log_theta goes down its gradient, then lambda up, or C onto its target."""
         self.guard.after_step()
         if self.phase == "window":
+            self._show_gate_gradients()
             self.gate_optimizer.step()  # down: log_theta
             self.gate_optimizer.zero_grad()
             if self.recipe.controller == "projection":
@@ -170,9 +212,11 @@ class RankAllocator:
         self.step += 1
 
     def finish(self):
-        """After the last step. Without it the adapter cannot be merged, saved or exported."""
+        """After the last step, or after an earlier one from T_end on, where a loop stops early. Without it the adapter
+        cannot be merged, saved or exported."""
         self.guard.finish()
         self._enter_phase()
+        self._prune()
         for layer in self.layers.values():
             layer.allocating = False
 
@@ -195,19 +239,60 @@ class RankAllocator:
                     self.optimizer.state.pop(p, None)  # these moments were those of other triplets
         if self.recipe.spread:
             start_gates(self.layers, self.recipe.spread)
+        self._take_gate_gradients()
+
+    def _take_gate_gradients(self):
+        """From here on autograd adds the gradients of log_theta to gate_gradients, and leaves log_theta.grad empty."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = [p.register_post_accumulate_grad_hook(self._take) for p in self.log_thetas]
+
+    def _take(self, log_theta):
+        self.gate_gradients[log_theta] = self.gate_gradients.get(log_theta, 0) + log_theta.grad
+        log_theta.grad = None
+
+    def _show_gate_gradients(self):
+        for log_theta, gradient in self.gate_gradients.items():
+            log_theta.grad = gradient
+
+    def _reduce_gradients(self):
+        gates = [p for p in self.log_thetas if p.requires_grad]
+        self._show_gate_gradients()
+        reduce_gradients(self.optimizer, self.reduce, gates)
+        for p in gates:
+            self.gate_gradients[p], p.grad = p.grad, None
 
     def _decide(self):
-        """T_end: the gates become constants, and closed triplets go, also from the optimizer's state."""
+        """T_end: the gates become constants, and closed triplets go, unless other processes train with them."""
         self.C_end = expected_density(self.layers).item()
         freeze_gates(self.layers, self.budget, self.recipe.rule, self.recipe.survivors)
         self.kept_end = kept_density(self.layers)
+        if world_size() == 1:
+            self._prune()
+        else:
+            self._empty()
+
+    def _prune(self):
+        """Remove the closed triplets, also from the optimizer's state."""
         for layer in self.layers.values():
-            before = (layer.A.shape, layer.B.shape)
+            moments = [self._moments(layer.A), self._moments(layer.B)]
             kept = prune(layer)
-            for p, shape, axis in zip((layer.A, layer.B), before, (0, 1)):
-                for key, value in self.optimizer.state.get(p, {}).items():
-                    if isinstance(value, torch.Tensor) and value.shape == shape:  # a moment, not a count of steps
-                        self.optimizer.state[p][key] = value.index_select(axis, kept)
+            for p, values, axis in zip((layer.A, layer.B), moments, (0, 1)):
+                for key, value in values.items():
+                    self.optimizer.state[p][key] = value.index_select(axis, kept)
+
+    def _empty(self):
+        """Make the closed triplets 0, also in the optimizer's state: no gradient will move them, nor they others'."""
+        for layer in self.layers.values():
+            closed = (layer.gate.settled() == 0).nonzero().flatten()
+            for p, axis in ((layer.A, 0), (layer.B, 1)):
+                for value in (p.data, *self._moments(p).values()):
+                    value.index_fill_(axis, closed, 0)
+
+    def _moments(self, p):
+        """What the optimizer keeps for every entry of a parameter, not its count of steps: {key: tensor}."""
+        state = self.optimizer.state.get(p, {})
+        return {key: x for key, x in state.items() if isinstance(x, torch.Tensor) and x.shape == p.shape}
 
     def status(self):
         """What a log shows of the step that is done. It synchronizes the GPU."""
@@ -235,6 +320,10 @@ class RankAllocator:
             "noise": self.noise.get_state(),
         }
 
+    def __getstate__(self):
+        raise TypeError("a RankAllocator cannot be copied or pickled, since it is tied to its model and optimizer: "
+                        "use state_dict and load_state_dict")  # fmt: skip
+
     def load_state_dict(self, state):
         """Go on from a `state_dict`, after the model and the optimizer have got theirs.
 
@@ -244,11 +333,29 @@ class RankAllocator:
         gates = self.guard.load_state_dict(state)
         for layer in self.layers.values():
             layer.gate.log_theta.requires_grad_(gates == "free")
+        if gates == "free":
+            self._take_gate_gradients()
         self.step, self.C_end, self.kept_end = state["step"], state["C_end"], state["kept_end"]
         self.gate_optimizer.load_state_dict(state["gate_optimizer"])
         self.lagrangian.lam.data.copy_(state["lam"])
         self.lagrangian.optimizer.load_state_dict(state["ascent"])
         self.noise.set_state(state["noise"])
+
+
+def reduce_gradients(optimizer, how, more=()):
+    """Make the gradients of all processes their "sum" or "mean", in place, in one message. A missing one is 0.
+
+    Of all that the optimizer trains, and of `more`. What is sharded is left out: FSDP reduces its gradients.
+    """
+    held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    parameters = [p for p in (*held, *more) if not hasattr(p, "full_tensor")]  # a DTensor has one
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    if how == "mean":
+        flat /= world_size()
+    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad = grad.view_as(p).to(p.dtype)
 
 
 def lr_factor(step, total_steps, warmup=0.0, rises=(0,), falls_from=0):

@@ -8,41 +8,47 @@ A frozen linear map W (d, k) gets an update of r triplets: column B[:, i], gate 
 them so, `prune` removes the closed ones for good, and `merge` folds the rest into W. Functions over layers take any
 iterable of SaLoRALinear, or what `salora_layers` returns.
 
-Nothing merges or prunes by itself. Left out: adapters for embeddings and convolutions, dropout inside the adapter,
-several adapters at once, and files (hub/adapters.py).
+Nothing merges or prunes by itself. Left out: adapters for embeddings and convolutions, several adapters per matrix,
+and files (hub/adapters.py).
 """
 
 import re
+from contextlib import contextmanager
+from itertools import chain
+from math import isfinite
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
 from hard_concrete import HardConcreteGate, set_data
 
+HEADS = {"classifier", "score", "head"}  # usual names of what "all-linear" leaves out, beside the output embedding
+
 
 class SaLoRALinear(nn.Module):
-    """A frozen nn.Linear `base` (d outputs, k inputs) plus r gated triplets, scaled by alpha / r0.
+    """A frozen linear map `base` (d outputs, k inputs) plus r gated triplets, scaled by alpha / r0.
 
-    A (r, k) starts as N(0, 1/k), so that E[A A^T] = I; B (d, r) starts at 0, so that at first nothing changes.
+    base: an nn.Linear, or any other module with in_features, out_features and a linear forward, such as one with
+    weights in 4 bits. dropout: the share of the adapter's inputs, not those of the base, that training zeroes.
+    A (r, k) starts as N(0, 1/k), so that E[A A^T] = I; B (d, r) starts at 0, so that at first nothing changes. Both
+    have the dtype of the base's weight, or float32 over a quantized one, and compute in that of the input.
     `r0` stays the rank at creation, and with it the scale, when pruning makes `r` smaller.
-    Raises ValueError if base is not a plain nn.Linear or r is not an int above 0.
+    Raises ValueError for a base that cannot be adapted, and for a rank, alpha or dropout that makes no sense.
     """
 
-    def __init__(self, base, r, alpha):
+    def __init__(self, base, r, alpha, dropout=0.0):
         super().__init__()
-        if type(base) is not nn.Linear:  # a subclass may bypass forward, as the one in nn.MultiheadAttention does
-            raise ValueError(f"only nn.Linear can be adapted, got {type(base).__name__}; leave it out of the targets")
-        if not isinstance(base.weight, nn.Parameter):  # weight_norm and pruning compute it before every forward
-            raise ValueError("the weight of this nn.Linear is computed by hooks: remove them before adapting it")
-        if type(r) is not int or r < 1:
-            raise ValueError(f"rank must be a whole number above 0, got {r!r}")
-        d, k = base.weight.shape
+        check(base, r, alpha, dropout)
+        d, k = base.out_features, base.in_features
+        weight = next(chain(base.parameters(), base.buffers()))
+        kind = dict(device=weight.device, dtype=weight.dtype if weight.is_floating_point() else torch.float32)
         self.base = base.requires_grad_(False)
-        self.A = nn.Parameter(torch.randn(r, k).to(base.weight) / k**0.5)  # drawn on the CPU: one A per seed, anywhere
-        self.B = nn.Parameter(base.weight.new_zeros(d, r))
-        self.gate = HardConcreteGate(r).to(base.weight.device)
-        self.r0, self.alpha = r, alpha
+        self.A = nn.Parameter(torch.randn(r, k).to(**kind) / k**0.5)  # drawn on the CPU: one A per seed, anywhere
+        self.B = nn.Parameter(torch.zeros(d, r, **kind))
+        self.gate = HardConcreteGate(r).to(weight.device)
+        self.r0, self.alpha, self.dropout = r, alpha, dropout
         self.allocating = False  # True from the making of a RankAllocator until its finish()
 
     @property
@@ -59,13 +65,20 @@ class SaLoRALinear(nn.Module):
     def scale(self):
         return self.alpha / self.r0
 
+    # What the code of some models reads of its linear layers, T5's for one
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+    in_features = property(lambda self: self.base.in_features)
+    out_features = property(lambda self: self.base.out_features)
+
     def forward(self, x):
         """x (..., k) -> (..., d)."""
         if self.r == 0:
             return self.base(x)
-        h = F.linear(x, self.A)  # (..., r)  A x
+        kept = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        h = F.linear(kept, self.A.to(x.dtype))  # (..., r)  A x
         h = h * (self.scale * self.gate()).to(h.dtype)  # (..., r)  times the gate and alpha / r0
-        return self.base(x) + F.linear(h, self.B)  # (..., d)  Eq. (5)
+        return self.base(x) + F.linear(h, self.B.to(h.dtype))  # (..., d)  Eq. (5)
 
     def delta(self):
         """The update of W (d, k) with settled gates: (alpha / r0) B diag(g) A."""
@@ -91,36 +104,87 @@ class SaLoRALinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def adapt(model, targets, r=8, alpha=16):
-    """Freeze the model, and replace, in place, every nn.Linear that a target names with a SaLoRALinear.
+def is_linear(module):
+    """Whether a module says that it is a linear map, as nn.Linear and its quantized relatives do."""
+    sizes = [getattr(module, side, None) for side in ("in_features", "out_features")]
+    return all(type(size) is int and size > 0 for size in sizes) and not isinstance(module, SaLoRALinear)
 
-    targets: names or name suffixes ("query", "layers.0.query"), or regular expressions for the whole name.
-    What should train beside them, such as a classifier head or earlier adapters, must be unfrozen afterwards, and
-    before the optimizer is made.
-    Returns the model. Raises ValueError for a target without a match or with none but other kinds of module.
+
+def why_not(base):
+    """Why a module cannot be the base of a SaLoRALinear: a text, or None if it can."""
+    kind = type(base).__name__
+    if not is_linear(base):
+        return f"only nn.Linear and its like can be adapted, got {kind}"
+    if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return f"nn.MultiheadAttention bypasses the forward of its {kind}"
+    if parametrize.is_parametrized(base) or (isinstance(base, nn.Linear) and "weight" not in base._parameters):
+        return f"the weight of this {kind} is computed before every forward: remove weight_norm, pruning and the like"
+    return None
+
+
+def check(base, r, alpha, dropout):
+    """Raises ValueError for what SaLoRALinear cannot be made of."""
+    if problem := why_not(base):
+        raise ValueError(f"{problem}; leave it out of the targets")
+    if type(r) is not int or r < 1:
+        raise ValueError(f"rank must be a whole number above 0, got {r!r}")
+    if type(alpha) not in (int, float) or not isfinite(alpha):
+        raise ValueError(f"alpha must be a finite number, got {alpha!r}")
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+
+
+def adapt(model, targets, r=8, alpha=16, dropout=0.0):
+    """Freeze the model, and replace, in place, every linear layer that a target names with a SaLoRALinear.
+
+    targets: names or name suffixes ("query", "layers.0.query"), or regular expressions for the whole name;
+    {target: rank} gives each a rank of its own; "all-linear" names all linear layers that are not in a head.
+    What should train beside adapters, such as a classifier head, must be unfrozen afterwards, and before the optimizer
+    is made. Adapters of an earlier call keep training.
+    Returns the model. Raises ValueError, before anything changes, for a target without a match and for a layer that
+    cannot be adapted.
     """
-    targets = [targets] if isinstance(targets, str) else list(targets)
-    inside = {id(layer.base) for layer in salora_layers(model).values()}
-    modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name and id(m) not in inside}
-    linears = [name for name, m in modules.items() if isinstance(m, nn.Linear)]
-    chosen = {}
-    for target in targets:
-        hits = [n for n in modules if n == target or n.endswith("." + target) or re.fullmatch(target, n)]
-        found = [n for n in hits if n in linears]
-        if not found:
-            kinds = sorted({type(modules[n]).__name__ for n in hits})
-            matched = f"matches only {', '.join(kinds)}" if hits else "matches no module"
-            names = sorted({n.rsplit(".", 1)[-1] for n in linears}) or ["none"]
-            raise ValueError(f"target {target!r} {matched}; nn.Linear layers here: {', '.join(names)}")
-        chosen.update({id(modules[n]): modules[n] for n in found})
+    targets = [targets] if isinstance(targets, str) else targets
+    ranks = targets if isinstance(targets, dict) else dict.fromkeys(targets, r)
+    if not ranks:
+        raise ValueError(f"targets must name at least one linear layer, got {targets!r}")
+    chosen = {}  # {id of a layer: (layer, its rank)}
+    for target, rank in ranks.items():
+        chosen |= {id(m): (m, rank) for m in matches(model, target)}
+    for linear, rank in chosen.values():
+        check(linear, rank, alpha, dropout)
     for parent in model.modules():
         skips = isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled()
         if skips and any(id(child) in chosen for child in parent.children()):
             raise ValueError("in eval mode nn.TransformerEncoderLayer bypasses the forward of its linear "
                              "layers: call torch.backends.mha.set_fastpath_enabled(False) first")  # fmt: skip
-    new = {key: SaLoRALinear(linear, r, alpha) for key, linear in chosen.items()}
+    earlier = [p for layer in salora_layers(model).values() for p in layer.parameters() if p.requires_grad]
+    new = {key: SaLoRALinear(linear, rank, alpha, dropout) for key, (linear, rank) in chosen.items()}
     model.requires_grad_(False)
+    for p in earlier:
+        p.requires_grad_(True)
     return replace_modules(model, new)
+
+
+def matches(model, target):
+    """The linear layers that a target of `adapt` names. Raises ValueError where there are none."""
+    inside = {id(layer.base) for layer in salora_layers(model).values()}
+    modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name and id(m) not in inside}
+    linears = {name: m for name, m in modules.items() if is_linear(m)}
+    if target == "all-linear":
+        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        return [m for name, m in linears.items() if m is not output and not HEADS & set(name.split("."))]
+    try:
+        hits = [n for n in modules if n == target or n.endswith("." + target) or re.fullmatch(target, n)]
+    except re.error:
+        raise ValueError(f"target {target!r} is neither a name nor a regular expression") from None
+    found = [linears[n] for n in hits if n in linears]
+    if not found:
+        kinds = sorted({type(modules[n]).__name__ for n in hits})
+        matched = f"matches only {', '.join(kinds)}" if hits else "matches no module"
+        names = sorted({n.rsplit(".", 1)[-1] for n in linears}) or ["none"]
+        raise ValueError(f"target {target!r} {matched}; linear layers here: {', '.join(names)}")
+    return found
 
 
 def replace_modules(model, new):
@@ -190,15 +254,39 @@ def prune(layer):
     return kept
 
 
+@contextmanager
+def disabled(model):
+    """`with disabled(model):` the adapted layers compute their base alone, W x. Gives the model."""
+    layers = salora_layers(model).values()
+    for layer in layers:
+        layer.forward = layer.base.__call__
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
 @torch.no_grad()
 def merge(model):
     """Fold every update into its frozen weight, in place; returns the model, with plain nn.Linear layers again.
 
     W <- W + (alpha / r0) B diag(g) A with settled gates, so the merged model equals the gated one in eval mode.
-    The new W is a tensor of its own: whatever else uses the old one, such as a tied embedding, keeps it.
-    No adapter is left to be saved afterwards. Raises ValueError while a RankAllocator is at work.
+    The new W is a tensor of its own: whatever else uses the old one, such as a tied embedding, keeps it. A weight that
+    torch can dequantize comes back as floats. No adapter is left to be saved afterwards.
+    Raises ValueError, before anything changes, while a RankAllocator is at work, and for sharded or packed weights.
     """
-    layers = finished_layers(model).values()
-    for layer in layers:
-        layer.base.weight = nn.Parameter(layer.base.weight + layer.delta(), requires_grad=False)
-    return replace_modules(model, {id(layer): layer.base for layer in layers})
+    layers = finished_layers(model)
+    for name, layer in layers.items():
+        kind = type(layer.base).__name__
+        if type(layer.base) is not nn.Linear:
+            raise ValueError(f"{name} is a {kind}, whose weight cannot be added to: make it an nn.Linear first, in "
+                             "transformers with model.dequantize(), or keep the adapter apart")  # fmt: skip
+        if hasattr(layer.base.weight, "full_tensor"):  # a DTensor
+            raise ValueError(f"the weight of {name} is sharded: load the saved adapter into a whole model, merge that")
+    for layer in layers.values():
+        W = layer.base.weight
+        if type(W.data).dequantize is not torch.Tensor.dequantize:  # a class of quantized tensors has its own
+            W = W.dequantize()
+        layer.base.weight = nn.Parameter((W + layer.delta()).to(W.dtype), requires_grad=False)
+    return replace_modules(model, {id(layer): layer.base for layer in layers.values()})

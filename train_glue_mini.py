@@ -9,14 +9,16 @@ is one run from model to score, `main` the program. Flags, run folders, resume, 
 cli/, data in glue/. Left out: hyper-parameter search, choosing an epoch by its dev score, ensembles.
 """
 
-import shlex
-import signal
-import sys
-from contextlib import nullcontext, redirect_stdout
-from functools import cache
+from cli.interrupts import end_on_interrupt
 
 if __name__ == "__main__":
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: the end, no traceback
+    end_on_interrupt()  # before the imports that take long
+
+import shlex
+import sys
+import warnings
+from contextlib import nullcontext, redirect_stdout
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,8 @@ from cli.afterwards import evaluate, export, predict
 from cli.files import claimed
 from cli.flags import build_parser
 from cli.journal import Journal
-from cli.runs import errors_as_lines, read_finished, runs_of
+from cli.program import errors_as_lines
+from cli.runs import read_finished, runs_of
 from cli.setup import fingerprint, prepare, seed_of
 from cli.workers import add_up, one_at_a_time, share_of, start_workers, worker
 from glue.tokens import batch_of, batches_of
@@ -78,16 +81,15 @@ def fine_tune(model, rows, optimizer, allocator, *, lr, batch_size, seed=0, accu
             part_loss = task_loss(outputs.float(), labels) * (len(part) / len(batch))
             part_loss.backward()
             loss = loss + part_loss.detach()
-        loss = add_up(loss, model)
 
-        # ... and of beta R_orth + lambda (C - b)^2
+        # ... of which the allocator makes one, and adds that of beta R_orth + lambda (C - b)^2
         allocator.after_backward()
 
         # One step down for A, B and the head; then Theta down, and lambda up
         optimizer.step()
         allocator.after_step()
         optimizer.zero_grad()
-        journal.add(step, loss, optimizer, allocator, batch_size)
+        journal.add(step, add_up(loss), optimizer, allocator, batch_size)
     allocator.finish()
     return journal
 
@@ -117,7 +119,7 @@ def run(settings, folder, model, train, dev, saved=None):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.lr)
     allocator = allocator_for(settings.method, model, optimizer, total_steps, recipe=settings.decisions,
                               budget=settings.budget, warmup=settings.warmup, seed=seed_of(settings.seed, "gates"),
-                              sparse_lambda=settings.sparse_lambda, score=score)  # fmt: skip
+                              sparse_lambda=settings.sparse_lambda, score=score, reduce="sum")  # fmt: skip
     journal = Journal(total_steps, folder, cache(lambda: fingerprint(settings, model, train)), bool(settings.trace))
     if saved:
         journal.restore(saved, optimizer, allocator)
@@ -137,9 +139,10 @@ def run(settings, folder, model, train, dev, saved=None):
 def main(argv=None):
     """The program. Returns the summary of the run, or {"runs": [summaries]} of several."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    args.command = shlex.join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
     with errors_as_lines(parser):
+        args = parser.parse_args(argv)
+        args.command = shlex.join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
+        warnings.filterwarnings("ignore", module="peers")  # allocators made there warn of what reports say
         if args.export is not None:
             return export(*read_finished(args, parser))
         if args.evaluate is not None or args.predict is not None:
@@ -160,5 +163,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, on_interrupt)
     main()

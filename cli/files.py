@@ -1,9 +1,9 @@
-"""Tables that grow by a row, folders that one run has to itself, and digests of what they hold."""
+"""Folders that one run has to itself, and digests of what they hold."""
 
-import csv
 import hashlib
 import os
 from contextlib import contextmanager, suppress
+from tempfile import TemporaryFile
 
 import torch
 
@@ -19,50 +19,46 @@ RUN_FILES = {  # of a run that is not finished
 }  # fmt: skip
 
 
-def append(path, row):
-    """Add a row, {column: value}, to a CSV file, with a header line if the file is new."""
-    new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+@contextmanager
+def made(folder):
+    """A folder, made if need be, that files can be written into; it is removed again if it stays empty.
 
-
-def make_folder(path):
-    """For the rows of a study. Raises NotADirectoryError where a file is in its way."""
+    Raises OSError where there can be none.
+    """
+    check_place(folder)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise NotADirectoryError(f"{path} is a file, or inside of one: choose another --out") from None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=folder).close()  # refused now, and not after an hour
+        except OSError as error:
+            raise OSError(f"nothing can be written in {folder} ({error.strerror}): choose another --out") from None
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError):  # where there is something in it
+                path.rmdir()
 
 
-def read_table(path):
-    """The rows of a CSV file, dicts of texts; none if the file is not there."""
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def check_place(folder):
+    """Raises NotADirectoryError where a file is in the way of a folder."""
+    for path in (folder, *folder.parents):
+        if os.path.lexists(path) and not path.is_dir():  # a link that leads nowhere, too
+            raise NotADirectoryError(f"{path} is a file: choose another --out")
 
 
-def rows_with(path, **values):
-    """The rows of a CSV file that have these values."""
-    wanted = {name: str(value) for name, value in values.items()}
-    return [row for row in read_table(path) if wanted.items() <= row.items()]
+def check_free(folder, runs=()):
+    """Raises FileExistsError for a folder that holds more than what a run leaves before its first checkpoint.
 
-
-def has_row(path, **values):
-    """Whether a CSV file has a row with these values: such a run has been done."""
-    return bool(rows_with(path, **values))
-
-
-def check_free(folder):
-    """Raises FileExistsError for a folder that holds more than what a run leaves before its first checkpoint."""
+    runs: names of folders in it, for several runs, which must be free.
+    """
+    check_place(folder)
     if not folder.exists():
         return
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file: choose another --out")
+    for name in runs:
+        check_free(folder / name)
     found = {path.name.removesuffix(".part") for path in folder.iterdir() if path.name != "checkpoint.pt.part"}
+    found -= set(runs)
     if "checkpoint.pt" in found and "summary.json" not in found:
         raise FileExistsError(f"{folder} holds an interrupted run: --resume it, or choose another --out")
     if found and not {"settings.json"} <= found <= RUN_FILES:
@@ -73,36 +69,41 @@ def check_free(folder):
 def claimed(folder, new):
     """Have a folder to oneself, made if need be, and removed again if it stays empty. `new`: it must be free.
 
-    Raises OSError where another process has it; the lock dies with its process. An interruption says how to go on. A
-    run that diverges loses its checkpoint, since it would diverge again from there: the same command can start anew.
+    Raises OSError where another process has it. An interruption says how to go on. A run that diverges loses its
+    checkpoint, since it would diverge again from there: the same command can start anew.
     """
     if worker() > 0:  # the first process has it for all
         yield
         return
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY) if fcntl else None
-    try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with made(folder), locked(folder):
         if new:
             check_free(folder)
-        yield
-    except BlockingIOError:
-        raise OSError(f"another run is at work in {folder}: choose another --out, or wait for it") from None
-    except FloatingPointError:
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
-        raise
-    except KeyboardInterrupt:
-        if not (folder / "checkpoint.pt").is_file():
+        try:
+            yield
+        except FloatingPointError:
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
             raise
-        raise KeyboardInterrupt(f"go on from the last whole epoch with --resume {folder}") from None
+        except KeyboardInterrupt:
+            if (folder / "checkpoint.pt").is_file():
+                raise KeyboardInterrupt(f"go on from the last whole epoch with --resume {folder}") from None
+            raise KeyboardInterrupt("no epoch was finished") from None
+
+
+@contextmanager
+def locked(folder):
+    """Raises OSError where another process has locked the folder; its lock dies with it."""
+    if not fcntl:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"another run is at work in {folder}: choose another --out, or wait for it") from None
+        yield
     finally:
-        if fcntl:
-            os.close(handle)
-        for path in missing:
-            with suppress(OSError):  # where there is something in it
-                path.rmdir()
+        os.close(handle)
 
 
 def digest_of(value):

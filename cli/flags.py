@@ -3,10 +3,12 @@
 import argparse
 import os
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 
 from budget import RULES, SURVIVORS
+from cli.program import Parser
 from glue.tasks import NAMES
 from peers import METHODS
 from rank_allocator import CONTROLLERS, Recipe
@@ -16,19 +18,25 @@ LEAST_LENGTH = 6  # tokens: four special ones and a word of both sentences
 # The flags about trained gates: the recipe and its decisions, but for those that are about every method
 GATE_FLAGS = ["recipe", *(f.name for f in fields(Recipe) if f.name not in ("warmup", "dropout"))]
 LARGEST = 1e36  # of a number on the command line: ten times as much must still fit float32
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")  # one line, without the usage
+MOST = 10**12  # of whole numbers: what is made of them must still fit 64 bits
 
 
 def positive(text):
     if not text.isdecimal() or float(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    if float(text) >= LARGEST:
-        raise argparse.ArgumentTypeError(f"expected a number below {LARGEST:g}, got {text!r}")
+    if float(text) >= MOST:
+        raise argparse.ArgumentTypeError(f"expected a number below {MOST:g}, got {text!r}")
     return int(text)
+
+
+def whole(text):
+    try:
+        value = int(text)
+    except ValueError:
+        value = MOST
+    if abs(value) >= 10**9:
+        raise argparse.ArgumentTypeError(f"expected a whole number below 10^9, got {text!r}")
+    return value
 
 
 def above_zero(text, what="a number above 0"):
@@ -64,8 +72,8 @@ def path(text):
     return text
 
 
-def auto_or_above_zero(text):
-    return None if text == "auto" else above_zero(text, "auto or a number above 0")
+def folder(text):
+    return Path(path(text))
 
 
 def build_parser():
@@ -105,9 +113,10 @@ def build_parser():
         help="sora: its lambda at the highest level; the larger it is, the more triplets are removed (default 0.6)",
     )
     g.add_argument(
-        "--recipe", choices=["ours", "paper"],
-        help="ours (default): what measured best; paper: the published algorithm. The flags below override "
-        "single decisions of a recipe",
+        "--recipe", choices=["ours", "paper", "paper-scaled", "svd"],
+        help="ours (default): what measured best; paper: the published algorithm; paper-scaled: the same, with a "
+        "gate-lr that lets short runs reach the budget; svd: no gates, one cut by singular values. The flags below "
+        "override single decisions",
     )
     g.add_argument(
         "--window", type=float, nargs=2, metavar=("START", "END"),
@@ -119,8 +128,8 @@ def build_parser():
         "or after every step one shift of all log theta (default projection; paper: quadratic)",
     )
     g.add_argument(
-        "--gate-lr", type=auto_or_above_zero, metavar="ETA",
-        help="step size of log theta and lambda (default auto: max(0.01, 14 / steps of the window))",
+        "--gate-lr", type=above_zero, metavar="ETA",
+        help="step size of log theta and lambda (default max(0.01, 14 / steps of the window); paper: 0.01)",
     )
     g.add_argument("--beta", type=zero_or_above, help="weight of the orthogonal regularizer (default 0; paper: 0.1)")
     g.add_argument(

@@ -26,6 +26,12 @@ def trace_of(step, layers):
     return rows
 
 
+def check_finite(parameters, step):
+    """Raises FloatingPointError where a weight is not finite."""
+    if not all(p.isfinite().all() for p in parameters):
+        raise FloatingPointError(f"weights are not finite at step {step}: try a smaller --lr")
+
+
 class Journal:
     """A log row for every 1/200 of the steps, a status line for every tenth row, and a checkpoint at every epoch.
 
@@ -53,8 +59,7 @@ class Journal:
         self.running, self.counted = 0.0, 0
         if self.folder is None or worker() > 0 or step == self.first:
             return
-        if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
-            raise FloatingPointError(f"weights are not finite at step {step}: try a smaller --lr")
+        check_finite([p for p in model.parameters() if p.requires_grad], step)
         state = {
             "format": CHECKPOINT,
             "fingerprint": self.fingerprint(),
@@ -84,7 +89,7 @@ class Journal:
     def add(self, step, loss, optimizer, allocator, batch_size):
         """Note the loss (a tensor) of a step that is done. Only every `every`-th call waits for the device.
 
-        Raises FloatingPointError where the loss is not finite.
+        Raises FloatingPointError where the loss is not finite or, after the last step, a weight: no loss shows it.
         """
         done = step + 1
         self.running, self.counted = self.running + loss, self.counted + 1
@@ -94,6 +99,8 @@ class Journal:
         self.running, self.counted = 0.0, 0
         if not math.isfinite(mean):
             raise FloatingPointError(f"the loss is {mean} at step {done}, not finite: try a smaller --lr")
+        if done == self.total_steps:
+            check_finite([p for group in optimizer.param_groups for p in group["params"]], done)
         self.rows.append({"step": done, "loss": mean, "lr": optimizer.param_groups[0]["lr"], **allocator.status()})
         if self.tracing:
             self.trace += trace_of(done, allocator.layers)

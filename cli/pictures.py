@@ -7,8 +7,6 @@ import torch
 
 from hard_concrete import prob_open
 
-FEW_STEPS = 50  # of a window: in fewer, log theta moves by more than 14 / 50 per step, and ranks are chance
-
 
 def split_name(name):
     """A layer's name -> (number of the block, name of the matrix in it): encoder.layers.2.up -> (2, "up")."""
@@ -38,7 +36,7 @@ def draw_training(log, path, budget, title):
     if gated:
         window = [row["step"] for row in log if row["phase"] == "window"]
         for axis in axes:
-            axis.axvspan(window[0], window[-1], color="tab:orange", alpha=0.12, lw=0, label="the gates train")
+            axis.axvspan(window[0], window[-1], color="tab:orange", alpha=0.12, lw=0, label="ranks are decided")
         axes[1].plot(steps, [row["C"] for row in log], color="tab:orange", label="expected density C, Eq. (11)")
         kept = [row["kept"] for row in log]
         axes[1].plot(steps, kept, color="tab:green", ls="--", label="density of settled gates")

@@ -10,11 +10,12 @@ import torch
 
 from budget import kept_density, total_parameters
 from cli.files import digest_of
-from cli.pictures import FEW_STEPS, draw_ranks, draw_trace, draw_training, rank_grid
+from cli.pictures import draw_ranks, draw_trace, draw_training, rank_grid
 from cli.settings import write_settings
 from cli.workers import worker, workers
 from glue.metrics import METRICS
 from glue.tasks import task_of
+from guard import FEW_STEPS
 from hub.adapters import adapter_state, save_adapter
 from hub.checkpoints import write_atomically
 from peers import METHODS
@@ -38,15 +39,11 @@ def announce(settings, folder, model, train, dev, allocator):
     if settings.method == "salora":
         schedule = allocator.schedule
         print(f"gates train from step {schedule.T_start} to {schedule.T_end} of {allocator.total_steps}, "
-              f"gate lr {allocator.gate_lr:.3g}{too_short(schedule.window)}", flush=True)  # fmt: skip
+              f"gate lr {allocator.gate_lr:.3g}")  # fmt: skip
+        for warning in allocator.guard.warnings():
+            print(f"warning: {warning}")
     if worker() == 0:
         write_settings(settings, folder, getattr(allocator, "gate_lr", None))
-
-
-def too_short(window):
-    """A warning, or nothing."""
-    few = f"; in a window of fewer than {FEW_STEPS} steps ranks mean little: raise --epochs or --steps"
-    return few if 0 < window < FEW_STEPS else ""
 
 
 def finish_run(settings, folder, model, allocator, journal, predicted, dev):
@@ -76,8 +73,7 @@ def finish_run(settings, folder, model, allocator, journal, predicted, dev):
     if settings.method == "salora":
         summary["recipe"] = settings.recipe
     save_adapter(model, folder / "adapter.pt")
-    schedule = getattr(allocator, "schedule", None)
-    short = too_short(schedule.window) if schedule else ""
+    short = settings.method == "salora" and 0 < allocator.schedule.window < FEW_STEPS
     write_run(folder, journal, summary, settings.rank, short)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     if layers:
@@ -89,7 +85,7 @@ def finish_run(settings, folder, model, allocator, journal, predicted, dev):
     return summary
 
 
-def write_run(folder, journal, summary, rank, short=""):
+def write_run(folder, journal, summary, rank, short=False):
     """log.csv, training.png, trace.csv and trace.png if the run was traced, ranks.png where there are ranks, and last,
     as the sign of a finished run, summary.json."""
     recipe = f" ({summary['recipe']})" if summary.get("recipe", "ours") != "ours" else ""

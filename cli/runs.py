@@ -1,12 +1,7 @@
-"""Run folders: which runs a command line asks for, and errors as lines."""
+"""Run folders: which runs a command line asks for, and what is in the folder of an earlier one."""
 
 import argparse
-import os
-import sys
-from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from cli.files import check_free, digest_of
 from cli.settings import read_settings, settle
@@ -14,24 +9,6 @@ from glue.mini import TASKS as MINI_TASKS
 from hub.checkpoints import read_json, read_torch
 
 CHECKPOINT = "salora-run-5"  # the format of checkpoint.pt
-STUDY = "the same command goes on with this run"  # the hint of a study, which keeps a row of every run that is done
-
-
-@contextmanager
-def errors_as_lines(parser, hint="no epoch was finished"):
-    """Errors that the user can fix end the program with one line and exit status 2.
-
-    An interruption ends it with exit status 130, and says how to go on: what the KeyboardInterrupt says, or `hint`.
-    """
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more when it ends
-        parser.error("standard output was closed")
-    except (ValueError, OSError, FloatingPointError, torch.linalg.LinAlgError, torch.OutOfMemoryError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt as stop:
-        parser.exit(130, f"\ninterrupted; {str(stop) or hint}\n")
 
 
 def runs_of(args, parser):
@@ -42,25 +19,26 @@ def runs_of(args, parser):
         raise ValueError(f"--seed takes different numbers below 10^9, got {' '.join(map(str, args.seed))}")
     tasks = list(MINI_TASKS) if args.task == "all" else [args.task]
     pairs = [(task, seed) for task in tasks for seed in args.seed]
-    folder = new_folder(args, len(pairs) > 1)  # refused before an encoder is pre-trained, which settle may do
+    runs = [f"{task}-s{seed}" for task, seed in pairs] if len(pairs) > 1 else []
+    folder = new_folder(args, runs)  # refused before an encoder is pre-trained, which settle may do
     settled = [settle(argparse.Namespace(**{**vars(args), "task": task, "seed": seed})) for task, seed in pairs]
     if len(pairs) == 1:
         return [(settled[0], folder, None)]
-    return [(settings, folder / f"{settings.task}-s{settings.seed}", None) for settings in settled]
+    return [(settings, folder / run, None) for settings, run in zip(settled, runs, strict=True)]
 
 
-def new_folder(args, several):
-    """--out, or the first of runs/NAME, runs/NAME-1, runs/NAME-2 ... that is free."""
+def new_folder(args, runs):
+    """--out, or the first of runs/NAME, runs/NAME-1, runs/NAME-2 ... that is free. runs: see check_free."""
     if args.out:
-        check_free(Path(args.out))
+        check_free(Path(args.out), runs)
         return Path(args.out)
     recipe = [] if args.recipe in (None, "ours") else [args.recipe]
-    seed = [] if several else [f"s{args.seed[0]}"]
+    seed = [] if runs else [f"s{args.seed[0]}"]
     name, number = "-".join([args.task, args.method, *recipe, *seed]), 0
     while True:
         folder = Path("runs") / (f"{name}-{number}" if number else name)
         try:
-            check_free(folder)
+            check_free(folder, runs)
             return folder
         except FileExistsError:
             number += 1

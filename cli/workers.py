@@ -4,8 +4,9 @@ import atexit
 import os
 from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
+
+from guard import world_size as workers
 
 
 def start_workers(device):
@@ -20,11 +21,6 @@ def start_workers(device):
 def worker():
     """The rank of this process: 0 where there is only one."""
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def workers():
-    """The world size: how many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager
@@ -48,15 +44,8 @@ def share_of(batch, accumulate):
     return [share for share in shares if share]
 
 
-def add_up(loss, model):
-    """Sum the gradients of all processes, in place, and their losses. Returns the loss of the whole batch."""
-    if workers() == 1:
-        return loss
-    trained = [p for p in model.parameters() if p.requires_grad]
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-    flat = torch.cat([loss.view(1), *(grad.flatten() for grad in grads)])  # adapters are small: one message a step
-    dist.all_reduce(flat)
-    loss, *grads = flat.split([1, *(p.numel() for p in trained)])
-    for p, grad in zip(trained, grads):
-        p.grad = grad.view_as(p)
-    return loss[0]
+def add_up(loss):
+    """The loss of a whole batch, from that of each process's share."""
+    if workers() > 1:
+        dist.all_reduce(loss)
+    return loss

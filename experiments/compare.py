@@ -16,13 +16,19 @@ about dev rows. A generated task is tuned on dev rows, and a report is about row
 """
 
 import sys
-from contextlib import nullcontext, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
+
+import torch
 
 from cli.afterwards import predict
 from cli.flags import build_parser, positive

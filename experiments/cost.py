@@ -16,22 +16,30 @@ Times are medians over rounds that take one step of each arm in turn, so that a 
 Left out: memory, in which these arms are within 2 % of each other.
 """
 
-import argparse
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
+import argparse
 import time
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import peers
-from cli.files import append, has_row, make_folder, read_table
-from cli.flags import Parser, device_of, positive
-from cli.runs import STUDY, errors_as_lines
+from cli.files import made
+from cli.flags import device_of, folder, positive
+from cli.program import Parser, errors_as_lines
+from cli.table import append, read_table
+from experiments.study import AGAIN
 from experiments.tables import in_columns
 from rank_allocator import Recipe
 from tiny_transformer import SequenceClassifier, TinyTransformer, TransformerConfig
@@ -43,6 +51,7 @@ RECIPES = {"salora-8-to-4": Recipe.ours, "salora-8-to-4-paper": Recipe.paper}
 PHASES = {"before": (0.9, 1.0), "window": (0.0, 1.0), "after": (0.0, 0.0)}  # a window that keeps a run in this phase
 ARMS = ["frozen", "lora-8", *(f"{recipe} {phase}" for recipe in RECIPES for phase in PHASES)]
 PEFT = ["peft-lora-8"] if find_spec("peft") else []
+COLUMNS = ["shape", "batch_size", "device", "arm", "rounds", "ms", "ratio"]  # of cost.csv
 
 
 class Stepper:
@@ -114,8 +123,9 @@ def measure(args, shape, batch_size):
         found[name] = whole_run([found[f"{name} {phase}"] for phase in PHASES], recipe().window)
     rows = []
     for name, seconds in found.items():
-        row = {"shape": shape, "batch_size": batch_size, "device": args.device, "arm": name, "rounds": args.rounds}
-        rows.append({**row, "ms": round(1000 * seconds, 3), "ratio": round(seconds / found["lora-8"], 3)})
+        values = shape, batch_size, args.device, name, args.rounds
+        times = round(1000 * seconds, 3), round(seconds / found["lora-8"], 3)
+        rows.append(dict(zip(COLUMNS, values + times, strict=True)))
     return rows
 
 
@@ -127,18 +137,17 @@ def main(argv=None):
                         help="batch sizes (default 8 32)")  # fmt: skip
     parser.add_argument("--rounds", type=positive, default=10, metavar="N", help="default 10")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--out", type=Path, default=Path("runs/cost"), metavar="DIR", help="default runs/cost")
-    args = parser.parse_args(argv)
-    path = args.out / "cost.csv"
-    with errors_as_lines(parser, hint=STUDY):
-        args.device = device_of(args.device)
-        make_folder(args.out)
-        for shape in args.shapes:
-            for batch_size in args.batches:
-                if not has_row(path, shape=shape, batch_size=batch_size, device=args.device):
-                    for row in measure(args, shape, batch_size):
-                        append(path, row)
-        rows = read_table(path)
+    parser.add_argument("--out", type=folder, default=Path("runs/cost"), metavar="DIR", help="default runs/cost")
+    with errors_as_lines(parser, hint=AGAIN):
+        args = parser.parse_args(argv)
+        path, args.device = args.out / "cost.csv", device_of(args.device)
+        with made(args.out):
+            for shape in args.shapes:
+                for batch_size in args.batches:
+                    done = [[row["shape"], row["batch_size"], row["device"]] for row in read_table(path, COLUMNS)]
+                    if [shape, str(batch_size), args.device] not in done:
+                        append(path, *measure(args, shape, batch_size))
+        rows = read_table(path, COLUMNS)
         print(in_columns([list(rows[0]), *(list(row.values()) for row in rows)]))
     return rows
 

@@ -10,20 +10,26 @@ start. Tuning uses 300 further sentences; an arm that was not tuned takes the le
 at the nearest size. Losses are in nats per token, in fp32. Left out: packing, other scales.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import argparse
 import random
-import sys
 from contextlib import nullcontext
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from cli.files import read_table
 from cli.flags import device_of, positive
+from cli.table import read_table
 from experiments import arms, shift, study, tables
 from glue.decoder import batch_of
 from hub.decoder import TARGETS, load_decoder

@@ -10,27 +10,37 @@
 
 All but fig3 and gates train after a shift of the language (experiments/shift.py), with the learning rates and scales
 that tuning found there; the measure is the masked-word loss, lower is better. For a first look add `--steps 300 --seeds
-0`. For Figure 6 `train_glue_mini.py --recipe paper --trace` draws C, lambda and orthogonality. Tables 1, 2 and 4 are
-compare.py, table2.py and cost.py. Left out: Figure 2, which is a drawing.
+0`. The published recipe has its eta_c scaled to the window, or nothing would close in so few steps. For Figure 6
+`train_glue_mini.py --recipe paper-scaled --trace` draws C, lambda and orthogonality. Tables 1, 2 and 4 are compare.py,
+table2.py and cost.py. Left out: Figure 2, which is a drawing.
 """
 
-import argparse
-import json
 import sys
-from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from cli.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
+import argparse
+import json
+from dataclasses import replace
+
+import torch
+
 import train_glue_mini
-from cli.files import make_folder, read_table
-from cli.flags import Parser
+from cli.files import made
+from cli.flags import folder
 from cli.pictures import draw_gates, split_name
-from cli.runs import STUDY, errors_as_lines
+from cli.program import Parser, errors_as_lines
+from cli.table import read_table
 from experiments import arms, plots, shift
+from experiments.study import AGAIN
 from hard_concrete import GAMMA, TAU, ZETA, prob_above, prob_one, prob_open, sample_gate
+from hub.checkpoints import write_atomically
 from salora import salora_layers
 
 
@@ -44,9 +54,13 @@ class LambdaZero(arms.Arm):
 
 
 def arm_of(name):
-    """An arm of experiments/arms.py, or lora-8-in-PLACE, salora-8-to-4-paper-lambda-0, salora-8-to-4-paper-beta-0."""
-    whole, _, _ = name.partition("-in-")
-    arm = arms.arm_of(whole.removesuffix("-lambda-0").removesuffix("-beta-0"))
+    """An arm of experiments/arms.py, also one such as lora-8-in-up, or of SaLoRA with -lambda-0 or -beta-0 at its end."""
+    whole, _, place = name.partition("-in-")
+    plain = whole.removesuffix("-lambda-0").removesuffix("-beta-0")
+    arm = arms.arm_of(plain)
+    if place not in ["", *PLACES] or (plain != whole and arm.method != "salora"):
+        raise argparse.ArgumentTypeError(f"{name!r} is not an arm: only SaLoRA has lambda and beta, and places are "
+                                         f"{', '.join(PLACES)}")  # fmt: skip
     if name.endswith("-lambda-0"):
         return LambdaZero(**{**vars(arm), "name": name})
     if name.endswith("-beta-0"):
@@ -57,7 +71,7 @@ def arm_of(name):
 def default_trial(args, task, arm):
     """The learning rate and scale that the shift study has for an arm; at every rank SaLoRA has those of 8 to 4."""
     if arm.method == "salora":
-        return shift.TUNED["salora-8-to-4-paper" if "paper" in arm.name else "salora-8-to-4"]
+        return shift.TUNED["salora-8-to-4-paper-scaled" if "paper" in arm.name else "salora-8-to-4"]
     return arms.nearest(arms.arm_of(f"lora-{arm.start}"), shift.TUNED)
 
 
@@ -82,7 +96,7 @@ def lora_of_size(name, names):
 
 
 def published(name, names):
-    return [other for other in names if other == "salora-8-to-4-paper" != name]
+    return [other for other in names if other == "salora-8-to-4-paper-scaled" != name]
 
 
 def over_starts(rows):
@@ -101,15 +115,15 @@ def item(name, arm_names, draw, **more):
 
 LORAS = ["lora-1", "lora-2", "lora-4", "lora-8"]
 PLACES = ["query", "key", "value", "out", "up", "down", "block-0", "block-1", "block-2"]
-STARTS = [f"salora-{r}-to-{r // 2}{recipe}" for recipe in ("", "-paper") for r in (2, 4, 8, 16)]
-SIZES = [f"salora-8-to-{size}{recipe}" for recipe in ("", "-paper") for size in (1, 2, 4, 6)]
-ABLATION = [f"salora-8-to-4-paper{change}" for change in ("", "-lambda-0", "-beta-0")]
+STARTS = [f"salora-{r}-to-{r // 2}{recipe}" for recipe in ("", "-paper-scaled") for r in (2, 4, 8, 16)]
+SIZES = [f"salora-8-to-{size}{recipe}" for recipe in ("", "-paper-scaled") for size in (1, 2, 4, 6)]
+ABLATION = [f"salora-8-to-4-paper-scaled{change}" for change in ("", "-lambda-0", "-beta-0")]
 ABOUT = {line.split()[0]: line.strip() for line in __doc__.splitlines() if line.startswith("    ")}
 ITEMS = {
     "fig1": item("fig1", [f"lora-8-in-{place}" for place in PLACES] + LORAS, plots.places),
     "fig4": item("fig4", [*LORAS[1:], "lora-16", *STARTS], over_starts, rivals=lora_of_size),
     "fig5": item("fig5", [*LORAS, "lora-6", *SIZES], over_sizes, rivals=lora_of_size),
-    "fig7": item("fig7", ["salora-8-to-4", "salora-8-to-4-paper"], plots.ranks),
+    "fig7": item("fig7", ["salora-8-to-4", "salora-8-to-4-paper-scaled"], plots.ranks),
     "table3": item("table3", ABLATION, None, default_tasks=["words", "reverse"], rivals=published),
 }
 
@@ -138,12 +152,14 @@ def fig3(args):
         print(f"log theta {log_theta:>2g}: P(g = 0) = {masses[0]:.5f}, sampled {sampled[0]:.5f}")
     axes[0].set_ylabel("density, or mass")
     axes[1].legend()
-    figure.savefig(args.out / "fig3.png", dpi=110)
+    write_atomically(args.out / "fig3.png", lambda part: figure.savefig(part, format="png", dpi=110))
 
 
 def gates(args):
-    """Run the main job, unless its run is there, and draw its gates."""
+    """Run the main job, or the rest of it, unless its run is there, and draw its gates."""
     run = args.out / "run"
+    if (run / "checkpoint.pt").is_file():
+        train_glue_mini.main(["--resume", str(run)])
     if not (run / "summary.json").is_file():
         train_glue_mini.main(["--trace", "--out", str(run)])
     draw_gates(read_table(run / "log.csv"), read_table(run / "trace.csv"), args.out / "gates.gif")
@@ -153,15 +169,16 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("item", choices=[*ABOUT], metavar="ITEM", help=", ".join(ABOUT))
-    name = parser.parse_args(argv[:1]).item
-    if name in ITEMS:
-        return ITEMS[name].main(argv[1:])
-    parser = Parser(description=ABOUT[name])
-    parser.add_argument("--out", type=Path, default=Path("runs") / name, metavar="DIR", help=f"default runs/{name}")
-    args = parser.parse_args(argv[1:])
-    with errors_as_lines(parser, hint=STUDY):
-        make_folder(args.out)
-        {"fig3": fig3, "gates": gates}[name](args)
+    with errors_as_lines(parser, hint=AGAIN):
+        name = parser.parse_args(argv[:1]).item
+        if name in ITEMS:
+            return ITEMS[name].main(argv[1:])
+        parser = Parser(description=ABOUT[name])
+        parser.add_argument("--out", type=folder, default=Path("runs") / name, metavar="DIR",
+                            help=f"default runs/{name}")  # fmt: skip
+        args = parser.parse_args(argv[1:])
+        with made(args.out):
+            {"fig3": fig3, "gates": gates}[name](args)
         print(f"see {args.out}")
 
 

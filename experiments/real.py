@@ -9,15 +9,21 @@ seed draws --rows of the first, the start and the order of batches of 32. Dev ro
 (alpha / rank at creation) and their own learning rate on each task; lora-4-found and lora-4-shuffled have lora-4's.
 """
 
-import random
 import sys
-from contextlib import nullcontext, redirect_stdout
-from functools import lru_cache
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
+import random
+from contextlib import nullcontext, redirect_stdout
+from functools import lru_cache
+
+import torch
 
 import peers
 from cli.afterwards import predict

@@ -27,26 +27,29 @@ worst of all trials, named in reports but part of no mean.
 """
 
 import argparse
+import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import inf, isfinite, nan
 from pathlib import Path
 from statistics import mean
 
 import torch
 
-from cli.files import append, has_row, make_folder, read_table
-from cli.flags import Parser, positive
-from cli.runs import STUDY, errors_as_lines
+from cli.files import made
+from cli.flags import folder, positive, whole
+from cli.program import Parser, errors_as_lines
+from cli.table import append, has_row, read_table
 from experiments.arms import arm_of
 from experiments.tables import differences, distinct, gaps_closed, groups, means, values_of
 from hub.checkpoints import write_atomically
 from train_glue_mini import fine_tune
 
 TUNE_SEED = 100
+AGAIN = "the same command goes on with this run"  # after an interruption: what is done has its row
 
 
 def fit(model, rows, arm, *, lr, seed, steps, batch_of, batch_size=1, journal=None, autocast=nullcontext(), **options):
@@ -77,17 +80,12 @@ def text_of(trial):
 def trial_of(text):
     """0.006:2 -> (0.006, 2.0)"""
     try:
-        return tuple(float(number) for number in text.split(":")) if text else ()
+        trial = tuple(float(number) for number in text.split(":")) if text else ()
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not LR or LR:SCALE, such as 0.006:2") from None
-
-
-def rows_of(path):
-    """The rows of a study's table. Raises ValueError for any other table."""
-    rows = read_table(path)
-    if rows and not {"task", "arm", "seed", "trial"} <= set(rows[0]):
-        raise ValueError(f"{path} was not written by this version of the program: choose another --out")
-    return rows
+        trial = (nan,)
+    if not all(0 < number < inf for number in trial):
+        raise argparse.ArgumentTypeError(f"{text!r} is not LR or LR:SCALE, such as 0.006:2")
+    return trial
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ class Study:
                             help=f"of {', '.join(self.tasks)} (default {some})")  # fmt: skip
         parser.add_argument("--arms", nargs="+", type=self.arm_of, metavar="ARM", help="METHOD-START or METHOD-START-"
                             f"to-SIZE, see experiments/arms.py (default {' '.join(self.arms)})")  # fmt: skip
-        parser.add_argument("--seeds", nargs="+", type=int, metavar="S", help="default "
+        parser.add_argument("--seeds", nargs="+", type=whole, metavar="S", help="default "
                             f"{' '.join(map(str, self.seeds))}; a report covers all without it")  # fmt: skip
         mode = parser.add_mutually_exclusive_group()
         mode.add_argument("--tune", action="store_true", help=f"run every trial of every arm, on seed {TUNE_SEED}")
@@ -130,7 +128,7 @@ class Study:
         if self.steps:
             parser.add_argument("--steps", type=positive, default=self.steps, metavar="N",
                                 help=f"of a run (default {self.steps})")  # fmt: skip
-        parser.add_argument("--out", type=Path, default=Path("runs") / self.name, metavar="DIR",
+        parser.add_argument("--out", type=folder, default=Path("runs") / self.name, metavar="DIR",
                             help=f"default runs/{self.name}")  # fmt: skip
         if self.add_flags:
             self.add_flags(parser)
@@ -139,24 +137,24 @@ class Study:
     def main(self, argv=None):
         """The program of a study: tune, or run and report. Returns the rows of the table."""
         parser = self.parser()
-        args = parser.parse_args(argv)
-        if TUNE_SEED in (args.seeds or []):
-            parser.error(f"--seeds: {TUNE_SEED} is the seed for tuning")
-        if args.grid and not args.tune:
-            parser.error("--grid is what --tune tries: it needs --tune")
-        args.tasks = args.tasks or list(self.default_tasks or self.tasks)
-        args.table = args.out / f"{self.name}.csv"
-        with errors_as_lines(parser, hint=STUDY):
+        with errors_as_lines(parser, hint=AGAIN):
+            args = parser.parse_args(argv)
+            if TUNE_SEED in (args.seeds or []):
+                raise ValueError(f"--seeds: {TUNE_SEED} is the seed for tuning")
+            if args.grid and not args.tune:
+                raise ValueError("--grid is what --tune tries: it needs --tune")
+            args.tasks = args.tasks or list(self.default_tasks or self.tasks)
+            args.table = args.out / f"{self.name}.csv"
             if args.report:
                 return self.show(args, args.arms)
             if not all(getattr(args, name) for name in self.needs):
                 raise ValueError(f"a run needs --{' and --'.join(self.needs)}")
             args.arms = args.arms or [self.arm_of(name) for name in self.arms]
-            make_folder(args.out)
-            if args.tune:
-                return self.tune(args)
-            self.compare(args)
-            return self.show(args)
+            with made(args.out):
+                if args.tune:
+                    return self.tune(args)
+                self.compare(args)
+                return self.show(args)
 
     def tune(self, args):
         """Every arm with all of its trials. Returns the rows of tune.csv."""
@@ -165,30 +163,38 @@ class Study:
             for arm in args.arms:
                 trials = self.trials(args, task, arm)
                 for trial in (args.grid or trials) if trials else []:
+                    if len(trial) != len(trials[0]):
+                        raise ValueError(f"--grid {text_of(trial)}: expected one such as {text_of(trials[0])}")
                     key = {"task": task, "arm": arm.name, "trial": text_of(trial), "seed": TUNE_SEED}
                     self.run(args, path, key, task, arm, TUNE_SEED, trial)
-        rows = rows_of(path)
+        rows = self.rows_of(path)
         if not rows:
             raise ValueError("nothing to tune: none of these arms has trials")
         print(f"{self.columns[0]} (trial), best first")
         for arm in distinct(rows, "arm"):
             for tasks in groups(rows):
-                best = [f"{score:.4f} ({text_of(trial)})" for score, trial in self.ranking(rows, arm, tasks)]
-                print(f"{arm} on {' and '.join(tasks)}: {', '.join(best) or 'no trial has run on all of them'}")
+                ranked = self.ranking(rows, arm, tasks)
+                found = [f"{score:.4f} ({text_of(trial)})" for score, trial in ranked]
+                if len(ranked) > 1 and ranked[0][0] == ranked[1][0]:
+                    found.append("a tie, so runs take the first")
+                print(f"{arm} on {' and '.join(tasks)}: {', '.join(found) or 'no trial has run on all of them'}")
         return rows
 
     def ranking(self, rows, arm, tasks):
-        """[(mean score over the tasks, trial)] of an arm, the best first; without trials that lack a task."""
+        """[(mean score over the tasks, trial)] of an arm, the best first, and of equal ones that with the lowest rate.
+
+        Trials that lack a task are left out.
+        """
         scores = defaultdict(dict)
         for row in rows:
             if row["arm"] == arm and row["task"] in tasks:
                 scores[row["trial"]][row["task"]] = float(row[self.columns[0]])
         whole = [(mean(found.values()), trial_of(trial)) for trial, found in scores.items() if len(found) == len(tasks)]
-        return sorted(whole, key=lambda pair: pair[0], reverse=not self.lowest)
+        return sorted(whole, key=lambda pair: (pair[0] if self.lowest else -pair[0], pair[1]))
 
     def trial_for(self, args, task, arm):
         """The best trial of an arm, or its default. Raises ValueError where it has neither."""
-        rows = rows_of(args.out / "tune.csv")
+        rows = self.rows_of(args.out / "tune.csv")
         tasks = [task] if self.by_task else distinct(rows, "task")
         ranked = self.ranking(rows, arm.name, tasks)
         if not self.trials(args, task, arm):
@@ -200,16 +206,36 @@ class Study:
         return self.default(args, task, arm)
 
     def compare(self, args):
-        """Every arm on every task and seed, with its best trial."""
+        """Every arm on every task and seed, with its best trial, or none of them where an arm has no trial."""
+        trials = [(task, arm, self.trial_for(args, task, arm)) for task in args.tasks for arm in args.arms]
         for seed in self.seeds if args.seeds is None else args.seeds:
-            for task in args.tasks:
-                for arm in args.arms:
-                    key = {"task": task, "arm": arm.name, "seed": seed}
-                    self.run(args, args.table, key, task, arm, seed, self.trial_for(args, task, arm))
+            for task, arm, trial in trials:
+                key = {"task": task, "arm": arm.name, "seed": seed}
+                self.run(args, args.table, key, task, arm, seed, trial)
+
+    def rows_of(self, path):
+        """The rows of a table of this study; none if it is not there. Raises ValueError for any other file."""
+        return read_table(path, ["task", "arm", "seed", "trial", *self.columns, *self.same, "seconds"], self.check)
+
+    def check(self, row):
+        """Raises ValueError for a row that this study cannot have written."""
+        if row["task"] not in self.tasks:
+            raise ValueError(f"{row['task']!r} is not a task of this study")
+        int(row["seed"])
+        try:
+            self.arm_of(row["arm"])
+            trial_of(row["trial"])
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(str(error)) from None
+        score, *others = self.columns
+        if isfinite(float(row[score])):  # else it diverged, and has no other values
+            for column in others:
+                read = float if column in self.more else json.loads
+                read(row[column])
 
     def run(self, args, path, key, task, arm, seed, trial):
         """Measure one run and add its row, unless the table has one with this key; its runs must share `same`."""
-        rows, same = rows_of(path), {name: str(getattr(args, name)) for name in self.same}
+        rows, same = self.rows_of(path), {name: str(getattr(args, name)) for name in self.same}
         for name, value in same.items():
             if any(row.get(name) != value for row in rows):
                 raise ValueError(f"{path} has runs with another --{name.replace('_', '-')}: choose another --out")
@@ -218,6 +244,8 @@ class Study:
         started, said = time.time(), ""
         try:
             values = self.measure(args, task, arm, seed, trial)
+            if not isfinite(values[self.columns[0]]):
+                raise FloatingPointError(f"the {self.columns[0]} is {values[self.columns[0]]}")
         except FloatingPointError as error:
             values = dict.fromkeys(self.columns, "") | {self.columns[0]: inf if self.lowest else -inf}
             said = f" ({error})"
@@ -227,7 +255,7 @@ class Study:
 
     def show(self, args, arms=None):
         """Print the report on the tasks, seeds and arms asked for (None: all), and draw them. Returns their rows."""
-        rows = [row for row in rows_of(args.table) if row["task"] in args.tasks]
+        rows = [row for row in self.rows_of(args.table) if row["task"] in args.tasks]
         rows = [row for row in rows if args.seeds is None or int(row["seed"]) in args.seeds]
         rows = [row for row in rows if arms is None or row["arm"] in [arm.name for arm in arms]]
         if not rows:

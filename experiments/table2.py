@@ -14,17 +14,23 @@ hundred examples to follow the instructions of glue/instructions.py. What counts
 `untuned` is the decoder as pre-trained. A seed draws sentences, start and order. Left out: perplexity.
 """
 
-import random
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
+import random
 from contextlib import redirect_stdout
 from functools import lru_cache
-from pathlib import Path
 from statistics import mean
 
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import peers
 from cli.flags import positive

@@ -10,10 +10,9 @@ from math import isfinite
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from hub.checkpoints import read_torch, write_atomically
-from salora import SaLoRALinear, finished_layers, replace_modules, salora_layers
+from salora import SaLoRALinear, finished_layers, replace_modules, salora_layers, why_not
 
 FORMAT = "salora-1"
 RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -35,6 +34,16 @@ def adapter_state(model):
         "running": {name: copy_of(b) for name, b in running.items()},
         "layers": {name: _layer_state(layer) for name, layer in layers.items()},
     }
+
+
+def trained_state(model):
+    """The part of model.state_dict() that training changes: a dict of tensors, for load_state_dict(..., strict=False).
+
+    Unlike `adapter_state` it loads into the same parameters, as resuming with an optimizer needs it.
+    """
+    adapters = {id(p) for layer in salora_layers(model).values() for p in (layer.A, layer.B, layer.gate.log_theta)}
+    frozen = {id(p) for p in model.parameters() if not p.requires_grad} - adapters
+    return {n: t.detach() for n, t in model.state_dict(keep_vars=True).items() if id(t) not in frozen}
 
 
 def copy_of(tensor):
@@ -69,26 +78,27 @@ def load_adapter_state(model, state):
     modules = dict(model.named_modules())
     new = {id(layer): layer.base for layer in salora_layers(model).values()}
     for name, saved in state["layers"].items():
-        layer = SaLoRALinear(bases[name], 1, saved["alpha"]).train(modules[name].training)
+        before = modules[name]
+        layer = SaLoRALinear(bases[name], 1, saved["alpha"], getattr(before, "dropout", 0.0)).train(before.training)
         layer.r0 = saved["r0"]
-        weight, gate = layer.base.weight, layer.gate
-        layer.A.data = saved["A"].to(weight, copy=True)
-        layer.B.data = saved["B"].to(weight, copy=True)
-        gate.log_theta.data = saved["log_theta"].to(weight.device, copy=True)
+        device, gate = layer.A.device, layer.gate
+        layer.A.data = saved["A"].to(layer.A, copy=True)
+        layer.B.data = saved["B"].to(layer.B, copy=True)
+        gate.log_theta.data = saved["log_theta"].to(device, copy=True)
         gate.u = torch.full_like(gate.log_theta, 0.5)
         for kind in ("held", "fixed"):
             value = saved.get(kind)
-            setattr(gate, kind, None if value is None else value.to(weight.device, copy=True))
-        new[id(modules[name])] = layer
+            setattr(gate, kind, None if value is None else value.to(device, copy=True))
+        new[id(before)] = layer
     for name, value in {**state["others"], **state.get("running", {})}.items():
         tensors[name].copy_(value).requires_grad_(name in state["others"])
     return replace_modules(model, new)
 
 
 def _linear_layers(model):
-    """{name: nn.Linear} of a model; an adapted one stands under the name of its adapter."""
+    """{name: module} of what can be adapted; an adapted layer's base stands under the name of its adapter."""
     layers = salora_layers(model)
-    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
+    linears = {name: m for name, m in model.named_modules() if why_not(m) is None}
     return {**linears, **{name: layer.base for name, layer in layers.items()}}
 
 
@@ -107,8 +117,8 @@ def _check(state, bases, tensors):
         raise ValueError("the adapter is damaged: expected dictionaries 'layers' and 'others'")
     for name, saved in layers.items():
         if name not in bases:
-            raise ValueError(f"the adapter has a layer {name}, but the model has no nn.Linear of that name")
-        d, k = bases[name].weight.shape
+            raise ValueError(f"the adapter has a layer {name}, but the model has no linear layer of that name")
+        d, k = bases[name].out_features, bases[name].in_features
         if not _fits(saved, d, k):
             raise ValueError(f"layer {name} of the adapter is damaged, not finite, or not made for a matrix of "
                              f"shape ({d}, {k}), which the model has there")  # fmt: skip
@@ -167,4 +177,8 @@ def load_adapter(model, path):
         state = read_torch(Path(path))
     except ValueError:
         raise ValueError(f"{path} is damaged or not an adapter: expected a file of save_adapter") from None
-    return load_adapter_state(model, state)
+    load_adapter_state(model, state)
+    for layer in salora_layers(model).values():
+        if layer.r == 0:
+            layer.requires_grad_(False)  # DistributedDataParallel would wait for its gradient
+    return model

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from hub.adapters import adapter_state, load_adapter_state
 from hub.checkpoints import check_weight, read_json, read_named_tensors, write_atomically
-from salora import SaLoRALinear, finished_layers, salora_layers
+from salora import SaLoRALinear, finished_layers, is_linear, salora_layers, why_not
 
 CONFIG, SAFETENSORS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of every tensor's name: what PEFT calls the model that it wraps
@@ -150,11 +149,11 @@ def write_adapter(folder, config, tensors):
 
 
 def linears(model):
-    """{name: nn.Linear} of all linear layers; of an adapted one, what is underneath."""
+    """{name: module} of all linear layers; of an adapted one, what is underneath."""
     inside = {id(layer.base) for layer in salora_layers(model).values()}
     outside = {name: m for name, m in model.named_modules() if id(m) not in inside}
     bare = {name: m.base if isinstance(m, SaLoRALinear) else m for name, m in outside.items()}
-    return {name: m for name, m in bare.items() if isinstance(m, nn.Linear)}
+    return {name: m for name, m in bare.items() if is_linear(m)}
 
 
 # In
@@ -198,13 +197,13 @@ def check_triplets(A, B, linear, where):
         raise ValueError(f"{where} has only one of lora_A and lora_B: the file is not whole")
     for side, value in (("lora_A", A), ("lora_B", B)):
         check_weight(value, f"{side} of {where}")
-    d, k = linear.weight.shape
+    d, k = linear.out_features, linear.in_features
     r = A.shape[0] if A.dim() else 0
     if r < 1 or A.shape != (r, k) or B.shape != (d, r):
         shapes = f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}"
         raise ValueError(f"{where} has {shapes}, but its weight is {(d, k)}: expected (r, {k}) and ({d}, r)")
-    if type(linear) is not nn.Linear:
-        raise ValueError(f"{where} belongs to a {type(linear).__name__}, and only nn.Linear can be adapted")
+    if problem := why_not(linear):
+        raise ValueError(f"{where} cannot be loaded: {problem}")
 
 
 def take_heads(model, tensors, rename, path):

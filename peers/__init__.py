@@ -79,14 +79,13 @@ def install(model, name, rank=8, alpha=16):
         method.install(model)
 
 
-def allocator_for(name, model, optimizer, total_steps, *, warmup=0.0, seed=0, recipe=None, **options):
+def allocator_for(name, model, optimizer, total_steps, *, warmup=0.0, recipe=None, **options):
     """The allocator of a method, an object with the hooks of RankAllocator.
 
-    recipe: SaLoRA's; the others take `warmup` instead. options: what the method's allocator alone has, such as budget;
-    an option that is None keeps its default. Several processes must sum their gradients before `after_backward`.
+    recipe: SaLoRA's; the others take `warmup` instead. options: what the method's allocator has beside it, such as
+    seed, reduce or budget; an option that is None keeps its default.
     """
     options = {option: value for option, value in options.items() if value is not None}
     if name == "salora":
-        options |= {"recipe": recipe, "gradients_are_summed": True}
-        return RankAllocator(model, optimizer, total_steps, seed=seed, **options)
-    return METHODS[name].allocator(model, optimizer, total_steps, warmup=warmup, seed=seed, **options)
+        return RankAllocator(model, optimizer, total_steps, recipe=recipe, **options)
+    return METHODS[name].allocator(model, optimizer, total_steps, warmup=warmup, **options)

@@ -13,7 +13,7 @@ Left out: the paper's other measures of importance (magnitude, plain sensitivity
 
 import torch
 
-from budget import check_budget
+from budget import affordable, check_budget
 from peers.allocator import Allocator, normal, train_gates
 from salora import orthogonality
 
@@ -44,7 +44,7 @@ class AdaLoRA(Allocator):
         layers = self.layers.values()
         train_gates(layers, optimizer)
         self.first = sum(layer.r for layer in layers)
-        self.last = int(budget * self.first + 1e-6)  # 0.29 x 100 is 28.999... in floats
+        self.last = affordable(budget, self.first)
         self.entries = [p for layer in layers for p in (layer.gate.log_theta, layer.B, layer.A)]
         self.sensitivity = [torch.zeros_like(p) for p in self.entries]  # I bar
         self.uncertainty = [torch.zeros_like(p) for p in self.entries]  # U bar
@@ -69,6 +69,7 @@ class AdaLoRA(Allocator):
 
     def after_backward(self):
         """Add the gradient of Eq. (4), then note how sensitive the loss is to every entry, until b(t) is at its end."""
+        super().after_backward()
         (GAMMA * orthogonality(self.layers)).backward()
         if self.step + 1 < self.total_steps - self.t_f:
             self.measure()
@@ -76,7 +77,8 @@ class AdaLoRA(Allocator):
     @torch.no_grad()
     def measure(self):
         for p, I_bar, U_bar in zip(self.entries, self.sensitivity, self.uncertainty):
-            I = (p * p.grad).abs()  # Eq. (8)
+            gradient = 0.0 if p.grad is None else p.grad  # None: the model did not use this layer
+            I = (p * gradient).abs()  # Eq. (8)
             I_bar.lerp_(I, 1 - BETA_1)  # Eq. (9): beta_1 I_bar + (1 - beta_1) I
             U_bar.lerp_((I - I_bar).abs(), 1 - BETA_2)  # Eq. (10)
 

@@ -52,11 +52,10 @@ class Allocator(FixedRanks):
     phase = "before"  # of the log: "window" while ranks go from one matrix to another, "after" when they are decided
     lam = 0.0  # the strength of a penalty, where there is one
 
-    def __init__(self, model, optimizer, total_steps, warmup=0.0, seed=0):
-        super().__init__(model, optimizer, total_steps, warmup)
+    def __init__(self, model, optimizer, total_steps, warmup=0.0, seed=0, reduce=None):
+        super().__init__(model, optimizer, total_steps, warmup, seed, reduce)
         if not self.layers:
             raise ValueError("the model has no adapters: call adapt(model, targets) first")
-        self.optimizer = optimizer
         self.noise = torch.Generator().manual_seed(seed)
         for layer in self.layers.values():
             layer.allocating = True

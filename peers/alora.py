@@ -12,7 +12,7 @@ paper starts and which it then does without.
 
 import torch
 
-from budget import check_budget
+from budget import affordable, check_budget
 from peers.allocator import Allocator, normal
 
 START, END = 0.2, 0.5  # of all steps, SaLoRA's published window; the paper's K_1, K_2 count epochs
@@ -59,7 +59,7 @@ class ALoRA(Allocator):
 
     def open_evenly(self):
         layers = list(self.layers.values())
-        total = int(self.budget * sum(layer.r for layer in layers) + 1e-6)
+        total = affordable(self.budget, sum(layer.r for layer in layers))
         for i, layer in enumerate(layers):
             open_now = total // len(layers) + (i < total % len(layers))
             layer.gate.fix((torch.arange(layer.r, device=layer.A.device) < open_now).float())

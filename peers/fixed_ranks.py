@@ -1,20 +1,22 @@
 """No allocation: the hooks of a method whose ranks stay as they are, LoRA's for one."""
 
 from budget import expected_density
-from rank_allocator import lr_factor, status_of
+from guard import world_size
+from rank_allocator import lr_factor, reduce_gradients, status_of
 from salora import salora_layers
 
 
 class FixedRanks:
-    """The hooks of RankAllocator, for a method without a budget: they do nothing, while the learning rate falls.
+    """The hooks of RankAllocator, for a method without a budget: the learning rate falls, and nothing else happens.
 
-    warmup: the share of all steps in which the learning rate rises. optimizer and seed are here for subclasses.
+    warmup: the share of all steps in which the learning rate rises. reduce: as for RankAllocator. seed: for subclasses.
     """
 
     C_end = None
 
-    def __init__(self, model, optimizer, total_steps, warmup=0.0, seed=0):
+    def __init__(self, model, optimizer, total_steps, warmup=0.0, seed=0, reduce=None):
         self.layers, self.total_steps, self.warmup, self.step = salora_layers(model), total_steps, warmup, 0
+        self.optimizer, self.reduce = optimizer, reduce
 
     def lr_factor(self, step):
         return lr_factor(step, self.total_steps, self.warmup)
@@ -23,7 +25,8 @@ class FixedRanks:
         pass
 
     def after_backward(self):
-        pass
+        if self.reduce and world_size() > 1:
+            reduce_gradients(self.optimizer, self.reduce)
 
     def after_step(self):
         self.step += 1

@@ -33,6 +33,7 @@ class RMLoRA(Allocator):
 
     def after_backward(self):
         """Add the gradient of beta times Eq. (10); then mask the gradients, and note what must not change."""
+        super().after_backward()
         if self.beta:
             (self.beta * orthogonality(self.layers)).backward()
         self.held = []
@@ -40,7 +41,8 @@ class RMLoRA(Allocator):
             shuffled = torch.randperm(layer.r, generator=self.noise).to(layer.A.device)
             rest = shuffled[self.r_hat(layer) :]  # the directions that are not in R_t
             for p, axis in ((layer.A, 0), (layer.B, 1)):
-                p.grad.index_fill_(axis, rest, 0)  # Alg. 1, line 13
+                if p.grad is not None:  # None: the model did not use this layer
+                    p.grad.index_fill_(axis, rest, 0)  # Alg. 1, line 13
                 for tensor in (p.data, *self.moments(p)):
                     self.held.append((tensor, axis, rest, tensor.index_select(axis, rest)))
 

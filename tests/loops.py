@@ -47,6 +47,14 @@ class Run:
     def loss(self, batch):
         return cross_entropy(self.model(batch[0]), batch[1])
 
+    def closure(self, batch=None):
+        """What optimizer.step(closure) calls: a whole backward pass."""
+        self.optimizer.zero_grad()
+        loss = self.loss(batch or self.batches[0])
+        loss.backward()
+        self.allocator.after_backward()
+        return loss
+
     def train(self, start=0, stop=STEPS):
         allocator, optimizer = self.allocator, self.optimizer
         for step, batch in enumerate(self.batches[start:stop], start):
@@ -106,29 +114,6 @@ def assert_finished(allocator, model, call, budget):
     assert_close(call(merge(copy.deepcopy(model))).detach(), outputs, 64)
 
 
-def llama_under_trainer(folder, budget=0.5, **arguments):
-    """(trainer, allocator): micro-batches, clipping, dropout, and the callback of hub/trainer.py."""
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
-    from hub.trainer import RankCallback
-
-    torch.manual_seed(0)
-    shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
-    config = transformers.LlamaConfig(**shape, pad_token_id=0, bos_token_id=1, eos_token_id=2, attention_dropout=0.1)
-    model = adapt(transformers.LlamaForCausalLM(config), ["q_proj", "v_proj"], r=4)
-    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 32, (50, 7))]  # 13 steps an epoch
-    defaults = dict(max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.1,
-                    report_to=[], disable_tqdm=True, log_level="error", use_cpu=True, save_steps=7)  # fmt: skip
-    args = transformers.TrainingArguments(folder, **{**defaults, **arguments})
-
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    allocator = RankAllocator(model, optimizer, args.max_steps, budget, OURS)
-    scheduler = LambdaLR(optimizer, allocator.lr_factor)
-    trainer = transformers.Trainer(model, args, train_dataset=rows, eval_dataset=rows[:4],
-                                   optimizers=(optimizer, scheduler), callbacks=[RankCallback(allocator)])  # fmt: skip
-    return trainer, allocator
-
-
 # Stand-ins for what is refused
 
 
@@ -150,5 +135,4 @@ def sgd(model, of=lambda p: p.requires_grad, kind=torch.optim.SGD):
 
 
 FSDP = type("FullyShardedDataParallel", (Wrapper,), {})
-DDP = type("DDP", (nn.parallel.DistributedDataParallel,), {"__init__": Wrapper.__init__})
 DeepSpeed = type("DeepSpeedOptimizer", (torch.optim.SGD,), {"__module__": "deepspeed.runtime.zero"})

@@ -3,12 +3,13 @@
 import csv
 import json
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train_glue_mini
 from cli import report
@@ -67,6 +68,24 @@ def interrupt(call, *flags, after):
     with patch.object(train_glue_mini, "task_loss", loss), pytest.raises(SystemExit) as exit_:
         call(*flags)
     assert exit_.value.code == 130
+
+
+@contextmanager
+def spoiled_update(last):
+    """The update of this number makes a weight infinite."""
+    calls = []
+
+    def spoil(optimizer, *_):
+        if isinstance(optimizer, torch.optim.AdamW):  # and not that of the gates
+            calls.append(1)
+            if len(calls) == last:
+                optimizer.param_groups[0]["params"][-1].data.view(-1)[0] = float("inf")
+
+    handle = register_optimizer_step_post_hook(spoil)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def names(folder):

@@ -70,6 +70,16 @@ def test_held_out_sentences_and_those_to_tune_on_are_not_trained_on(flags, tmp_p
     assert scored == [tuning, held_out]
 
 
+def test_a_seed_decides_which_sentences_share_a_batch(flags, monkeypatch):
+    seen = []
+    monkeypatch.setattr(decoder.study, "fit", lambda model, batches, *_, **more: seen.append(batches))
+    args = decoder.STUDY.parser().parse_args(flags)
+    for seed in (0, 0, 1):
+        decoder.measure(args, "sentences", arm_of("lora-4"), seed, (1e-3,))
+    one, again, other = seen
+    assert one == again != other and sorted(sum(one, [])) == sorted(sum(other, []))
+
+
 def test_an_arm_that_was_not_tuned_takes_the_rate_of_its_family_or_of_lora(flags):
     decoder.main([*flags[:-2], "--tune", "--grid", "1e-4", "1e-2", "--arms", "lora-2", "salora-16-to-2"])
     found = decoder.main([*flags, "--arms", "lora-4", "salora-16-to-1", "lora-8-restart", "--precision", "bf16"])

@@ -386,6 +386,8 @@ def test_corruption_hides_words_only_and_of_a_pair_one_side_only(seed):
     seen, hidden = pretrain.corrupt(ids, types, tokenizer, generator(seed))
     assert not (hidden & (ids <= tokenizer.mask)).any(), "special tokens are never hidden"
     assert torch.equal(seen[~hidden], ids[~hidden]), "what is not predicted is not changed"
+    plausible = hidden & (seen != ids) & (seen != tokenizer.mask)
+    assert torch.equal(seen[plausible], ids.roll(1, 0)[plausible]), "the word that the text before has there"
     assert (seen[hidden] != ids[hidden]).any() and (seen[hidden] == tokenizer.mask).any()
     for row, kinds in zip(hidden, types, strict=True):
         if kinds.any():

@@ -1,6 +1,9 @@
 """Loud misuse: whatever would go wrong silently in a loop with a RankAllocator is refused, and nothing has changed."""
 
 import copy
+import pickle
+import re
+import warnings
 
 import loops
 import pytest
@@ -12,7 +15,7 @@ from torch import nn
 
 from hub.adapters import adapter_state, load_adapter_state, save_adapter
 from rank_allocator import RankAllocator, Recipe
-from salora import merge, salora_layers
+from salora import adapt, merge, salora_layers
 
 TURNS = (0, T_START, T_END, STEPS)
 
@@ -34,6 +37,8 @@ def test_a_hook_forgotten_doubled_or_out_of_order_is_refused_and_what_was_due_is
     match = r"was called where .* due|finish\(\) after|called twice"
     for hooks in WRONG:
         done, wrong = hooks.split("-")
+        if step == T_END and wrong == "F" and len(done) % 4 == 0:
+            continue  # from here on a loop may stop early
         run = Run().train(stop=step)
         run.do(done)
         with row(hooks):
@@ -47,7 +52,7 @@ def test_steps_of_another_number_too_many_and_too_few_are_refused():
     run.train(stop=3)
     for other in (0, 2, 4):
         assert_refused(run, lambda: run.allocator.before_step(other), "where step 3 is due: steps are counted through")
-    assert_refused(run, run.allocator.finish, r"finish\(\) after 3 of 20 steps")
+    assert_refused(run, run.allocator.finish, r"finish\(\) after 3 steps, but ranks are decided after 10")
     run.train(3)
     assert_refused(run, lambda: run.allocator.before_step(STEPS), "there are 20 steps: call finish")
     run.allocator.finish()
@@ -71,20 +76,125 @@ def test_a_step_without_gradients_or_without_noise_in_the_window_is_refused(step
     run.allocator.after_backward()
 
 
+def test_gates_that_no_gradient_reaches_are_refused_and_zero_grad_and_clipping_leave_theirs_alone():
+    plain, run = Run(budget=0.4), Run(budget=0.4)
+    for step in range(STEPS):
+        run.allocator.before_step(step)
+        run.loss(run.batches[step]).backward()
+        nn.utils.clip_grad_norm_([layer.gate.log_theta for layer in run.layers], 1e-9)
+        run.allocator.after_backward()
+        for layer in run.layers:
+            assert layer.gate.log_theta.grad is None
+        run.optimizer.step()
+        run.model.zero_grad(set_to_none=step % 2 == 0)
+        run.allocator.after_step()
+        run.scheduler.step()
+    run.optimizer.zero_grad()
+    assert_same(run.snapshot(), plain.train().snapshot())
+
+    run = Run().train(stop=T_START + 1)
+    for layer in run.layers:
+        layer.gate.log_theta.requires_grad_(False)
+    run.do("B")
+    assert_refused(run, run.allocator.after_backward, "no gradient has reached log_theta")
+
+
+def test_gradients_that_are_gone_before_the_step_are_refused():
+    run = Run()
+    run.do("BA")
+    run.optimizer.zero_grad()
+    assert_refused(run, run.optimizer.step, "the gradients are gone: call zero_grad after after_step")
+
+
+def test_a_closure_does_its_own_backward_pass_and_after_backward():
+    run = Run()
+    run.do("BA")
+    assert_refused(run, lambda: run.optimizer.step(run.closure), "call after_backward in the closure")
+    run = Run()
+    run.do("B")
+    with pytest.raises(RuntimeError, match=r"optimizer.step\(\) was called where after_backward is due"):
+        run.optimizer.step(lambda: run.loss(run.batches[0]))
+
+
+@pytest.mark.equation("12", "9")
+def test_a_penalty_is_added_under_no_grad_too():
+    run, plain = (Run(recipe=Recipe.paper()).train(stop=T_START + 1) for _ in range(2))
+    for each in (run, plain):
+        each.do("B")
+    with torch.no_grad():
+        run.allocator.after_backward()
+    plain.allocator.after_backward()
+    assert_same([layer.A.grad for layer in run.layers], [layer.A.grad for layer in plain.layers])
+
+
+def test_an_allocator_cannot_be_copied_or_pickled():
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="use state_dict and load_state_dict"):
+            copied(Run().allocator)
+
+
 # Models and optimizers
+
+
+def test_a_second_allocator_on_one_model_is_refused():
+    run = Run()
+    assert_refused(run, lambda: RankAllocator(run.model, run.optimizer, 9), "another RankAllocator is at work on 0")
+
+
+def test_short_windows_and_a_dropout_that_the_recipe_does_not_have_are_warned_of():
+    net = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.1), nn.Linear(6, 3))
+    for recipe, steps, expected in (
+        (Recipe.ours(), 1000, ["the recipe has dropout 0 .*, but the model has nn.Dropout with p = 0.1"]),
+        (Recipe.ours(dropout=0.1), 30, ["gates train for 3 of 30 steps; in fewer than 50"]),
+        (Recipe.paper(), 1000, ["in 300 steps of 0.01 log_theta moves by at most 3, and needs about 14"]),
+        (Recipe.paper(), 5000, []),
+        (Recipe.paper_scaled(), 1000, []),
+        (Recipe.svd(dropout=None), 1000, []),
+    ):
+        model = adapt(copy.deepcopy(net), ["0"], r=4)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            RankAllocator(model, sgd(model), steps, recipe=recipe)
+        found = [warning for warning in caught if warning.category is UserWarning]
+        with row(steps):
+            assert len(found) == len(expected) and all(warning.filename == __file__ for warning in found)
+            assert all(re.search(*pair) for pair in zip(expected, [str(warning.message) for warning in found]))
+
+
+def test_a_layer_that_the_model_passes_by_is_warned_of_when_the_window_opens():
+    class Bypass(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.two(torch.tanh(nn.functional.linear(x, self.one.weight)))
+
+    run = Run(lambda: (adapt(Bypass(), ["one", "two"], r=4), (6,)))
+    run.train(stop=T_START)
+    with pytest.warns(UserWarning, match="training has not moved one: does the model use these weights"):
+        run.do("B")
+    run = Run().train(stop=T_START)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.do("B")
+
 
 REFUSED = [  # (model -> the arguments of RankAllocator, error)
     (lambda m: (nn.Linear(2, 2), sgd(m), 9), "has no adapters: call adapt"),
     (lambda m: (m, sgd(nn.Linear(2, 2)), 9), "does not hold A and B of 0: make it after adapt"),
     (lambda m: (m, sgd(m, lambda p: p.requires_grad and len(p) == 5), 9), "does not hold A and B of 0"),
     (lambda m: (m, sgd(m, lambda p: True), 9), "holds log_theta of 0"),
-    (lambda m: (loops.FSDP(m), sgd(m), 9), "FullyShardedDataParallel shards parameters"),
-    (lambda m: (loops.DDP(m), sgd(m), 9), "DistributedDataParallel loses sight of a parameter"),
-    (lambda m: (m, sgd(m, kind=loops.DeepSpeed), 9), "DeepSpeedOptimizer shards parameters"),
+    (lambda m: (loops.FSDP(m), sgd(m), 9), "FullyShardedDataParallel shards adapters.*: use fully_shard"),
+    (lambda m: (m, sgd(m, kind=loops.DeepSpeed), 9), "DeepSpeedOptimizer shards adapters"),
     (lambda m: (m, loops.Accelerated(sgd(m)), 9), "use bf16, which needs none"),
     (lambda m: (m.bfloat16(), sgd(m), 9), "log_theta of 0 is torch.bfloat16"),
     (lambda m: (m, sgd(m), 0), "total_steps must be a whole number of at least 1, got 0"),
     (lambda m: (m, sgd(m), 2.5), "total_steps must be a whole number of at least 1, got 2.5"),
+    (lambda m: (m, sgd(m), -1), "got -1; for Trainer, set max_steps"),
+    (lambda m: (m, sgd(m), 9, "0.5"), r"budget must be in \(0, 1\], got '0.5'"),
+    (lambda m: (m, sgd(m), 9, 0.09), "a budget of 0.09 has room for 14 parameters, but the smallest triplet has 15"),
+    (lambda m: (m, sgd(m), 9, 0.5, None, 0, True), "reduce must be .*, got True"),
     (lambda m: (m, sgd(m), 9, 0.0), r"budget must be in \(0, 1\], got 0.0"),
     (lambda m: (m, sgd(m), 9, 1.5), r"budget must be in \(0, 1\], got 1.5"),
     (lambda m: (m, sgd(m), 9, float("nan")), r"budget must be in \(0, 1\], got nan"),
@@ -102,6 +212,7 @@ def test_what_an_allocator_cannot_work_with_is_refused_with_a_reason():
 
 
 LATER = [  # (what happens to a run between two steps, error)
+    (lambda run: run.layers[1].requires_grad_(False), "A and B of 2 are frozen"),
     (lambda run: run.optimizer.add_param_group({"params": [run.layers[0].gate.log_theta]}), "holds log_theta of 0"),
     (lambda run: load_adapter_state(run.model, adapter_state(run.model)), "adapters have been replaced"),
     (lambda run: run.model.bfloat16(), "log_theta of 0 is torch.bfloat16"),
@@ -134,16 +245,16 @@ def test_weights_of_another_phase_or_run_are_refused_and_nothing_is_saved_or_mer
 
 
 @pytest.mark.parametrize("step", TURNS)
-def test_several_processes_must_say_that_they_sum_gradients_and_then_must_agree(monkeypatch, step):
+def test_several_processes_must_say_how_gradients_are_reduced_and_then_must_agree(monkeypatch, step):
     run = Run().train(stop=step)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist, "all_reduce", lambda ends, op: ends[-1].add_(1e-9))  # one log_theta of another process
+    monkeypatch.setattr(dist, "all_reduce", lambda ends, op=None: ends[-1].add_(1e-9))  # one log_theta of the other
     due = due_at(step)
-    assert_refused(run, lambda: run.do(due), "several processes: .* gradients_are_summed=True")
-    run.allocator.guard.gradients_are_summed = True
+    assert_refused(run, lambda: run.do(due), 'several processes: pass reduce="mean"')
+    run.allocator.reduce = "mean"
     assert_refused(run, lambda: run.do(due), "the processes' adapters differ")
-    monkeypatch.setattr(dist, "all_reduce", lambda ends, op: ends)
+    monkeypatch.setattr(dist, "all_reduce", lambda ends, op=None: ends)
     run.do(due)
 
 
@@ -170,9 +281,9 @@ def test_an_enabled_grad_scaler_is_refused_before_its_first_step_and_a_disabled_
 
 @pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.LBFGS])
 def test_an_optimizer_whose_state_cannot_be_sliced_is_refused_after_its_first_step(make):
-    run = Run(make=make)
-    run.do("BA")
-    run.optimizer.step(lambda: run.loss(run.batches[0]))
+    run = Run(make=make, **({"max_iter": 1} if make is torch.optim.LBFGS else {}))
+    run.allocator.before_step(0)
+    run.optimizer.step(run.closure)
     assert_refused(run, run.allocator.after_step, f"{make.__name__} keeps .*: use AdamW or SGD")
 
 

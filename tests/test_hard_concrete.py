@@ -106,7 +106,8 @@ def test_a_gate_is_held_then_free_then_fixed_and_log_theta_trains_only_while_it_
     assert gate.state == "free" and gate.log_theta.requires_grad
     assert torch.equal(gate.open_probability(), prob_open(gate.log_theta))
     gate.log_theta.grad = torch.ones(3)
-    gate.fix(torch.tensor([1.0, 0.0, 0.5]))
+    gate.fix(torch.tensor([1.0, 0.0, 0.5], requires_grad=True) * 1)
+    assert not gate.fixed.requires_grad, "a constant, whatever it was computed from"
     assert gate.state == "fixed" and not gate.log_theta.requires_grad and gate.log_theta.grad is None
     assert gate.train()().tolist() == gate.eval()().tolist() == [1, 0, 0.5]
     assert gate.open_probability().tolist() == [1, 0, 1]
@@ -134,6 +135,7 @@ def test_a_gates_state_loads_into_any_other_whatever_its_size_and_state(state, b
     other.load_state_dict(gate.state_dict())
     assert other.state == state and torch.equal(other.eval()(), gate.eval()())
     assert other.log_theta is log_theta and len(log_theta) == len(other.u) == 5
+    assert torch.equal(other.train()(), other.settled()), "noise is 1/2, the median, until it is drawn anew"
     assert set(gate.state_dict()) == {"log_theta"} | ({state} - {"free"}), "noise is not part of a gate's state"
 
 

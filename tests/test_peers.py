@@ -23,6 +23,7 @@ from peers.alora import ALoRA, hold_out
 from peers.fixed_ranks import FixedRanks
 from peers.rm_lora import RMLoRA
 from peers.sora import SoRA, lambda_at, soft_threshold
+from rank_allocator import RankAllocator
 from salora import adapt, merge, orthogonality, salora_layers
 from tiny_transformer import SequenceClassifier
 
@@ -36,6 +37,22 @@ def net():
     return adapt(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)), ["0", "2"], 4, 8)
 
 
+class Spared(nn.Module):
+    """A layer that no forward pass uses, beside a net."""
+
+    def __init__(self):
+        super().__init__()
+        self.spare, self.net = nn.Linear(6, 12), nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def net_with_a_spare_layer():
+    torch.manual_seed(0)
+    return adapt(Spared(), ["spare", "0", "2"], 4, 8)
+
+
 INPUTS, LABELS = torch.randn(64, 6, generator=generator(1)), torch.arange(64) % 3
 
 
@@ -46,8 +63,8 @@ def loss_of(model):
 class Loop:
     """Trains the small net with a peer. Iterating over it does so, and stops after each part of every step."""
 
-    def __init__(self, make, steps=40, Optimizer=torch.optim.AdamW):
-        self.model, self.steps = net(), steps
+    def __init__(self, make, steps=40, Optimizer=torch.optim.AdamW, build=net):
+        self.model, self.steps = build(), steps
         self.optimizer = Optimizer([p for p in self.model.parameters() if p.requires_grad], lr=0.02)
         self.allocator = make(self.model, self.optimizer, steps)
         self.layers = list(self.allocator.layers.values())
@@ -135,6 +152,16 @@ def test_a_peer_resumed_goes_on_equal_to_the_bit(make, stop):
     assert all(torch.equal(value, after[name]) for name, value in whole.model.state_dict().items())
 
 
+@everyone
+def test_what_a_peer_draws_is_decided_by_its_seed_and_by_nothing_else(make):
+    def trained(seed, drawn_before=0):
+        loop = Loop(lambda *parts: make(*parts, seed=seed))
+        torch.randn(drawn_before)
+        return torch.cat([p.detach().flatten() for p in loop.train().model.parameters()])
+
+    assert torch.equal(trained(1), trained(1, drawn_before=3)) and not torch.equal(trained(1), trained(2))
+
+
 @pytest.mark.parametrize("name,weight", [("adalora", adalora.GAMMA), ("rm-lora", rm_lora.BETA)])
 def test_the_orthogonality_of_b_and_a_is_part_of_the_gradient(name, weight):
     """The only part here, where that of the loss is zeroed."""
@@ -148,6 +175,26 @@ def test_the_orthogonality_of_b_and_a_is_part_of_the_gradient(name, weight):
             for p, pull in zip(factors, pulls, strict=True):
                 moved = p.grad != 0  # RM-LoRA masks the rest
                 assert torch.equal(p.grad[moved], pull[moved]) and (moved.any() or not pull.any())
+
+
+WITH_A_SPARE = {**ALLOCATING, "rm-lora without pull": lambda *parts: RMLoRA(*parts, beta=0), "salora": RankAllocator}
+
+
+@pytest.mark.filterwarnings("ignore:training has not moved spare")  # what an allocator says of it
+@pytest.mark.parametrize("make", WITH_A_SPARE.values(), ids=WITH_A_SPARE)
+def test_a_layer_that_no_gradient_reaches_does_not_matter_and_stops_nothing(make):
+    """One expert of many, for instance, that no row was sent to."""
+    loop = Loop(make, build=net_with_a_spare_layer)
+    spare, *used = loop.layers
+    for when in loop:
+        if when == "backward":
+            assert spare.B.grad is None and all(layer.B.grad is not None for layer in used)
+    if isinstance(loop.allocator, AdaLoRA):
+        assert not loop.allocator.sensitivity[0].any(), "that of its singular values"
+    outputs = loop.model.eval()(INPUTS).detach()
+    loop.allocator.finish()
+    assert_close(merge(loop.model)(INPUTS), outputs, 16)
+    assert loss_of(loop.model) < loss_of(net_with_a_spare_layer()) - 0.05 and max(layer.r for layer in used) > 0
 
 
 # AdaLoRA
@@ -168,6 +215,17 @@ def test_adalora_budget_falls_along_a_cubic_from_all_triplets_to_the_last(data):
     for t in range(t_i, T - t_f + 1):
         exact = last + (first - last) * Fraction(T - t_f - t, T - t_f - t_i) ** 3
         assert exact - 1 - 1e-6 < budgets[t] <= exact + 1e-6
+
+
+@pytest.mark.equation("adalora")
+def test_adalora_starts_with_vectors_of_norm_1_and_singular_values_of_0():
+    model = adapt(nn.Sequential(nn.Linear(1500, 2000)), ["0"], 4, 8)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    AdaLoRA(model, optimizer, 9).before_step(0)
+    layer = model[0]
+    for norms in (layer.B.norm(dim=0), layer.A.norm(dim=1)):
+        assert norms.tolist() == pytest.approx([1] * 4, abs=0.15), "up to chance"
+    assert not layer.gate().any()
 
 
 @pytest.mark.equation("adalora")
@@ -325,6 +383,34 @@ def test_alora_closes_the_worst_and_opens_where_none_was_closed(data):
 
 
 @pytest.mark.equation("alora")
+@pytest.mark.parametrize("budget,n", [(0.02, 1), (0.25, 1), (0.45, 2), (0.7, 3)])
+def test_alora_moves_a_thirty_second_of_its_open_ranks_at_a_time_rounded(budget, n):
+    model = adapt(nn.Sequential(*(nn.Linear(8, 8) for _ in range(16))), [r"\d+"], 8, 8)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    allocator = ALoRA(model, optimizer, 40, lambda: 0.0, budget=budget)
+    allocator.before_step(0)
+    close, receivers = allocator.choose(allocator.importance())
+    assert len(close) == len(receivers) == n, f"of {int(128 * budget)} open ranks"
+
+
+@pytest.mark.equation("alora")
+@given(st.dictionaries(st.integers(0, 9), st.integers(0, 5), min_size=1), st.data())
+def test_alora_gives_ranks_in_turn_and_the_most_important_matrices_come_first(room, data):
+    """A matrix of which no rank is open has no importance, and comes last."""
+    importance = st.floats(-5, 5)
+    means = {i: data.draw(importance) for i in room if data.draw(st.booleans())}
+    n = data.draw(st.integers(0, sum(room.values())))
+    given_to = alora.share_out(n, room, means)
+    counts = {i: given_to.count(i) for i in room}
+    assert len(given_to) == n and all(counts[i] <= room[i] for i in room)
+    for i, j in itertools.permutations(room, 2):
+        if counts[i] < room[i]:
+            assert counts[j] <= counts[i] + 1, "one for each in turn"
+            if means.get(i, -9) > means.get(j, -9):
+                assert counts[j] <= counts[i]
+
+
+@pytest.mark.equation("alora")
 def test_alora_opens_ranks_afresh_so_that_opening_changes_no_output():
     loop = Loop(without_moves, steps=7).train()
     layer = loop.layers[0]
@@ -334,7 +420,9 @@ def test_alora_opens_ranks_afresh_so_that_opening_changes_no_output():
         moment.fill_(1.0)
     loop.allocator.choose = lambda scores: ([(1, 0)], [0])
     closed, old_A = copy.deepcopy(loop.model), layer.A.clone()
+    noise = torch.Generator().set_state(loop.allocator.noise.get_state())
     loop.allocator.move()
+    assert_close(layer.A[2], torch.randn(6, generator=noise) / 6**0.5)  # N(0, 1 / k), as in a fresh layer
     assert open_counts(loop) == [3, 1]
     list(salora_layers(closed).values())[1].gate.fixed[0] = 0
     assert torch.equal(loop.model(INPUTS), closed(INPUTS)), "only what was closed is missing"
@@ -366,7 +454,7 @@ def directions(loop, layer):
 
 @pytest.mark.equation("rm-lora")
 @pytest.mark.parametrize("Optimizer", [torch.optim.AdamW, torch.optim.SGD], ids=["AdamW", "SGD"])
-@pytest.mark.parametrize("share,r_hat", [(0.25, 1), (0.5, 2), (1.0, 4)])
+@pytest.mark.parametrize("share,r_hat", [(0.25, 1), (0.5, 2), (0.7, 3), (1.0, 4)])
 def test_rm_lora_changes_exactly_r_hat_rows_of_a_and_columns_of_b_a_step(Optimizer, share, r_hat):
     loop, chosen = Loop(lambda *parts: RMLoRA(*parts, share=share), 30, Optimizer), set()
     for when in loop:
@@ -446,6 +534,15 @@ def test_a_method_starts_as_its_paper_says_trains_what_the_closed_form_counts_an
     allocator.finish()
     assert not any(layer.allocating for layer in salora_layers(model).values())
     assert (rates == pytest.approx([1 / 2.5, 2 / 3 * 2 / 2.5, 1 / 3])) == (name != "salora"), "whose recipe decides"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_dropout_in_the_attention_acts_in_train_mode_alone(name):
+    model = encoder()
+    for block in model.encoder.layers:
+        block.attention_dropout = 0.5
+    install(model, name, 5)
+    assert torch.equal(model.eval()(IDS), model(IDS)) and not torch.equal(model.train()(IDS), model(IDS))
 
 
 @pytest.mark.equation("adapters")

@@ -11,21 +11,22 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from main_job import FILES, copy_of, edit_settings, interrupt, json_of, main_job, names, refused
+from main_job import FILES, copy_of, edit_settings, interrupt, json_of, main_job, names, refused, spoiled_update
 
 import train_glue_mini
-from cli import report, setup
+from cli import report, setup, table
 from cli import settings as cli_settings
 from cli.afterwards import reopen
-from cli.files import append, check_free, claimed, digest_of, has_row, make_folder, read_table, rows_with
+from cli.files import check_free, claimed, digest_of, made
 from cli.journal import Journal
 from cli.settings import read_settings
+from cli.table import append, has_row, read_table, rows_with
 from glue import pretrain
 from glue.tasks import task_of
 from hub.roberta import save_pretrained
 from peers import METHODS
 from salora import salora_layers
-from tiny_transformer import TinyTransformer, TransformerConfig
+from tiny_transformer import MaskedLM, TinyTransformer, TransformerConfig
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +47,8 @@ REFUSED = [  # flags, and what the line says
     ("--window 0.6 0.5", "0 <= start <= end <= 1, got start=0.6, end=0.5"),
     ("--rank 0", "argument --rank: expected a whole number above 0, got '0'"),
     ("--steps many", "argument --steps: expected a whole number above 0, got 'many'"),
-    (f"--epochs {10**400}", "argument --epochs: expected a number below 1e+36"),
-    ("--gate-lr fast", "argument --gate-lr: expected auto or a number above 0, got 'fast'"),
+    (f"--epochs {10**400}", "argument --epochs: expected a number below 1e+12"),
+    ("--gate-lr fast", "argument --gate-lr: expected a number above 0, got 'fast'"),
     ("--gate-lr 1e38", "argument --gate-lr: expected a number below 1e+36, got '1e38'"),
     ("--lr -1", "argument --lr: expected a number above 0, got '-1'"),
     ("--beta nan", "argument --beta: expected a number, 0 or above, got 'nan'"),
@@ -65,7 +66,7 @@ REFUSED = [  # flags, and what the line says
     ("--method sora --budget 0.5", "--budget is about a budget, and --method sora has none"),
     ("--method adalora --sparse-lambda 1", "--sparse-lambda is about a threshold, and --method adalora has none"),
     ("--method alora --no-canonical", "--canonical is about trained gates, and --method alora has none"),
-    (f"--rank {10**25}", "--rank 10000000000000000000000000 is above 16, the width of the encoder"),
+    (f"--rank {10**11}", "--rank 100000000000 is above 16, the width of the encoder"),
     ("--method prefix --rank 65", "--rank 65 is above 64, four times the encoder's width"),
     ("--method prompt --rank 41", "--rank 41 leaves room for 5 tokens of a row: take a shorter prompt"),
     ("--device meta", "no device 'meta' here"),
@@ -94,6 +95,7 @@ def test_all_that_can_be_refused_is_refused_before_an_encoder_is_pre_trained(tmp
     monkeypatch.setattr(cli_settings, "mini_encoder", lambda **_: pytest.fail("it should not have come so far"))
     (tmp_path / "file").write_text("mine")
     (tmp_path / "settings.json").write_text('{"task": "mini-cola"}')
+    (tmp_path / "loop").symlink_to("loop")
     for flags, message in (
         ("--window 1 0", "0 <= start <= end <= 1"),
         ("--method full --dropout 0 0 0", "--dropout takes one rate or two"),
@@ -102,9 +104,11 @@ def test_all_that_can_be_refused_is_refused_before_an_encoder_is_pre_trained(tmp
         ("--resume .", "settings.json is damaged"),
         ("--task cola --data .", "task cola needs --weights DIR"),
         ("--evaluate file", "no settings.json in file; expected the folder of a run"),
+        ("--out loop", "loop is a file: choose another --out"),
+        ("--weights loop", "loop; expected the folder of a RoBERTa or BERT checkpoint"),
     ):
         assert message in refused(capsys, train_glue_mini.main, flags.split())
-    assert (tmp_path / "file").read_text() == "mine" and names(tmp_path) == ["file", "settings.json"]
+    assert (tmp_path / "file").read_text() == "mine" and names(tmp_path) == ["file", "loop", "settings.json"]
 
 
 def test_an_encoder_without_room_for_the_words_is_refused(go, tmp_path, capsys):
@@ -141,30 +145,23 @@ def test_an_interruption_says_how_to_go_on(go, tmp_path, kept, capsys, monkeypat
             go("--out", tmp_path / "run" / name)
         assert exit_.value.code == 130
         assert capsys.readouterr().err == "\ninterrupted; no epoch was finished\n"
+    with monkeypatch.context() as now, pytest.raises(SystemExit) as exit_:
+        now.setattr(train_glue_mini, "evaluate", stop)
+        go("--evaluate", kept.finished)
+    assert exit_.value.code == 130 and capsys.readouterr().err == "\ninterrupted\n"
     run = copy_of(kept.interrupted, tmp_path / "begun")
     interrupt(go, "--resume", run, after=2)
     assert capsys.readouterr().err == f"\ninterrupted; go on from the last whole epoch with --resume {run}\n"
 
 
-def interrupted_at(word, folder, *flags, **environment):
-    """(exit status, what it said on stderr) of a program that gets Ctrl-C once a line with the word is printed."""
-    command = [sys.executable, "-u", train_glue_mini.__file__, "--out", folder / "run", *flags]
-    program = subprocess.Popen(list(map(str, command)), cwd=folder, env={**os.environ, **environment}, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-    while word not in (line := program.stdout.readline()):
+def test_an_interruption_of_the_program_is_said_in_a_line(tmp_path, tiny_weights):
+    command = [sys.executable, "-u", train_glue_mini.__file__, "--out", "run", "--weights", tiny_weights]
+    program = subprocess.Popen([*command, "--steps", "100000"], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)  # fmt: skip
+    while "step" not in (line := program.stdout.readline()):
         assert line, program.stderr.read()
     program.send_signal(signal.SIGINT)
-    return program.wait(timeout=60), program.stderr.read()
-
-
-def test_an_interruption_while_torch_is_imported_prints_nothing(tmp_path):
-    (tmp_path / "torch.py").write_text("import time\nprint('importing')\ntime.sleep(60)\n")
-    assert interrupted_at("importing", tmp_path, PYTHONPATH=str(tmp_path)) == (-signal.SIGINT, "")
-
-
-def test_an_interruption_of_the_program_is_said_in_a_line(tmp_path, tiny_weights):
-    status, said = interrupted_at("step", tmp_path, "--weights", tiny_weights, "--steps", 100_000)
-    assert (status, said) == (130, "\ninterrupted; no epoch was finished\n")
+    assert program.wait(timeout=60) == 130 and program.stderr.read() == "\ninterrupted; no epoch was finished\n"
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_starts_anew_with_the_same_command(go, tmp_path, kept):
@@ -172,6 +169,13 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_anew_with_the_same_
     assert names(tmp_path / "run") == ["settings.json"]
     again = go("--out", tmp_path / "run")
     assert again["adapter_digest"] == json_of(kept.finished)["adapter_digest"] and names(tmp_path / "run") == FILES
+
+
+def test_several_runs_of_which_one_ended_before_its_first_checkpoint_start_anew_with_the_same_command(go, tmp_path):
+    flags = ["--seed", 0, 1, "--steps", 4, "--out", tmp_path / "runs"]
+    interrupt(go, *flags, after=2)
+    assert names(tmp_path / "runs") == ["mini-cola-s0"]
+    assert len(go(*flags)["runs"]) == 2 and names(tmp_path / "runs") == ["mini-cola-s0", "mini-cola-s1"]
 
 
 def test_a_run_with_a_checkpoint_is_not_begun_anew_by_mistake(go, kept, capsys):
@@ -206,6 +210,16 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(go, capsys, monk
     monkeypatch.setattr(torch, "save", lambda state, path: (written.append(state), save(state, path)))
     assert "weights are not finite at step 12" in refused(capsys, go)
     assert [state["journal"]["step"] for state in written] == [6]
+
+
+@pytest.mark.parametrize("method", ["salora", "lora", "full"])
+def test_a_run_that_diverges_in_its_last_update_has_no_score(go, tmp_path, capsys, monkeypatch, method):
+    """Whose loss no step sees; predictions of NaN would have one."""
+    monkeypatch.setattr(train_glue_mini, "predict", lambda *_: pytest.fail("it should not have come so far"))
+    with spoiled_update(20):
+        message = refused(capsys, go, "--out", tmp_path / "run", "--method", method)
+    assert "weights are not finite at step 20: try a smaller --lr" in message
+    assert names(tmp_path / "run") == ["settings.json"]
 
 
 # Edited, damaged and foreign files
@@ -301,8 +315,12 @@ def test_default_folders_are_numbered_on_and_a_given_one_is_never_overwritten(go
     folder.mkdir(parents=True)
     (folder / "mine").touch()
     go("--steps", 2)
+    (tmp_path / "more" / "mini-cola-s7").mkdir(parents=True)
+    (tmp_path / "more" / "mini-cola-s7" / "mine").touch()
     assert names(folder.parent) == [folder.name, f"{folder.name}-1"]
-    assert "is not empty: choose another --out" in refused(capsys, go, "--out", folder)
+    for flags in ([], ["--seed", 0, 1]):
+        assert "is not empty: choose another --out" in refused(capsys, go, "--out", folder, *flags)
+    assert "mini-cola-s7 is not empty: choose" in refused(capsys, go, "--out", tmp_path / "more", "--seed", 7, 8)
     assert names(folder) == ["mine"]
 
 
@@ -330,6 +348,20 @@ def test_a_full_disk_ends_the_run_with_one_line_and_no_half_file(go, tmp_path, c
     assert "cannot be written: " in message and not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.parametrize("kilobytes", [0, 1, 50])
+def test_a_full_disk_while_an_encoder_is_pre_trained_is_one_line_and_leaves_no_half_encoder(tmp_path, capsys, kilobytes,
+                                                                                            monkeypatch):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrain, "pretrain", lambda device: MaskedLM(TinyTransformer(pretrain.MINI)))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, before[1]))
+    try:
+        message = refused(capsys, train_glue_mini.main, ["--device", "cpu"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ("File too large" in message or "cannot be written: " in message) and not list(tmp_path.glob("runs/*"))
+
+
 def test_closed_standard_output_is_one_line(go, capsys, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
@@ -345,12 +377,12 @@ def test_a_file_in_the_place_of_a_folder_is_refused_before_anything_long(go, tmp
     (tmp_path / "file").write_text("")
     for module, name in ((train_glue_mini, "prepare"), (pretrain, "pretrain")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("it should not have come so far"))
-    assert "Not a directory" in refused(capsys, go, "--out", tmp_path / "file" / "run")
+    assert "file is a file: choose another --out" in refused(capsys, go, "--out", tmp_path / "file" / "run")
     with pytest.raises(OSError):
         pretrain.mini_encoder(tmp_path / "file")
     for folder in (tmp_path / "file", tmp_path / "file" / "study"):
-        with pytest.raises(NotADirectoryError, match="choose another --out"):
-            make_folder(folder)
+        with pytest.raises(NotADirectoryError, match="file is a file: choose another --out"), made(folder):
+            pass
 
 
 def test_a_table_grows_by_rows_and_knows_which_runs_are_done(tmp_path):
@@ -361,6 +393,33 @@ def test_a_table_grows_by_rows_and_knows_which_runs_are_done(tmp_path):
     assert path.read_text().splitlines() == ["arm,seed,loss", "lora-4,0,0.5", "lora-4,1,1.5"]
     assert rows_with(path, arm="lora-4", seed=1) == [{"arm": "lora-4", "seed": "1", "loss": "1.5"}]
     assert has_row(path, seed=0) and not has_row(path, arm="lora-8", seed=0)
+    for empty in ("", "\n", "\r\n\r\n", "arm,se"):
+        (tmp_path / "empty.csv").write_text(empty)
+        append(tmp_path / "empty.csv", {"arm": "lora-4", "seed": 0})
+        assert read_table(tmp_path / "empty.csv") == [{"arm": "lora-4", "seed": "0"}]
+    append(path, {"loss": 2.5, "seed": 2, "arm": "lora-8"})
+    assert path.read_text().splitlines()[-1] == "lora-8,2,2.5", "whatever the order of a row"
+    with pytest.raises(ValueError, match="table.csv has other columns than arm, score: choose another --out"):
+        append(path, {"arm": "lora-4", "score": 1})
+
+
+@pytest.mark.parametrize("trouble", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_of_several_rows_all_are_added_or_none(tmp_path, monkeypatch, trouble):
+    rows, path = [{"arm": f"lora-{r}", "loss": 0.5} for r in (4, 8, 16)], tmp_path / "table.csv"
+    write_all = table.write_all
+
+    def write_some(file, data):
+        write_all(file, data[:size])
+        raise trouble
+
+    for done in ([], rows):
+        if done:
+            append(path, *done)
+        for size in range(40):
+            with monkeypatch.context() as now, pytest.raises((KeyboardInterrupt, OSError)):
+                now.setattr(table, "write_all", write_some)
+                append(path, *rows)
+            assert len(read_table(path)) == len(done)
 
 
 # Afterwards
@@ -372,7 +431,7 @@ def test_a_summary_and_settings_say_what_was_run_with_what(go, tmp_path, kept):
     summary, settings = json_of(tmp_path / "paper"), json_of(tmp_path / "paper", "settings")
     assert summary["recipe"] == "paper" and summary["command"].startswith("train_glue_mini.py --out ")
     assert set(summary["versions"]) == {"python", "torch", "numpy"}
-    assert settings["gate_lr"] == pytest.approx(14 / 3) and settings["dropout"] == [0.1, 0.1]
+    assert settings["gate_lr"] == 0.01 and settings["dropout"] == [0.1, 0.1]
     ours, full = json_of(kept.finished, "settings"), json_of(tmp_path / "full", "settings")
     assert ours["gate_lr"] == 7 and ours["dropout"] == [0, 0], "the values that were used, and not auto"
     assert "recipe" not in full and "gate_lr" not in full and full["dropout"] == [0.1, 0.1]

@@ -145,7 +145,8 @@ def test_pruned_and_merged_layers_equal_the_masked_one_whatever_the_noise(layer,
     assert layer.scale == scale, "survivors keep alpha / r0"
     assert_close(layer.eval()(x), masked, layer.A.shape[1] + 8)
     assert len(prune(layer)) == layer.r == len(kept), "pruning twice is pruning once"
-    assert type(merge(layer)) is nn.Linear
+    merged = merge(layer)
+    assert type(merged) is nn.Linear and not any(p.requires_grad for p in merged.parameters()), "it stays frozen"
 
 
 @pytest.mark.equation("merge")
@@ -182,6 +183,36 @@ def test_a_layer_with_two_names_is_adapted_under_both():
     assert merge(net).second is net.shared is net.alias[0] is merged
 
 
+def test_a_later_adapt_leaves_earlier_adapters_trainable_and_ranks_may_differ_by_target():
+    twice = adapt(adapt(Net(), ["shared"], r=4), ["head"], r=2)
+    once = adapt(Net(), {"shared": 4, "head": 2})
+    for net in (twice, once):
+        assert {name: layer.r for name, layer in salora_layers(net).items()} == {"shared": 4, "head": 2}
+        trained = {name for name, p in net.named_parameters() if p.requires_grad}
+        assert trained == {f"{layer}.{side}" for layer in ("shared", "head") for side in "AB"}
+
+
+def test_all_linear_leaves_out_heads_and_the_output_embedding():
+    net = Net()
+    assert list(salora_layers(adapt(net, "all-linear"))) == ["body.0", "body.1", "shared"]
+    net.scores = nn.Linear(6, 3)
+    net.get_output_embeddings = lambda: net.scores
+    assert list(salora_layers(adapt(Net(), "all-linear"))) == ["body.0", "body.1", "shared"]
+    net.more = nn.Linear(3, 3)
+    assert list(salora_layers(adapt(net, "all-linear"))) == ["body.0", "body.1", "shared", "more"]
+
+
+def test_dropout_is_on_the_adapters_input_alone_and_in_train_mode_only():
+    layer = SaLoRALinear(nn.Linear(6, 4), 3, 16, dropout=0.5)
+    nn.init.normal_(layer.B)
+    x = torch.randn(5, 6)
+    torch.manual_seed(1)
+    y = layer(x)
+    torch.manual_seed(1)
+    assert_close(y, layer.base(x) + nn.functional.dropout(x, 0.5) @ layer.delta().T, inner=8)
+    assert_close(layer.eval()(x), layer.base(x) + x @ layer.delta().T, inner=8)
+
+
 def hooked():
     net = Net()
     random_unstructured(net.shared, "weight", amount=0.5)
@@ -189,16 +220,28 @@ def hooked():
 
 
 REFUSED = [  # (model, targets, rank, error)
-    (Net, ["quary"], 8, "'quary' matches no module; nn.Linear layers here: 0, 1, head, shared$"),
+    (Net, ["quary"], 8, "'quary' matches no module; linear layers here: 0, 1, head, shared$"),
     (Net, ["hared"], 8, "'hared' matches no module"),  # a target is a whole name or a suffix after a dot
     (Net, ["shared", "nothing"], 8, "'nothing' matches no module"),
     (Net, ["conv"], 8, "'conv' matches only Conv1d"),
     (Net, ["body"], 8, "'body' matches only ModuleList"),
     (lambda: adapt(Net(), ["shared"]), ["shared"], 8, "'shared' matches only SaLoRALinear"),
-    (lambda: nn.MultiheadAttention(8, 2), ["out_proj"], 8, "only nn.Linear can be adapted"),  # it ignores the forward
-    (hooked, ["shared"], 8, "computed by hooks"),
+    (lambda: nn.MultiheadAttention(8, 2), ["out_proj"], 8, "MultiheadAttention bypasses the forward of its"),
+    (hooked, ["shared"], 8, "computed before every forward"),
+    (Net, ["*.shared"], 8, "neither a name nor a regular expression"),
+    (Net, [], 8, r"targets must name at least one linear layer, got \[\]"),
+    (Net, {"head": 4, "shared": 0}, 8, "rank must be a whole number above 0, got 0"),
     *[(Net, ["shared"], r, f"rank must be a whole number above 0, got {r!r}") for r in (0, -1, 2.5, True, "8")],
 ]
+
+
+def test_a_scale_or_a_dropout_that_makes_no_sense_is_refused():
+    for name, values in (("alpha", (float("nan"), float("inf"), "16", None)), ("dropout", (-0.1, 1, "0.1", True))):
+        for value in values:
+            net = Net()
+            with row(name, value), pytest.raises(ValueError, match=f"{name} must be .*, got {value!r}"):
+                adapt(net, ["shared"], **{name: value})
+            assert all(p.requires_grad for p in net.parameters()), "and nothing is frozen"
 
 
 def test_what_cannot_be_adapted_is_refused_and_nothing_is_left_half_done():

@@ -5,16 +5,16 @@ from dataclasses import replace
 from math import inf
 from statistics import mean, stdev
 
-import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from strategies import row as row_of
 from torch import nn
 
-from cli.files import read_table
+from cli.table import read_table
 from experiments import tables
 from experiments.arms import arm_of, nearest
-from experiments.study import TUNE_SEED, Study
+from experiments.study import TUNE_SEED, Study, fit
 from peers.alora import ALoRA
 from peers.fixed_ranks import FixedRanks
 from rank_allocator import Recipe
@@ -90,6 +90,15 @@ def test_tuning_has_a_seed_of_its_own_and_runs_take_the_best_mean_over_its_tasks
     assert {trial for _, _, seed, trial in runs.asked if seed == 3} == {0.1}, "where the highest score is the best"
 
 
+@pytest.mark.parametrize("lowest", [True, False])
+def test_of_equal_trials_runs_take_the_one_with_the_lowest_rate_and_tuning_says_so(study, tmp_path, capsys, lowest):
+    equal = replace(study, measure=lambda *_: {"loss": 0.5, "size": 0.5}, lowest=lowest)
+    flags = ["--arms", "lora-4", "--tasks", "a", "--out", str(tmp_path)]
+    equal.main(["--tune", "--grid", "0.3", "0.1", "0.2", *flags])
+    assert "lora-4 on a: 0.5000 (0.1), 0.5000 (0.2), 0.5000 (0.3), a tie, so runs take" in capsys.readouterr().out
+    assert {row["trial"] for row in equal.main(flags)} == {"0.1"}
+
+
 def test_a_run_that_diverges_is_noted_not_repeated_and_part_of_no_mean(study, runs, tmp_path, capsys):
     broken = replace(study, default=lambda args, task, arm: (DIVERGES if arm.name == "lora-4" else 0.2,))
     for _ in range(2):
@@ -101,6 +110,10 @@ def test_a_run_that_diverges_is_noted_not_repeated_and_part_of_no_mean(study, ru
     assert "diverged, and in no mean: lora-4 on a, seed 0; lora-4 on a, seed 1" in said
     assert "lora-4  " not in said, "no line of the table"
     assert replace(broken, lowest=False).main(["--seeds", "5", "--out", str(tmp_path)])[0]["loss"] == "-inf"
+    for i, wrong in enumerate((float("nan"), inf, -inf)):
+        odd = replace(study, measure=lambda *_, loss=wrong: {"loss": loss, "size": 0.5})
+        row = odd.main(["--seeds", str(6 + i), "--arms", "lora-4", "--tasks", "a", "--out", str(tmp_path)])[0]
+        assert (row["loss"], row["size"]) == ("inf", ""), "a score that is no number is the worst, too"
 
 
 def test_report_and_picture_are_about_the_tasks_and_seeds_asked_for(study, tmp_path, capsys):
@@ -125,8 +138,8 @@ def test_report_and_picture_are_about_the_tasks_and_seeds_asked_for(study, tmp_p
     (["--grid", ".1"], "--grid is what --tune tries: it needs --tune"),
     (["--report"], "no such runs in"),
     (["--steps", "11"], "has runs with another --steps: choose another --out"),
-    (["--out", "{}/old"], "fake.csv was not written by this version of the program"),
-    (["--out", "{}/file"], "is a file, or inside of one"),
+    (["--out", "{}/old"], "fake.csv has other columns than this version of the program writes: choose another --out"),
+    (["--out", "{}/file"], "file is a file: choose another --out"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(study, flags, said, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
@@ -141,30 +154,103 @@ def test_bad_input_is_one_line(study, flags, said, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_study_that_is_interrupted_or_not_tuned_ends_with_one_line(study, tmp_path, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+def test_an_arm_that_was_not_tuned_ends_a_study_before_its_first_run(study, runs, tmp_path, capsys):
+    strict, out = replace(study, default=None), ["--out", str(tmp_path / "out")]
+    for first, arm in (([], "lora-4"), (["--tune", "--arms", "lora-4"], "salora-8-to-4")):
+        if first:
+            strict.main([*out, *first])
+        runs.asked.clear()
+        with pytest.raises(SystemExit):
+            strict.main(out)
+        error = capsys.readouterr().err
+        assert f"{arm} has not been tuned: first run with --tune and the same --out" in error
+        assert runs.asked == [] and (tmp_path / "out").exists() == bool(first), "and leaves no empty folder"
 
-    out = ["--out", str(tmp_path)]
-    for broken, status, said in (
-        (replace(study, measure=interrupted), 130, "the same command goes on with this run"),
-        (replace(study, default=None), 2, "lora-4 has not been tuned: first run with --tune and the same --out"),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            broken.main(out)
-        assert ended.value.code == status and said in capsys.readouterr().err
+
+@pytest.fixture
+def table(study, tmp_path):
+    """The file of a study's table, and what it holds once all its runs are done."""
+    study.main(["--out", str(tmp_path)])
+    return tmp_path / "fake.csv", (tmp_path / "fake.csv").read_bytes()
+
+
+def test_a_table_that_is_cut_off_anywhere_is_completed_by_the_same_command(study, runs, table):
+    """By a kill, or by a disk that was full: what is not a whole line is not there."""
+    path, whole = table
+    rows = read_table(path)
+    for size in (*range(0, len(whole), 7), len(whole) - 1):
+        path.write_bytes(whole[:size])
+        runs.asked.clear()
+        with row_of(size):
+            again = study.main(["--out", str(path.parent)])
+            assert [{**row, "seconds": ""} for row in again] == [{**row, "seconds": ""} for row in rows]
+            assert len(runs.asked) == len(rows) - max(0, whole[:size].count(b"\n") - 1), "the others are not run again"
+
+
+DAMAGE = {  # to the text of a table, and what is said of which line
+    "the header once more": (lambda lines: lines + lines[:1], "line 10: the header once more"),
+    "two tables": (lambda lines: lines + lines, "line 10: the header once more"),
+    "two columns of one name": (lambda lines: [lines[0].replace("size", "loss")], "has two columns of one name: task"),
+    "no header": (lambda lines: lines[1:], "has other columns than this version of the program writes"),
+    "another header": (lambda lines: [lines[0].replace("size", "mass")], "has other columns than this version of"),
+    "a cell too many": (lambda lines: lines[:3] + [lines[3] + ",1"], "line 4: 9 cells, expected 8"),
+    "a line in the middle": (lambda lines: lines[:2] + [lines[2][:9]] + lines[3:], "line 3: 2 cells, expected 8"),
+    "another task": (lambda lines: lines[:1] + ["c" + lines[1][1:]], "line 2: 'c' is not a task of this study"),
+    "another arm": (lambda lines: lines[:1] + [lines[1].replace("lora-4", "best")], "line 2: 'best' is not an arm"),
+    "a seed": (lambda lines: lines[:1] + [lines[1].replace(",0,", ",first,")], "line 2: invalid literal for int()"),
+    "a loss": (lambda lines: lines[:1] + [lines[1].replace(",1.0,", ",low,")], "line 2: could not convert string to"),
+    "no loss": (lambda lines: lines[:1] + [lines[1].replace(",1.0,", ",,")], "line 2: could not convert string to fl"),
+    "a size": (lambda lines: lines[:1] + [lines[1].replace(",0.5,", ",,")], "line 2: could not convert string to flo"),
+    "a trial": (lambda lines: lines[:1] + [lines[1].replace(",0.1,", ",fast,")], "line 2: 'fast' is not LR or LR:SCA"),
+    "a quotation mark": (lambda lines: lines[:1] + ['"' + lines[1]], "is damaged, or no CSV file: "),
+    "other bytes": (lambda lines: ["\udcff\udcfe"], "is damaged, or no CSV file: 'utf-8' codec can't decode byte 0xff"),
+    "something else": (lambda lines: ["Dear reader,", "this is no table."], "has other columns than this version"),
+}
+
+
+@pytest.mark.parametrize("name", ["fake", "tune"])
+def test_a_table_that_is_damaged_in_any_other_way_is_refused_with_its_line_and_left_alone(name, study, table, capsys):
+    path, whole = table
+    out, lines = ["--out", str(path.parent)], whole.decode().splitlines()
+    if name == "tune":
+        path = path.rename(path.parent / "tune.csv")
+    for kind, (damaged, said) in DAMAGE.items():
+        before = "".join(f"{line}\r\n" for line in damaged(list(lines))).encode(errors="surrogateescape")
+        path.write_bytes(before)
+        for flags in (["--report"], []) if name == "fake" else (["--tune"], []):
+            with row_of(kind, flags), pytest.raises(SystemExit) as ended:
+                study.main([*out, *flags])
+            error = capsys.readouterr().err
+            assert ended.value.code == 2 and error.count("\n") == 1, error
+            assert said in error and str(path) in error and path.read_bytes() == before, error
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(SystemExit):
+        study.main(out)
+    assert "is not a regular file" in capsys.readouterr().err
+
+
+T_TABLE = {(0.95, 1): 12.7062047, (0.95, 2): 4.3026527, (0.95, 4): 2.7764451, (0.9, 4): 2.1318468, (0.95, 9): 2.2621572}
 
 
 def naive_interval(values, level=0.95):
-    means = [mean(values[i] for i in draw) for draw in tables.resamples(len(values)).tolist()]
-    return np.quantile(means, [(1 - level) / 2, (1 + level) / 2]).tolist()
+    reach = T_TABLE[level, len(values) - 1] * stdev(values) / len(values) ** 0.5
+    return [mean(values) - reach, mean(values) + reach]
 
 
-def test_intervals_are_quantiles_of_the_means_of_resampled_seeds():
+def test_intervals_are_students():
+    for (level, df), t in T_TABLE.items():  # as printed in textbooks
+        assert tables.t_quantile(level, df) == pytest.approx(t, rel=1e-6)
     values = [1.2, 0.7, 1.9, 1.1, 0.4]
-    assert tables.interval(values) == pytest.approx(naive_interval(values))
-    assert tables.interval(values, 0.9) == pytest.approx(naive_interval(values, 0.9))
-    assert set(tables.resamples(4).flatten().tolist()) == {0, 1, 2, 3}
+    for level in (0.95, 0.9):
+        assert tables.interval(values, level) == pytest.approx(naive_interval(values, level), rel=1e-6)
+
+
+def test_intervals_are_those_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for df in (1, 2, 3, 7, 19, 100):
+        for level in (0.5, 0.9, 0.95, 0.99):
+            assert tables.t_quantile(level, df) == pytest.approx(stats.t.ppf((1 + level) / 2, df), rel=1e-5)
 
 
 def cells(table, name):
@@ -201,8 +287,34 @@ def test_means_over_tasks_are_of_seeds_that_have_run_on_all_of_them():
 
 
 def test_the_share_of_a_gap_is_that_of_paired_seeds():
-    losses = {"lora-4": {0: 2.0, 1: 3.0}, "lora-8": {0: 1.0, 1: 2.0}, "svd-16-to-4": {0: 1.25, 1: 2.25, 2: 9.0}}
-    assert cells(tables.gaps_closed(losses, "title"), "svd-16-to-4") == ["0.75", "[0.75,", "0.75]"]
+    """The mean gap that is closed over the mean gap, not the mean of both, in which a narrow gap would count most."""
+    closed, gaps = [0.75, 0.0, 0.5, 0.1, 0.3], [1.0, 0.25, 0.5, 2.0, 0.1]
+    losses = {"lora-4": {i: 2.0 for i in range(5)}, "lora-8": {i: 2.0 - gap for i, gap in enumerate(gaps)}}
+    losses["svd-16-to-4"] = {5: 9.0, **{i: 2.0 - some for i, some in enumerate(closed)}}
+    share = sum(closed) / sum(gaps)
+    low, high = naive_interval([share + (some - share * gap) / mean(gaps) for some, gap in zip(closed, gaps)])
+    expected = [f"{share:.2f}", f"[{low:.2f},", f"{high:.2f}]"]
+    assert cells(tables.gaps_closed(losses, "title"), "svd-16-to-4") == expected
+
+
+def test_a_seed_decides_the_order_of_the_rows_and_the_noise_of_the_gates():
+    def trained(seed):
+        torch.manual_seed(0)
+        model, seen = adapt(nn.Sequential(nn.Linear(1, 4)), ["0"], 8), []
+
+        def batch_of(rows, model, device):
+            seen.append(rows)
+            x = torch.tensor(rows)[:, None]
+            return (x,), torch.cat([x, x**2, x - 1, 1 - x], 1)
+
+        rows = [i / 12 for i in range(12)]
+        allocator = fit(model, rows, arm_of("salora-8-to-4-paper"), lr=0.01, seed=seed, steps=20, batch_size=4,
+                        batch_of=batch_of)  # fmt: skip
+        assert all(sorted(sum(seen[i : i + 3], [])) == rows for i in range(0, 18, 3)), "each row once an epoch"
+        return seen, allocator.noise.get_state().tolist()
+
+    (one, noise), again, (other, others) = trained(1), trained(1), trained(2)
+    assert again == (one, noise) and one != other and noise != others
 
 
 ARMS = {  # name -> family, method, start, size

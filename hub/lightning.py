@@ -1,0 +1,44 @@
+"""RankAllocator under Lightning: its hooks as a callback, for a module that optimizes automatically.
+
+    adapt(model, ["query", "value"])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    allocator = RankAllocator(model, optimizer, total_steps=1000, budget=0.5)    # several devices: reduce="mean"
+    Trainer(max_steps=1000, callbacks=[RankCallback(allocator)]).fit(module, ...)
+
+`module.configure_optimizers` returns this optimizer, with a LambdaLR of allocator.lr_factor if wanted. The state of the
+allocator is in every checkpoint of Lightning's.
+"""
+
+from lightning.pytorch import Callback
+
+
+class RankCallback(Callback):
+    """Calls the hooks of an allocator. A step may consist of several batches (accumulate_grad_batches)."""
+
+    def __init__(self, allocator):
+        self.allocator = allocator
+        self.begun = -1  # the step for which before_step was called last
+        self.finished = False
+
+    def on_train_batch_start(self, trainer, *args):
+        if self.begun != trainer.global_step:
+            self.begun = trainer.global_step
+            self.allocator.before_step(self.begun)
+
+    def on_before_optimizer_step(self, *args):  # inside the closure, after all backward passes and before clipping
+        self.allocator.after_backward()
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step > self.allocator.step:
+            self.allocator.after_step()
+
+    def on_train_end(self, *args):
+        self.allocator.finish()
+        self.finished = True
+
+    def state_dict(self):
+        return {} if self.finished else self.allocator.state_dict()
+
+    def load_state_dict(self, state):
+        if state:
+            self.allocator.load_state_dict(state)
