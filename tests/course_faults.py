@@ -95,8 +95,8 @@ WRONG = [  # (exercise, what the student thought, function, text that the refere
     (6, "the share of what is left", "kept_density", "kept / total_parameters(layers)",
      "kept / max(1, sum(layer.r * layer.triplet_size for layer in layers))"),
     (7, "lists of bools", "best_within_budget", "    return masks", "    return [mask.tolist() for mask in masks]"),
-    (7, "the budget of what is left", "best_within_budget", "budget * total_parameters(layers)",
-     "budget * sum(layer.r * layer.triplet_size for layer in layers)"),
+    (7, "the budget of what is left", "best_within_budget", "affordable(budget, total_parameters(layers))",
+     "affordable(budget, sum(layer.r * layer.triplet_size for layer in layers))"),
     (7, "ties go to the later layer", "best_within_budget", "key=lambda t: -t[0]", "key=lambda t: (-t[0], -t[1])"),
     (7, "the largest value per parameter", "best_within_budget", "key=lambda t: -t[0]",
      "key=lambda t: -t[0] / layers[t[1]].triplet_size"),
@@ -134,7 +134,7 @@ u = (torch.arange(5000, dtype=log_theta.dtype) + 0.5) / 5000
     return
     (Qb, Rb), (Qa, Ra) = """),
     (2, "a logit by hand", "torch.logit(u)", "(torch.log(u) - torch.log1p(-u))"),
-    (4, "einsum", "F.linear(h, self.B)", "torch.einsum('...r,dr->...d', h, self.B)"),
+    (4, "einsum", "F.linear(h, self.B.to(h.dtype))", "torch.einsum('...r,dr->...d', h, self.B)"),
     (7, "sorted, then reversed, with ties in order", "key=lambda t: -t[0]", "key=lambda t: t[0], reverse=True"),
     (8, "other data in the same Parameter", "self.lam.clamp_(min=0)", "self.lam.data = torch.relu(self.lam.data)"),
 ]  # fmt: skip
