@@ -46,13 +46,13 @@ class Respondent:
     alive, stopped = set(), False
 
     def __init__(self, exercise, student, folder, limit):
+        if self.stopped:
+            raise KeyboardInterrupt
         self.limit = limit
         job = (exercise.number, blanked(reference_texts(), exercise), student, str(folder), limit)
         self.line, theirs = socket.socketpair()
         self.process = fork_server().Process(target=answer, args=(theirs, *job))
         with self.lock:
-            if self.stopped:
-                raise KeyboardInterrupt
             self.process.start()
             self.alive.add(self)
         theirs.close()

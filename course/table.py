@@ -3,6 +3,7 @@
 import csv
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 from course.exercises import FILES, NOT_WRITTEN
@@ -32,24 +33,28 @@ def write_table(root, exercises, out=None, jobs=1, feedback=None, joined=(), **h
     alike = _alike(places, exercises)
     if feedback:
         feedback.mkdir(parents=True, exist_ok=True)
-    file = open(out, "a", newline="", encoding="utf-8") if out else sys.stdout
-    writer = csv.writer(file, lineterminator="\n")
-    if not done:
-        writer.writerow(head)
-    pool = ThreadPoolExecutor(jobs)
-    try:
-        for marks in pool.map(lambda place: _marks_of(place, exercises, how), waiting):
+    with open(out, "a", newline="", encoding="utf-8") if out else nullcontext(sys.stdout) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if not done:
+            writer.writerow(head)
+        for marks in _in_threads(lambda place: _marks_of(place, exercises, how), waiting, jobs):
             marks["look"] += alike[marks["submission"]]
             if feedback:
-                page = feedback / f"{marks['submission']}.txt"
                 text = report_of(marks, all_failures=True) + "\n" + beside_rubric(marks["answers"], exercises)
-                page.write_text(text + "\n", encoding="utf-8")
+                (feedback / f"{marks['submission']}.txt").write_text(text + "\n", encoding="utf-8")
             writer.writerow(_row(marks, known, columns))
             file.flush()
         there = {name for place in places for name in (printable(place.name), Path(printable(place.name)).stem)}
         for name in known.keys() - there - done:
             marks = _blank(name, "nothing was handed in", exercises, how)
             writer.writerow(_row(marks, known, columns))
+
+
+def _in_threads(function, items, jobs):
+    """Yields function(item) for all items, in order. An interruption ends everything that is still at work."""
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        yield from pool.map(function, items)
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         Respondent.stop_all()
