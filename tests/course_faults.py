@@ -207,7 +207,7 @@ nest = []
 for _ in range(100_000):
     nest = [nest]
 tricks = [lambda _: raises(ValueError("\\ud800 \\x1b[31m\\x07")), lambda _: sys.exit(0), lambda _: {}["x" * 1000_000],
-          recursion, lambda _: [bytearray(2**30) for _ in range(1000)], lambda x: x.as_subclass(liar), lambda _: nest]
+          recursion, lambda _: bytearray(2**33), lambda x: x.as_subclass(liar), lambda _: nest]
 """
 
 FOREVER = """
