@@ -40,6 +40,7 @@ class Guard:
         self.due = "before_step"  # the hook that must come next
         self.stepped = False  # whether the optimizer has stepped since after_backward
         self.looked_for_scaler = False
+        self.unreached = list(allocator.layers)  # names of the layers whose B has had no gradient
         optimizer = allocator.optimizer
         self.handles = [
             optimizer.register_step_pre_hook(self.before_optimizer_step),
@@ -75,8 +76,9 @@ class Guard:
         if step in (0, schedule.T_start, schedule.T_end, schedule.T_end + 1):  # much may have changed since
             self.check_parts()
             self.check_processes()
-        if step == schedule.T_start > 0:
-            self.check_reached()
+        if step == schedule.T_start and 0 < len(self.unreached) < len(layers):
+            warnings.warn(f"no gradient has reached {', '.join(self.unreached)} so far: does the model use these "
+                          "weights without calling their layers?", stacklevel=3)  # fmt: skip
         self.due, self.stepped = "after_backward", False
 
     def after_backward(self):
@@ -84,6 +86,7 @@ class Guard:
         layers = [layer for layer in self.allocator.layers.values() if layer.r > 0]
         if layers and all(layer.B.grad is None for layer in layers):
             raise RuntimeError("no gradient has reached an adapter: call after_backward after loss.backward()")
+        self.unreached = [name for name in self.unreached if self.allocator.layers[name].B.grad is None]
         if self.allocator.phase == "window":
             if not all(layer.training for layer in layers):
                 raise RuntimeError("the model is in eval mode, in which gates have no noise: call model.train() first")
@@ -255,14 +258,6 @@ class Guard:
         if kept != expected:
             raise ValueError(f"the model keeps {kept:.4f} of its adapter parameters where {expected:.4f} is right: its "
                              "weights come from another phase of training")  # fmt: skip
-
-    def check_reached(self):
-        """Warns of B that are still 0. Some models read a layer's weight, past its forward and so past its adapter."""
-        layers = self.allocator.layers
-        unmoved = [name for name, layer in layers.items() if not layer.B.any()]
-        if 0 < len(unmoved) < len(layers):
-            warnings.warn(f"training has not moved {', '.join(unmoved)}: does the model use these weights without "
-                          "calling their layers?", stacklevel=4)  # fmt: skip
 
     def check_moments(self):
         """Adam's moments have the shape of their parameter and can be cut with it; what Adafactor keeps cannot."""

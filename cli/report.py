@@ -101,7 +101,7 @@ def write_run(folder, journal, summary, rank, short=False):
     if summary["ranks"]:
         title += "\nwindow too short for ranks to mean anything" if short else ""
         write_atomically(folder / "ranks.png", lambda path: draw_ranks(summary["ranks"], rank, path, title))
-    text = json.dumps(summary, indent=1) + "\n"
+    text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
     write_atomically(folder / "summary.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -110,13 +110,13 @@ def scores(task, predicted, gold):
     return ", ".join(f"{name} {METRICS[name](predicted, gold):.4f}" for name in (task.metric, task.also) if name)
 
 
-def write_predictions(out, task, test, predicted):
-    """GLUE's submission file for the rows of a test file: index and label, one line per row. Returns its path."""
-    part = {"MNLI": "-mm" if "mismatched" in test else "-m"}.get(task.folder, "")
+def write_predictions(out, task, file, predicted):
+    """GLUE's submission for the rows of an official file: index and label, one line per row. Returns its path."""
     labels = [task.labels[p] if task.labels else f"{min(5.0, max(0.0, p)):.3f}" for p in predicted]
     lines = ["index\tprediction", *(f"{i}\t{label}" for i, label in enumerate(labels))]
-    write_atomically(out / f"{task.folder}{part}.tsv", lambda path: path.write_text("\n".join(lines) + "\n"))
-    return out / f"{task.folder}{part}.tsv"
+    path = out / task.predictions_of(file)
+    write_atomically(path, lambda part: part.write_text("\n".join(lines) + "\n"))
+    return path
 
 
 def write_rows(rows, columns, path):

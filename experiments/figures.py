@@ -54,7 +54,7 @@ class LambdaZero(arms.Arm):
 
 
 def arm_of(name):
-    """An arm of experiments/arms.py, also one such as lora-8-in-up, or of SaLoRA with -lambda-0 or -beta-0 at its end."""
+    """An arm of experiments/arms.py, also one such as lora-8-in-up, or of SaLoRA with -lambda-0 or -beta-0 added."""
     whole, _, place = name.partition("-in-")
     plain = whole.removesuffix("-lambda-0").removesuffix("-beta-0")
     arm = arms.arm_of(plain)

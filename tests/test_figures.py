@@ -16,7 +16,7 @@ ITEMS = {  # some arms of every item that trains
     "fig4": ["lora-2", "salora-4-to-2", "salora-4-to-2-paper-scaled"],
     "fig5": ["lora-1", "salora-8-to-1", "salora-8-to-1-paper-scaled"],
     "fig7": ["salora-8-to-4", "salora-8-to-4-paper-scaled"],
-    "table3": ["salora-8-to-4-paper-scaled", "salora-8-to-4-paper-scaled-lambda-0", "salora-8-to-4-paper-scaled-beta-0"],
+    "table3": [f"salora-8-to-4-paper-scaled{change}" for change in ("", "-lambda-0", "-beta-0")],
 }
 
 

@@ -172,7 +172,7 @@ def test_a_layer_that_the_model_passes_by_is_warned_of_when_the_window_opens():
 
     run = Run(lambda: (adapt(Bypass(), ["one", "two"], r=4), (6,)))
     run.train(stop=T_START)
-    with pytest.warns(UserWarning, match="training has not moved one: does the model use these weights"):
+    with pytest.warns(UserWarning, match="no gradient has reached one so far: does the model use these weights"):
         run.do("B")
     run = Run().train(stop=T_START)
     with warnings.catch_warnings():

@@ -180,7 +180,7 @@ def test_the_orthogonality_of_b_and_a_is_part_of_the_gradient(name, weight):
 WITH_A_SPARE = {**ALLOCATING, "rm-lora without pull": lambda *parts: RMLoRA(*parts, beta=0), "salora": RankAllocator}
 
 
-@pytest.mark.filterwarnings("ignore:training has not moved spare")  # what an allocator says of it
+@pytest.mark.filterwarnings("ignore:no gradient has reached spare")  # what an allocator says of it
 @pytest.mark.parametrize("make", WITH_A_SPARE.values(), ids=WITH_A_SPARE)
 def test_a_layer_that_no_gradient_reaches_does_not_matter_and_stops_nothing(make):
     """One expert of many, for instance, that no row was sent to."""
