@@ -110,4 +110,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    from course.ending import ending_in_a_line
+
+    with ending_in_a_line("bare_loop.py"):
+        main()

@@ -1,9 +1,17 @@
-"""What the checks share: `about` names the function that a test is about, `same` compares, `layer_of` builds."""
+"""What the checks share: `question` asks a student's functions, `same` compares, `about` says whom a test blames."""
 
+import functools
 import math
+import signal
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
-from torch import nn
+
+from course.plain import Other, dumps, loads
+
+LIMIT = 10  # seconds of computing per question, at home and in the grader; the slowest takes half a second
+ANSWERS = ContextVar("ANSWERS", default=None)  # while a submission is graded: what asks the process that runs it
 
 
 def about(function, equation):
@@ -16,7 +24,48 @@ def about(function, equation):
     return mark
 
 
-PLAIN = (torch.Tensor, nn.Parameter, torch.Size, int, float, bool, list, tuple)
+def question(function):
+    """A function of plain arguments that calls a student's functions and returns plain data: see course/questions.py.
+
+    It runs in this process, so that a debugger works, unless ANSWERS has another process to ask.
+    """
+
+    @functools.wraps(function)
+    def asked(*args, **kwargs):
+        ask = ANSWERS.get()
+        if ask is not None:
+            return ask(function.__name__, args, kwargs)
+        with limited(LIMIT):
+            return loads(dumps(function(*args, **kwargs)))
+
+    return asked
+
+
+class TooSlow(Exception):
+    pass
+
+
+def too_slow(seconds):
+    return f"too slow, or an endless loop: not finished after {seconds:g} s of computing"
+
+
+@contextmanager
+def limited(seconds):
+    """Raises TooSlow after so many seconds of computing. Time at a debugger's prompt does not count."""
+    if not hasattr(signal, "setitimer"):  # Windows has none
+        yield
+        return
+
+    def stop(*_):
+        raise TooSlow(too_slow(seconds))
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 class Different(AssertionError):
@@ -26,22 +75,28 @@ class Different(AssertionError):
 def same(got, expected, call, within=1e-6):
     """Raises Different unless numbers, lists of numbers or tensors are equal to within an absolute tolerance.
 
-    call: what was called, as code or in words. The comparison itself is plain Python.
+    call: what was called, as code or in words.
     """
     if got is None:
         raise Different(f"{call}\n  got      None: is a return missing?\n  expected {show(expected)}")
-    if type(got) not in PLAIN:  # a subclass of Tensor, too, could answer as it likes
-        raise Different(f"{call}\n  got      a {type(got).__name__}\n  expected {show(expected)}")
-    one, other = _numbers(got), _numbers(expected)
-    if _shape(got) != _shape(expected):
-        raise Different(f"{call}\n  got      shape {_shape(got)}\n  expected shape {_shape(expected)}")
-    if all(_near(a, b, within) for a, b in zip(one, other, strict=True)):
+    if isinstance(got, (Other, str, dict)):
+        kind = got.type if isinstance(got, Other) else type(got).__name__
+        raise Different(f"{call}\n  got      a {kind}\n  expected {show(expected)}")
+    try:
+        got, expected = (torch.as_tensor(value).double() for value in (got, expected))
+    except (TypeError, ValueError, RuntimeError):
+        raise Different(f"{call}\n  got      {got!r:.80}\n  expected {show(expected)}") from None
+    if got.shape != expected.shape:
+        words = [f"shape {tuple(value.shape)}{'' if value.ndim else ', one number'}" for value in (got, expected)]
+        raise Different(f"{call}\n  got      {words[0]}\n  expected {words[1]}")
+    one, other = got.flatten().tolist(), expected.flatten().tolist()
+    far = [i for i in range(len(one)) if not _near(one[i], other[i], within)]
+    if not far:
         return
     if len(one) <= 8:
         raise Different(f"{call}\n  got      {show(got)}\n  expected {show(expected)}")
-    i = next(i for i in range(len(one)) if not _near(one[i], other[i], within))
-    index = [int(axis) for axis in torch.unravel_index(torch.tensor(i), _shape(got))]
-    raise Different(f"{call}, at {index}\n  got      {show(one[i])}\n  expected {show(other[i])}")
+    index = [int(axis) for axis in torch.unravel_index(torch.tensor(far[0]), got.shape)]
+    raise Different(f"{call}, at {index}\n  got      {show(one[far[0]])}\n  expected {show(other[far[0]])}")
 
 
 def holds(truth, call, got, expected):
@@ -50,22 +105,14 @@ def holds(truth, call, got, expected):
         raise Different(f"{call}\n  got      {got}\n  expected {expected}")
 
 
-def learns(value, call, who):
-    """Raises Different unless `value` is a tensor with a gradient."""
-    learnable = isinstance(value, torch.Tensor) and value.requires_grad
-    holds(learnable, call, "no gradient", f"a tensor that {who} can learn from")
+def learned(gradient, call, who):
+    """The gradient, or Different where a question answered that there is none."""
+    holds(gradient is not None, call, "no gradient", f"a tensor that {who} can learn from")
+    return gradient
 
 
 def _near(a, b, within):
     return a == b or (math.isfinite(a) and abs(a - b) <= within)
-
-
-def _shape(value):
-    return tuple(torch.as_tensor(value).shape)
-
-
-def _numbers(value):
-    return torch.as_tensor(value).detach().double().flatten().tolist()
 
 
 def show(value):
@@ -84,16 +131,3 @@ def f64(value):
 def numbers(*shape, seed=0, dtype=torch.float64):
     """Standard normal numbers, the same in every call."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def layer_of(d, k, r, alpha=16, log_theta=None, seed=0, dtype=torch.float64):
-    """A gated layer with random W, bias, A and B; its gates are free, in train mode, with noise 1/2."""
-    from salora import SaLoRALinear  # by now a student's functions are in it
-
-    layer = SaLoRALinear(nn.Linear(k, d), r, alpha).to(dtype)
-    layer.gate.release()
-    with torch.no_grad():
-        for i, p in enumerate((layer.base.weight, layer.base.bias, layer.A, layer.B)):
-            p.copy_(numbers(*p.shape, seed=10 * seed + i))
-        layer.gate.log_theta.copy_(torch.zeros(r) if log_theta is None else torch.as_tensor(log_theta))
-    return layer

@@ -13,12 +13,15 @@ from pathlib import Path
 COURSE = Path(__file__).resolve().parent
 ROOT = COURSE.parent
 FILES = ("hard_concrete.py", "salora.py", "budget.py", "course/bare_loop.py")  # that students write in
-MODULES = ("hard_concrete.py", "salora.py", "budget.py", "guard.py", "rank_allocator.py", "course/bare_loop.py")
+MODULES = ("hard_concrete.py", "salora.py", "budget.py", "guard.py", "rank_allocator.py", "course/bare_loop.py",
+           "course/questions.py")  # fmt: skip
+NOT_WRITTEN = "not written"  # an exercise that is as it was in the handout
 
 
 @dataclass(frozen=True)
 class Exercise:
     number: int
+    minutes: int  # with reading and the question; the weight of the exercise
     title: str
     place: str  # in the paper
     targets: dict  # {file: functions that the student writes}
@@ -43,23 +46,23 @@ class Exercise:
 EXERCISES = {
     exercise.number: exercise
     for exercise in (
-        Exercise(1, "How likely is a gate to be open?", "Eq. (8)",
+        Exercise(1, 15, "How likely is a gate to be open?", "Eq. (8)",
                  {"hard_concrete.py": ("prob_open",)}, {"hard_concrete.py": ("prob_above",)}),
-        Exercise(2, "Sample a gate", "Eq. (7)",
+        Exercise(2, 20, "Sample a gate", "Eq. (7)",
                  {"hard_concrete.py": ("sample_gate",)}, {"hard_concrete.py": ("median_gate",)}),
-        Exercise(3, "The median and the mean", "Section 3.5",
+        Exercise(3, 40, "The median and the mean", "Section 3.5",
                  {"hard_concrete.py": ("median_gate", "mean_gate")}),
-        Exercise(4, "The gated layer", "Eq. (5)",
+        Exercise(4, 40, "The gated layer", "Eq. (5)",
                  {"salora.py": ("SaLoRALinear.forward", "SaLoRALinear.delta")}),
-        Exercise(5, "Independent triplets", "Eq. (9)",
+        Exercise(5, 60, "Independent triplets", "Eq. (9)",
                  {"salora.py": ("orthogonality", "canonicalize")}),
-        Exercise(6, "Count the parameters", "Eq. (11)",
+        Exercise(6, 40, "Count the parameters", "Eq. (11)",
                  {"budget.py": ("total_parameters", "expected_density", "kept_density")}),
-        Exercise(7, "Which triplets stay", "Section 3.5, the budget rule",
+        Exercise(7, 40, "Which triplets stay", "Section 3.5, the budget rule",
                  {"budget.py": ("best_within_budget",)}),
-        Exercise(8, "Two ways to reach the target", "Eq. (12) and the projection",
+        Exercise(8, 60, "Two ways to reach the target", "Eq. (12) and the projection",
                  {"budget.py": ("Lagrangian.forward", "Lagrangian.ascend", "project")}),
-        Exercise(9, "Algorithm 1 in a bare loop", "Algorithm 1",
+        Exercise(9, 80, "Algorithm 1 in a bare loop", "Algorithm 1",
                  {"course/bare_loop.py": ("before_step", "after_backward", "after_step", "finish")},
                  {"rank_allocator.py": ("RankAllocator.before_step", "RankAllocator.penalty",
                                         "RankAllocator.after_backward", "RankAllocator.after_step",

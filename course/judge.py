@@ -1,197 +1,237 @@
-"""The process in which a submission is tested: one for every exercise of every submission.
+"""The judge: runs the checks of each exercise, and asks another process for what a student's functions answer.
 
-The fences go up before the student's file runs: no input or output, limits on memory and file size, an empty folder to
-work in, and an audit hook that refuses writing anywhere else, reading the repository's answers, starting programs,
-sending signals and opening connections. An audit hook cannot be removed. The fences stop accidents and pranks, not a
-determined attacker: for a class that you do not trust, run grade.py in a container.
-
-Results are lines of JSON in a file, each signed with a key that only the parent and a closure in this process hold.
-Unsigned lines do not count, and without the last line none does, so an early exit earns nothing.
+No student's code runs here, and nothing that comes back is executed: answers are plain data, compared with what the
+checks expect. A test passes if the answers are right; there is no other way to a point.
 """
 
-import hmac
-import json
+import functools
 import os
+import runpy
+import signal
+import socket
 import sys
 import tempfile
-import warnings
-from hashlib import sha256
+import threading
+import time
+from multiprocessing import get_context
 from pathlib import Path
-from types import FunctionType
 
-import pytest
-import torch  # noqa: F401  here, so that no process has to import it again
+import torch
 
-import course.checking  # noqa: F401  and watched, like torch
-from course.exercises import EXERCISES, ROOT
-from course.graft import Unusable, graft, said
-from course.lesson import Lesson
+from course.answer import answer
+from course.checking import ANSWERS, LIMIT, Different, too_slow
+from course.exercises import EXERCISES, NOT_WRITTEN, ROOT
+from course.graft import PACKED, blanked, graft, is_written, reference_texts
+from course.intake import collect, printable
+from course.lesson import words
+from course.plain import dumps, loads
+from course.reading import unusual
 
-try:
-    import resource
-except ImportError:  # not on Windows
-    resource = None
-
-# torch imports more of itself on first use: done here, before anything is watched or fenced.
-for Optimizer in (torch.optim.Adam, torch.optim.SGD, torch.optim.AdamW):
-    Optimizer([torch.zeros(1, requires_grad=True)], lr=0.1).step()
-torch.empty(1, device="meta").clone()
-
-MEGABYTE = 2**20
-MEMORY, FILE_SIZE = 2048 * MEGABYTE, 16 * MEGABYTE
-WATCHED = ("torch", "pytest", "_pytest", "pluggy", "builtins", "math", "course", "conftest", "hmac", "json", "os")
-UNWATCHED = ("torch._C", "torch.distributed")
-FORBIDDEN = ("subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.startfile", "os.kill",
-             "pty.", "signal.", "socket.", "ctypes.", "sys.addaudithook", "sys._current_frames", "gc.get_",
-             "resource.", "winreg.", "webbrowser.", "urllib.", "ftplib.", "smtplib.", "os.chown", "os.chmod",
-             "os.link", "os.symlink", "shutil.chown", "os.setxattr", "os.removexattr")  # fmt: skip
-CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.utime", "shutil.rmtree", "shutil.move",
-           "shutil.copyfile", "shutil.copymode", "shutil.copystat", "shutil.unpack_archive")  # fmt: skip
+LARGEST = 2**22  # bytes of an answer
+WAIT = 60  # seconds for an answer, computed or not; the limit on computing is course/checking.py's
 
 
-def judge(number, texts, student, folder, report, key):
-    """Runs the checks of one exercise and signs the results. Ends the process.
+class Gone(Exception):
+    """The process that answers has ended, or does not answer. The text is for the student."""
 
-    texts: the reference {file: text} without its answer to this exercise. student: {file: path}. folder: where the
-    student's code may write. report: the file for results. key: bytes.
-    """
-    exercise = EXERCISES[number]
-    os.closerange(3, 256)  # the pipes of the process that this one was forked from
-    with open(report, "ab", buffering=0) as sink:
 
-        def tell(**facts):
-            line = json.dumps(facts)
-            sink.write(f"{signature(key, line)} {line}\n".encode())
+class Raised(Exception):
+    """What a student's code raised, in a line."""
 
-        _be_quiet()
-        _limit()
-        os.chdir(folder)
-        tempfile.tempdir = str(folder)
-        sys.dont_write_bytecode = True
-        sys.path.insert(0, str(ROOT / "tests"))
-        sys.setrecursionlimit(1000)
-        import conftest  # noqa: F401
 
-        warnings.simplefilter("ignore")
-        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # Hypothesis's plugin, for one, changes pytest
-        before, refused = _callables(), []
-        _fence(folder, student, refused)
+class Respondent:
+    """One exercise of one submission in a process of its own: `ask` is what the questions of the checks call."""
+
+    lock = threading.Lock()  # multiprocessing's list of children is for one thread at a time
+    alive, stopped = set(), False
+
+    def __init__(self, exercise, student, folder, limit):
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.limit = limit
+        job = (exercise.number, blanked(reference_texts(), exercise), student, str(folder), limit)
+        self.line, theirs = socket.socketpair()
+        self.process = fork_server().Process(target=answer, args=(theirs, *job))
+        with self.lock:
+            self.process.start()
+            self.alive.add(self)
+        theirs.close()
+
+    def ready(self):
+        """What is wrong with the student's file, or None."""
+        return self.receive().get("unusable")
+
+    def ask(self, name, args, kwargs):
         try:
-            graft(texts, exercise.targets, student)
-        except Unusable as error:
-            tell(unusable=str(error))
-        except BaseException as error:
-            tell(unusable=f"the file does not load: {said(error, '')}")
-        else:
-            arguments = ["-q", "-s", "-p", "no:cacheprovider", "--import-mode=importlib", "-c", os.devnull]
-            arguments += [f"--rootdir={ROOT}", str(exercise.checks)]
-            witness = Witness(exercise, student, tell)
-            pytest.main(arguments, [witness])
-            if witness.outcomes.keys() != set(exercise.tests()):
-                os._exit(3)  # stopped on the way
-        changed = _changes(before, _callables())
-        tell(end=True, refused=sorted(set(refused))[:20], changed=changed[:5])
-    os._exit(0)
+            self.line.settimeout(WAIT)
+            self.line.sendall(dumps([name, list(args), kwargs]) + b"\n")
+        except OSError:
+            raise Gone(self.why_ended()) from None
+        reply = self.receive()
+        if "raised" in reply:
+            raise Raised(printable(reply["raised"]))
+        return reply.get("answer")
+
+    def receive(self):
+        """One line of plain data."""
+        received, deadline = b"", time.monotonic() + WAIT
+        while not received.endswith(b"\n"):
+            try:
+                self.line.settimeout(max(0.001, deadline - time.monotonic()))
+                part = self.line.recv(2**16)
+            except TimeoutError:
+                raise Gone(f"no answer within {WAIT} s: does it wait for something?") from None
+            except OSError:
+                part = b""
+            received += part
+            if not part or len(received) > LARGEST:
+                raise Gone(self.why_ended())
+        try:
+            reply = loads(received)
+        except (ValueError, RecursionError):
+            reply = None
+        if not isinstance(reply, dict):
+            raise Gone("something else was written where answers go")
+        return reply
+
+    def why_ended(self):
+        """In words, for the student, once the process says nothing more."""
+        with self.lock:
+            self.process.join(1)
+            code = self.process.exitcode
+        if code == -signal.SIGXCPU:
+            return too_slow(self.limit)
+        return "the process ended before it answered: an exit, or too much memory?"
+
+    def end(self):
+        """Ends the process, and whatever it has started in its group."""
+        with self.lock:
+            for kill in (os.killpg, os.kill):
+                try:
+                    kill(self.process.pid, signal.SIGKILL)
+                except (ProcessLookupError, PermissionError):
+                    pass
+            self.process.join()
+            self.alive.discard(self)
+        self.line.close()
+
+    @classmethod
+    def stop_all(cls):
+        """For threads that are grading: ends what they wait for, and lets them begin nothing new."""
+        cls.stopped = True
+        for respondent in list(cls.alive):
+            respondent.end()
 
 
-class Witness(Lesson):
-    """The same plugin as in class; instead of printing, it tells the parent, which holds the clock."""
-
-    limit = 0
-
-    def __init__(self, exercise, student, tell):
-        super().__init__(exercise, student.values())
-        self.tell = tell
-
-    def pytest_runtest_logreport(self, report):
-        name = report.nodeid.rpartition("::")[2]
-        if report.when == "teardown":
-            self.tell(test=name, passed=bool(self.outcomes[name]))
-        elif report.outcome == "failed":
-            self.tell(test=name, words=str(report.longrepr)[:2000])
-
-    def pytest_terminal_summary(self):
-        pass
+def fork_server():
+    """Processes that start with torch loaded, and with nothing of ours that knows an answer."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["course.answer"])
+    os.environ["PYTHONSAFEPATH"] = "1"  # the folder that grade.py was called in may be a submission
+    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return context
 
 
-def signature(key, line):
-    return hmac.new(key, line.encode(), sha256).hexdigest()
+def prepare():
+    """Loads what the tests need, and starts the server of processes, so that no submission waits for it."""
+    os.environ.pop("SALORA_IMPL", None)
+    sys.path.append(str(ROOT / "tests"))  # conftest.py has the equations
+    torch.set_num_threads(1)
+    if PACKED.exists():  # in a handout, whose own files are blank
+        graft(reference_texts(), {}, {})
+    for number in EXERCISES:
+        tests_of(number)
+    first = fork_server().Process(target=int)
+    first.start()
+    first.join()
 
 
-def _be_quiet():
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(nowhere, stream)
+@functools.cache
+def tests_of(number, hidden=None):
+    """{name: test} of an exercise, in order. hidden: a seed, for hidden tests as well."""
+    checks = runpy.run_path(str(EXERCISES[number].checks))
+    tests = {name: checks[name] for name in EXERCISES[number].tests()}
+    if hidden is not None:
+        from course.hidden import tests_for  # a handout has none
+
+        tests |= tests_for(number, hidden)
+    return tests
 
 
-def _limit():
-    os.setsid()  # a group of its own, so that the parent can end all of it
-    if resource is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_SIZE, FILE_SIZE))
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def grade(submission, exercises=EXERCISES.values(), limit=LIMIT, hidden=None):
+    """The marks of a submission, as `--json` prints them. Raises OSError where there is no submission.
+
+    limit: seconds of computing per question. hidden: the seed of hidden tests, if there are to be any.
+    """
+    student, notes = collect(submission)
+    texts, results = reference_texts(), {}
+    for exercise in exercises:
+        results[str(exercise.number)] = _grade_one(exercise, student, limit, tests_of(exercise.number, hidden))
+    look = []  # for the teacher
+    for file, (_, text) in student.items():
+        names = [f"{name} (line {line})" for name, line in unusual(text, texts[file]).items()]
+        look += [f"{file} uses {', '.join(names)}"] if names else []
+    name = printable(Path(submission).absolute().name)
+    return {"submission": name, **totals(results), "notes": notes, "exercises": results, "look": look}
 
 
-def _fence(folder, student, refused):
-    """Refuses what a submission has no business doing, and notes the attempt."""
-    own = [folder, *(path.parent for path in student.values())]
-    checks = [ROOT / "course" / "checks", ROOT / "course" / "checking.py", ROOT / "tests"]
-    python = [sys.prefix, sys.base_prefix, *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
-    writable = [os.path.realpath(folder)]
-    readable = [os.path.realpath(path) for path in (*own, *checks, *python, os.devnull, "/dev/urandom")]
-
-    def inside(path, places):
-        path = os.path.realpath(os.fsdecode(path))
-        return any(path == place or path.startswith(place + os.sep) for place in places)
-
-    def refuse(event, what):
-        refused.append(f"{event}: {what}"[:200])
-        raise PermissionError(f"not in a graded submission: {event} {what}")
-
-    def written(event, path):
-        if path != os.devnull and not inside(path, writable):
-            refuse(event, os.fsdecode(path))
-
-    def hook(event, args):
-        if event == "open":
-            path, _, flags = args
-            if isinstance(path, int):
-                return
-            if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
-                written("write", path)
-            elif not inside(path, readable):
-                refuse("read", os.fsdecode(path))
-        elif event in CHANGES:
-            written(event, args[0])
-            if event in ("os.rename", "shutil.move", "shutil.copyfile"):
-                written(event, args[1])
-        elif event.startswith(FORBIDDEN):
-            refuse(event, str(args[0])[:100] if args else "")
-
-    sys.addaudithook(hook)
+def totals(results):
+    """Points, their maximum, and percent: the mean share of the exercises, weighted by their minutes."""
+    points, out_of = (sum(result[key] for result in results.values()) for key in ("points", "out_of"))
+    minutes = {number: EXERCISES[int(number)].minutes for number in results}
+    shares = [minutes[number] * result["points"] / result["out_of"] for number, result in results.items()]
+    return {"points": points, "out_of": out_of, "percent": round(100 * sum(shares) / sum(minutes.values()), 1)}
 
 
-def _callables():
-    """{module or class: {name: identity}} of the functions, classes and methods of the watched modules."""
-    found = {}
-    for name, module in list(sys.modules.items()):
-        if name.split(".")[0] in WATCHED and not name.startswith(UNWATCHED):
-            found[name] = _identities(module)
-            for key, value in list(vars(module).items()):
-                if isinstance(value, type) and value.__module__.split(".")[0] in WATCHED:
-                    found[f"{value.__module__}.{value.__qualname__}"] = _identities(value)
-    return found
+def nothing(out_of, note):
+    """The marks of an exercise that is not there."""
+    return {"points": 0, "out_of": out_of, "written": False, "notes": [note], "failed": {}}
 
 
-def _identities(holder):
-    found = {key: value for key, value in list(vars(holder).items()) if callable(value)}
-    return {key: (id(f), id(f.__code__)) if isinstance(f, FunctionType) else id(f) for key, f in found.items()}
+def _grade_one(exercise, student, limit, tests):
+    [[file, names]] = exercise.targets.items()
+    if file not in student:
+        return nothing(len(tests), f"there is no {file}")
+    if not is_written(student[file][1], names):
+        return nothing(len(tests), NOT_WRITTEN)
+    marks, started = nothing(len(tests), "") | {"written": True}, time.time()
+    with tempfile.TemporaryDirectory(prefix="answer-", ignore_cleanup_errors=True) as folder:
+        respondent = Respondent(exercise, student, folder, limit)
+        try:
+            unusable = respondent.ready()
+            marks |= {"notes": [printable(unusable)]} if unusable else _run_tests(tests, respondent)
+        except Gone as error:
+            marks["notes"] = [f"{file} does not load: {error}"]
+        finally:
+            respondent.end()
+    return marks | {"seconds": round(time.time() - started, 1)}
 
 
-def _changes(before, after):
-    """Names of what was replaced, removed or added in modules and classes that were there before."""
-    changed = []
-    for holder, names in before.items():
-        now = after.get(holder, {})
-        changed += [f"{holder}.{name}" for name in names.keys() | now.keys() if names.get(name) != now.get(name)]
-    return sorted(changed)
+def _run_tests(tests, respondent):
+    """{"points", "notes", "failed"} of the tests of one exercise. After one without an answer, no more are run."""
+    failed, blamed, notes = {}, [], []
+    before = ANSWERS.set(respondent.ask)
+    for i, (name, test) in enumerate(tests.items()):
+        error = _failure(test)
+        if error is None:
+            continue
+        failed[name] = printable(words(test, str(error), blamed))
+        blamed.append(test.about)
+        if isinstance(error, Gone):
+            left = list(tests)[i + 1 :]
+            failed |= dict.fromkeys(left, "")
+            notes = [f"{error}{f'; {len(left)} tests were not run' if left else ''}"]
+            break
+    ANSWERS.reset(before)
+    return {"points": len(tests) - len(failed), "notes": notes, "failed": failed}
+
+
+def _failure(test):
+    """The exception of a test that fails, or None."""
+    try:
+        test()
+    except (Different, Raised, Gone) as error:
+        return error
+    except Exception as error:  # whatever a test runs into that expects another kind of answer
+        return TypeError(f"an answer of the wrong kind ({type(error).__name__}: {str(error)[:200]})")

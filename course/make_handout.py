@@ -4,12 +4,12 @@
     python course/make_handout.py ../handout --exercises 1-4       these; all else stays as it is
 
 Functions that would give an answer away are blanked, too. course/reference.zip holds the complete files, because the
-tests of one exercise need the functions of the others; it is not a secret, and exercises.md says so. At the end the
-handout is checked: its files import, each exercise's tests fail because it is not written yet, and with the reference
-put back they pass.
+tests of one exercise need the functions of the others; it is not a secret, and exercises.md says so. The folder appears
+once it has been checked: its files import, every exercise is blank, and with the reference put back all tests pass.
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -20,19 +20,36 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from course.exercises import EXERCISES, MODULES, ROOT, chosen
-from course.grade import grade
+from course.ending import ending_in_a_line
+from course.exercises import EXERCISES, MODULES, NOT_WRITTEN, ROOT, chosen
 from course.graft import reference_texts, stubbed
+from course.intake import PAGE
+from course.written import page
 
-COPIED = ("*.md", "*.txt", "*.toml", "*.py", "LICENSE", "assets", "cli", "course", "experiments", "glue", "hub",
-          "peers", "tests/conftest.py")  # fmt: skip
-LEFT_OUT = ("answers.md", "teaching.md", "grade.py", "judge.py", "make_handout.py", ".*", "__pycache__")
+COPIED = ("*.txt", "*.toml", "*.py", "LICENSE", "assets", "cli", "course", "experiments", "glue", "hub", "peers",
+          "tests/conftest.py")  # fmt: skip
+LEFT_OUT = ("answers.md", "teaching.md", "slides.md", "make_handout.py", "make_autograder.py", "hidden.py", ".*",
+            "__pycache__")  # fmt: skip
+README = """# Exercises on SaLoRA
+
+Start with `course/exercises.md`. Set up once, with Python 3.11 or later, then see how far you are:
+
+    pip install -r requirements.txt
+    python course/grade.py .FLAGS
+
+You write in `hard_concrete.py`, `salora.py`, `budget.py`, `course/bare_loop.py` and `answers.md`. All other files are
+as in the repository that this handout was made from.
+"""
 
 
 def make_handout(out, exercises):
     """Write the handout into a new folder."""
     texts = reference_texts()
     out.mkdir(parents=True)
+    flags = f" --exercises {','.join(str(exercise.number) for exercise in exercises)}"
+    readme = README.replace("FLAGS", flags if len(exercises) < len(EXERCISES) else "")
+    (out / "README.md").write_text(readme, encoding="utf-8")
+    (out / PAGE).write_text(page(exercises), encoding="utf-8")
     for source in [path for pattern in COPIED for path in ROOT.glob(pattern)]:
         copy = out / source.relative_to(ROOT)
         if source.is_dir():
@@ -60,21 +77,23 @@ def blanks(exercises):
 
 
 def check_handout(out, exercises):
-    """Raises RuntimeError if the handout does not do what it should."""
+    """Raises ValueError if the handout does not do what it should."""
+    from course import judge  # only here: the processes that answer import this file, and nothing of the judge's
+
+    judge.prepare()
     modules = ", ".join(file.removesuffix(".py").replace("/", ".") for file in MODULES)
     done = subprocess.run([sys.executable, "-B", "-c", f"import {modules}"], cwd=out, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"the handout does not import: {done.stderr.strip().splitlines()[-1]}")
-    for number, result in grade(out, exercises)["exercises"].items():
-        wrong = [words for words in result["failed"].values() if "not written yet: Exercise" not in words]
-        if result["points"] or result["notes"] or wrong or len(result["failed"]) != result["out_of"]:
-            raise RuntimeError(f"exercise {number}: its tests should fail as not written yet, but {result}")
+        raise ValueError(f"the handout does not import: {done.stderr.strip().splitlines()[-1]}")
+    for number, marks in judge.grade(out, exercises)["exercises"].items():
+        if marks["notes"] != [NOT_WRITTEN]:
+            raise ValueError(f"exercise {number}: it should be blank, but {marks}")
     with tempfile.TemporaryDirectory() as folder:
         for file, text in reference_texts().items():
             (Path(folder) / Path(file).name).write_text(text, encoding="utf-8")
-        for number, result in grade(folder, exercises)["exercises"].items():
-            if result["points"] != result["out_of"]:
-                raise RuntimeError(f"exercise {number}: the reference should pass, but {result}")
+        for number, marks in judge.grade(folder, exercises)["exercises"].items():
+            if marks["points"] != marks["out_of"]:
+                raise ValueError(f"exercise {number}: the reference should pass, but {marks}")
 
 
 def main(argv=None):
@@ -82,18 +101,20 @@ def main(argv=None):
     parser.add_argument("out", type=Path, help="a folder that does not exist yet")
     parser.add_argument("--exercises", type=chosen, default=EXERCISES.values(), metavar="1-4", help="default: all")
     args = parser.parse_args(argv)
-    if args.out.exists():
+    if os.path.lexists(args.out):
         parser.error(f"{args.out} exists: name a new folder")
     if args.out.resolve().is_relative_to(ROOT):
         parser.error(f"{args.out} lies inside the repository: name a folder outside it")
-    make_handout(args.out, args.exercises)
-    numbers = ", ".join(str(exercise.number) for exercise in args.exercises)
-    print(f"{args.out}: exercises {numbers} are blank. Checking that they fail, and pass with the reference ...")
-    try:
-        check_handout(args.out, args.exercises)
-    except RuntimeError as error:
-        parser.error(str(error))
-    print("The handout is ready.")
+    if not args.out.parent.is_dir():
+        parser.error(f"{args.out}: there is no folder {args.out.parent}")
+    with ending_in_a_line("make_handout.py"), tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
+        folder = Path(folder) / args.out.name
+        make_handout(folder, args.exercises)
+        numbers = ", ".join(str(exercise.number) for exercise in args.exercises)
+        print(f"{args.out}: exercises {numbers} are blank. Checking that the reference passes their tests ...")
+        check_handout(folder, args.exercises)
+        folder.rename(args.out)
+        print("The handout is ready.")
 
 
 if __name__ == "__main__":

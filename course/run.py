@@ -13,6 +13,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from course.ending import ending_in_a_line
 from course.exercises import EXERCISES, FILES, ROOT
 from course.graft import Unusable, functions_of, graft, is_stub, place_of, reference_texts
 
@@ -23,32 +24,33 @@ def mine(folder=ROOT):
     Call it before anything of the repository is imported. Returns a line that says whose functions these are. Raises
     Unusable for a file that does not load.
     """
-    paths, written = written_in(Path(folder))
-    graft(reference_texts(), written, paths)
+    student, written = written_in(Path(folder))
+    graft(reference_texts(), written, student)
     names = [name for names in written.values() for name in names]
     every = sum(len(names) for exercise in EXERCISES.values() for names in exercise.targets.values())
     return f"{len(names)} of {every} functions from {folder}: {', '.join(names) or 'none'}; the others: reference"
 
 
 def written_in(folder):
-    """({file: path}, {file: functions}) of the exercises' functions that are written in a folder.
+    """({file: (path, text)}, {file: functions}) of the exercises' functions that are written in a folder.
 
     Raises Unusable for a file that is not Python.
     """
-    paths, written = {}, {}
+    student, written = {}, {}
     for file in FILES:
         place = place_of(file, folder)
         if place is None:
             continue
+        text = place.read_bytes()
         try:
-            nodes = functions_of(place.read_text(encoding="utf-8"))
+            nodes = functions_of(text)
         except SyntaxError as error:
             raise Unusable(f"{file}, line {error.lineno}: {error.msg}") from None
         asked = [name for exercise in EXERCISES.values() for name in exercise.targets.get(file, ())]
         names = [name for name in asked if name in nodes and not is_stub(nodes[name])]
         if names:
-            paths[file], written[file] = place, names
-    return paths, written
+            student[file], written[file] = (str(place), text), names
+    return student, written
 
 
 def main(argv=None):
@@ -57,13 +59,14 @@ def main(argv=None):
     args, flags = parser.parse_known_args(argv)
     if not args.folder.is_dir():
         parser.error(f"there is no folder {args.folder}")
-    try:
-        print(mine(args.folder.resolve()), flush=True)
-    except Unusable as error:
-        parser.error(str(error))
-    import train_glue_mini  # only now: it imports what `mine` has put into place
+    with ending_in_a_line("run.py"):
+        try:
+            print(mine(args.folder.resolve()), flush=True)
+        except Unusable as error:
+            parser.error(str(error))
+        import train_glue_mini  # only now: it imports what `mine` has put into place
 
-    return train_glue_mini.main(flags)
+        return train_glue_mini.main(flags)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,10 @@ OPEN = "prob_above(log_theta, 0.0, tau, gamma, zeta)"
 MEDIAN = "(torch.sigmoid(log_theta / tau) * (zeta - gamma) + gamma).clamp(0, 1)"
 MEAN = "torch.stack(terms).sum(0)"
 
+ROWS = ("__import__('hard_concrete').sample_gate(self.gate.log_theta, torch.rand_like(h)) "
+        "if self.training and self.gate.state == 'free' else self.gate()")  # fmt: skip
+WINDOW = '    if schedule.phase(step) == "window":\n'
+
 WRONG = [  # (exercise, what the student thought, function, text that the reference has once, what is there instead)
     (1, "the sign of the logarithm", "prob_open", OPEN, "torch.sigmoid(log_theta + tau * log(-gamma / zeta))"),
     (1, "the probability of a closed gate", "prob_open", OPEN, f"1 - {OPEN}"),
@@ -57,6 +61,65 @@ WRONG = [  # (exercise, what the student thought, function, text that the refere
     (9, "the task's gradient goes", "after_backward", "penalty = beta", "layers[0].A.grad = None\n    penalty = beta"),
     (9, "lambda climbs in every phase", "after_step", "        lagrangian.ascend()", "    lagrangian.ascend()"),
     (9, "decided twice", "finish", "if schedule.T_end == total_steps:", "if True:"),
+    # Subtle ones, all of which had full marks once or could have had
+    (1, "tau multiplies everything", "prob_open", OPEN, "torch.sigmoid(tau * (log_theta - log(-gamma / zeta)))"),
+    (1, "no gradient", "prob_open", OPEN, f"{OPEN}.detach()"),
+    (2, "clamped to the stretched interval", "sample_gate", "s.clamp(0, 1)", "s.clamp(gamma, zeta)"),
+    (2, "the constants instead of the arguments", "sample_gate", "* (zeta - gamma) + gamma\n", "* 1.2 - 0.1\n"),
+    (2, "a noise that learns", "sample_gate", "torch.logit(u) + log_theta", "torch.logit(u) + log_theta.detach()"),
+    (3, "no temperature", "median_gate", "torch.sigmoid(log_theta / tau) * (zeta", "torch.sigmoid(log_theta) * (zeta"),
+    (3, "a coarse grid", "mean_gate", MEAN,
+     "sum(sample_gate(log_theta, torch.tensor((i + 0.5) / 10), tau, gamma, zeta) for i in range(10)) / 10"),
+    (3, "the constants in the mean", "mean_gate", "(x + 1) / 2, tau, gamma, zeta) for", "(x + 1) / 2, tau) for"),
+    (4, "gates are squared", "SaLoRALinear.forward", "self.gate())", "self.gate() ** 2)"),
+    (4, "the gate gets no gradient", "SaLoRALinear.forward", "self.gate())", "self.gate().detach())"),
+    (4, "a noise for every row", "SaLoRALinear.forward", "self.gate())", f"({ROWS}))"),
+    (4, "noise in the matrix", "SaLoRALinear.delta", "self.gate.settled().to(self.B.dtype)) @",
+     "self.gate().to(self.B.dtype)) @"),
+    (4, "the rank of now in the matrix", "SaLoRALinear.delta", "return self.scale * (self.B",
+     "return self.alpha / max(self.r, 1) * (self.B"),
+    (4, "the matrix of inputs by outputs", "SaLoRALinear.delta", "to(self.B.dtype)) @ self.A",
+     "to(self.B.dtype) @ self.A).T"),
+    (5, "the identity of the rank at creation", "orthogonality", "torch.eye(layer.r, ", "torch.eye(layer.r0, "),
+    (5, "a constant", "orthogonality", "return total", "return total.detach()"),
+    (5, "A does not count", "orthogonality", " + (layer.A @ layer.A.T - I).square().sum()", ""),
+    (5, "smallest first", "canonicalize", "svd(Rb @ Ra.T, full_matrices=False)",
+     "svd(Rb @ Ra.T, full_matrices=False)\n    U, S, Vt = U.flip(1), S.flip(0), Vt.flip(0)"),
+    (5, "another Parameter", "canonicalize", "(Vt @ Qa.T)",
+     "(Vt @ Qa.T)\n    layer.A = nn.Parameter(layer.A.detach().clone())"),
+    (6, "a dict is not thought of", "total_parameters", "for layer in layer_list(layers))", "for layer in layers)"),
+    (6, "gates that are held or fixed are free", "expected_density", "layer.gate.open_probability()",
+     "prob_open(layer.gate.log_theta)"),
+    (6, "gates with noise", "kept_density", "(layer.gate.settled() > 0).sum()) * layer",
+     "(layer.gate() > 0).sum()) * layer"),
+    (6, "the share of what is left", "kept_density", "kept / total_parameters(layers)",
+     "kept / max(1, sum(layer.r * layer.triplet_size for layer in layers))"),
+    (7, "lists of bools", "best_within_budget", "    return masks", "    return [mask.tolist() for mask in masks]"),
+    (7, "the budget of what is left", "best_within_budget", "affordable(budget, total_parameters(layers))",
+     "affordable(budget, sum(layer.r * layer.triplet_size for layer in layers))"),
+    (7, "ties go to the later layer", "best_within_budget", "key=lambda t: -t[0]", "key=lambda t: (-t[0], -t[1])"),
+    (7, "the largest value per parameter", "best_within_budget", "key=lambda t: -t[0]",
+     "key=lambda t: -t[0] / layers[t[1]].triplet_size"),
+    (8, "only above the target", "Lagrangian.forward", "(C - self.target) **", "(C - self.target).clamp(min=0) **"),
+    (8, "lambda gets no gradient", "Lagrangian.forward", "self.lam[0] *", "self.lam[0].detach() *"),
+    (8, "another Parameter", "Lagrangian.ascend", "self.lam.clamp_(min=0)",
+     "self.lam = nn.Parameter(self.lam.clamp(min=0))"),
+    (8, "a projection of each layer", "project", "    log_theta = torch.cat(", "    for layer in layers[1:]:\n        "
+     "project([layer], density)\n    layers = layers[:1]\n    log_theta = torch.cat("),
+    (9, "decided a step late", "before_step", "if step == schedule.T_end:", "if step == schedule.T_end + 1:"),
+    (9, "gates are not released", "before_step", "            layer.gate.release()\n", ""),
+    (9, "a draw for every layer", "before_step", "        resample(layers, noise)",
+     "        for layer in layers:\n            resample([layer], noise)"),
+    (9, "a projection beside the noise", "before_step", "        resample(layers, noise)",
+     "        __import__('budget').project(layers, budget)\n        resample(layers, noise)"),
+    (9, "a projection beside the gradient", "after_backward", "    penalty.backward()",
+     "    __import__('budget').project(layers, 0.5)\n    penalty.backward()"),
+    (9, "a penalty in the window alone", "after_backward", "    penalty.backward()",
+     "    if schedule.phase(step) == 'window':\n        penalty.backward()"),
+    (9, "C is a constant", "after_backward", "expected_density(layers))", "expected_density(layers).detach())"),
+    (9, "gradients of gates add up", "after_step", "gate_optimizer.zero_grad()", "pass"),
+    (9, "gates move in every phase", "after_step", f"{WINDOW}        gate_optimizer.step()\n",
+     f"    gate_optimizer.step()\n{WINDOW}"),
 ]  # fmt: skip
 
 RIGHT = [  # what the hints recommend: (exercise, style, text of the reference, another that is as right)
@@ -70,57 +133,107 @@ u = (torch.arange(5000, dtype=log_theta.dtype) + 0.5) / 5000
     layer.A.zero_()[:n] = S[:n].sqrt()[:, None] * Vt[:n]
     return
     (Qb, Rb), (Qa, Ra) = """),
+    (2, "a logit by hand", "torch.logit(u)", "(torch.log(u) - torch.log1p(-u))"),
+    (4, "einsum", "F.linear(h, self.B.to(h.dtype))", "torch.einsum('...r,dr->...d', h, self.B)"),
+    (7, "sorted, then reversed, with ties in order", "key=lambda t: -t[0]", "key=lambda t: t[0], reverse=True"),
+    (8, "other data in the same Parameter", "self.lam.clamp_(min=0)", "self.lam.data = torch.relu(self.lam.data)"),
 ]  # fmt: skip
 
-BODY = """import builtins, ctypes, math, os, shutil, socket, subprocess, sys, threading
-import course.checking, pytest, torch
+BODY = """import ctypes, gc, json, math, os, signal, socket, sqlite3, subprocess, sys, threading, time
+import torch
 {top}
 def prob_open(log_theta, tau=1.0, gamma=-0.1, zeta=1.1):
     {first}
     return torch.sigmoid(log_theta - tau * math.log(-gamma / zeta))
 """
 
-FORBIDDEN = """
-for attempt in (
-    lambda: os.remove(PRIZE), lambda: shutil.rmtree(os.path.dirname(PRIZE)), lambda: os.rename(PRIZE, "mine"),
-    lambda: open(PRIZE, "w"), lambda: open("/etc/passwd"), lambda: course.graft.reference_texts(),
-    lambda: subprocess.run(["true"]), lambda: os.system("true"), lambda: os.fork() or os._exit(0),
-    lambda: os.kill(os.getppid(), 0), lambda: ctypes.CDLL(None), lambda: socket.create_connection(("127.0.0.1", 9)),
-    lambda: threading.Thread(target=threading.Event().wait).start(), lambda: print("x" * 300_000_000),
+TRESPASS = """
+parent, beside = os.getppid(), os.path.join(os.path.dirname(PRIZE), "beside")
+def call(name, *args):
+    if getattr(ctypes.CDLL(None), name)(*args) < 0:
+        raise OSError
+attempts = [
+    lambda: os.remove(PRIZE), lambda: os.rename(PRIZE, "mine"), lambda: open(PRIZE, "w"), lambda: os.truncate(PRIZE, 0),
+    lambda: open("/etc/passwd"), lambda: open(REFERENCE), lambda: os.listdir(os.path.dirname(REFERENCE)),
+    lambda: os.listdir(os.path.join(os.path.dirname(REFERENCE), "tests")),
+    lambda: torch.from_file(REFERENCE, size=100, dtype=torch.uint8), lambda: torch.save([1], beside),
+    lambda: torch.from_file(beside, shared=True, size=4), lambda: torch.from_file(PRIZE, shared=True, size=4).fill_(0),
+    lambda: sqlite3.connect(beside).execute("create table t (x)"), lambda: os.mkfifo(beside), lambda: os.mkdir(beside),
+    lambda: os.symlink("/", beside), lambda: subprocess.run(["true"]), lambda: os.spawnv(os.P_WAIT, "/bin/true", ["t"])
+    and 1 / 0, lambda: os.kill(parent, 0), lambda: socket.create_connection(("127.0.0.1", 9)),
+    lambda: call("unlink", PRIZE.encode()), lambda: call("creat", beside.encode(), 0o666),
     lambda: open("big", "wb").write(bytes(2**25)),
-):
+]
+done = []
+for i, attempt in enumerate(attempts):
     try:
         attempt()
-    except OSError:
+        done.append(i)
+    except (OSError, RuntimeError, ZeroDivisionError, sqlite3.Error):
         pass
+assert not done, done
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+print("x" * 300_000_000)
 """
-REFUSED = "ctypes os.fork os.kill os.remove os.rename os.system read read shutil.rmtree socket subprocess write".split()
 
-REPLACED = """
-course.checking.same.__code__ = (lambda *a, **k: None).__code__
-torch.Tensor.tolist = lambda x: [0.0]
-torch.as_tensor = lambda x: torch.zeros(1)
-builtins.all = lambda x: True
+FORGED = """
+import course.checking
+from unittest.mock import MagicMock
+for name in ("same", "holds", "learned", "_near", "Different", "show", "about"):
+    setattr(course.checking, name, MagicMock(return_value=True))
+frame = sys._getframe()
+while frame:
+    frame.f_locals.update(expected=None, points=7, passed=True)
+    frame = frame.f_back
+torch.Tensor.__eq__ = torch.Tensor.__ne__ = torch.equal = torch.allclose = lambda *_: True
 """
-CHANGED = "builtins.all, course.checking.same, torch.Tensor.tolist, torch.as_tensor"
+
+GARBAGE = """
+sockets = [fd for fd in range(3, 1000) if os.path.exists(f"/dev/fd/{fd}") or True]
+def write(text):
+    for fd in sockets:
+        try:
+            os.write(fd, text)
+        except OSError:
+            pass
+"""
 
 TRICKS = """
-liar = type("Liar", (torch.Tensor,), {"tolist": lambda self: 11 / 12})
+liar = type("Liar", (torch.Tensor,), {"tolist": lambda self: 11 / 12, "__eq__": lambda *_: True})
 recursion = lambda x: recursion(x)
-tricks = [lambda _: pytest.skip(), lambda _: pytest.xfail(), lambda _: sys.exit(0), lambda _: {}["x" * 1000_000],
-          recursion, lambda _: [bytearray(2**30) for _ in range(1000)], lambda x: x.as_subclass(liar)]
+def raises(error):
+    raise error
+nest = []
+for _ in range(100_000):
+    nest = [nest]
+tricks = [lambda _: raises(ValueError("\\ud800 \\x1b[31m\\x07")), lambda _: sys.exit(0), lambda _: {}["x" * 1000_000],
+          recursion, lambda _: bytearray(2**33), lambda x: x.as_subclass(liar), lambda _: nest]
 """
 
-HOSTILE = {  # what it does: (points, what each note says, code at import, first line of prob_open)
-    "tries whatever it should not, and is right": (7, REFUSED, FORBIDDEN, ""),
-    "replaces functions of the checks, torch and Python": (0, [CHANGED], REPLACED, "return log_theta"),
-    "has another trick in every test": (0, [], TRICKS, "return tricks.pop()(log_theta)"),
-    "ends the process": (0, ["ended before"], "", "os._exit(0)"),
-    "asks pytest to stop": (0, ["ended before"], "", "pytest.exit('done', 0)"),
-    "never comes to an end": (0, ["not finished after"], "", "while True: print('x' * 1000_000)"),
+FOREVER = """
+if os.fork() == 0:
+    os.setsid()
+    time.sleep(3)
+    os._exit(0)
+"""
+
+HOSTILE = {  # what it does: (points, the note or None, code at import, first line of prob_open)
+    "trespasses, and is right": (7, None, TRESPASS, ""),
+    "forges everything in its own process, and is wrong": (0, None, FORGED, "return log_theta"),
+    "has another trick in every test": (0, None, TRICKS, "return tricks.pop()(log_theta)"),
+    "ends the process": (0, "the process ended before it answered", "", "os._exit(0)"),
+    "kills itself": (0, "the process ended before it answered", "", "os.kill(os.getpid(), signal.SIGKILL)"),
+    "loops for ever": (0, "too slow, or an endless loop: not finished after 1 s", "", "while True: pass"),
+    "writes where answers go": (0, "something else was written", GARBAGE, "write(b'[1]' + bytes([10]))"),
+    "writes a nest of brackets": (0, "something else was written", GARBAGE, "write(b'[' * 100_000 + bytes([10]))"),
+    "writes without an end": (0, "the process ended before it answered", GARBAGE, "while True: write(b'x' * 2**16)"),
+    "waits": (0, "no answer within 1 s:", "", "time.sleep(1000)"),
+    "leaves a child that waits": (0, "no answer within 1 s:", FOREVER, "os._exit(0)"),
 }
+PATIENT = ("kills itself", "writes a nest of brackets", "writes without an end", "waits", "leaves a child that waits")
 
 
-def hostile(top, first, prize):
-    """The text of such a submission. prize: the path of a file that must survive."""
-    return BODY.replace("{top}", top).replace("{first}", first or "pass").replace("PRIZE", repr(str(prize)))
+def hostile(top, first, prize, reference):
+    """The text of such a submission. prize: a file that must survive. reference: one that must not be read."""
+    text = BODY.replace("{top}", top).replace("{first}", first or "pass")
+    return text.replace("PRIZE", repr(str(prize))).replace("REFERENCE", repr(str(reference)))

@@ -4,8 +4,9 @@ import math
 
 import torch
 
-from course.checking import about, f64, learns, same
-from hard_concrete import prob_open, sample_gate
+from course.checking import about, f64, learned, same
+from course.questions import derivative, prob_open
+from hard_concrete import sample_gate
 
 
 @about("prob_open", "8")
@@ -43,9 +44,6 @@ def test_it_is_the_share_of_noise_for_which_the_sampled_gate_is_above_zero():
 
 @about("prob_open", "8")
 def test_its_gradient_reaches_log_theta():
-    log_theta = f64([1.0]).requires_grad_()
-    p = prob_open(log_theta)
-    learns(p, "prob_open(log_theta)", "log_theta")
-    p.sum().backward()
+    slope = learned(derivative("prob_open", f64([1.0])), "prob_open(log_theta)", "log_theta")
     odds = 11 * math.e
-    same(log_theta.grad, [odds / (1 + odds) ** 2], "the derivative of prob_open at 1.0: p (1 - p)")
+    same(slope, [odds / (1 + odds) ** 2], "the derivative of prob_open at 1.0: p (1 - p)")
