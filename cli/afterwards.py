@@ -16,7 +16,7 @@ from hub.checkpoints import read_torch
 from hub.peft import export_peft
 from hub.roberta import hub_name, save_pretrained
 from hub.tokenizers import copy_tokenizer
-from peers import METHODS
+from peers import METHODS, made_plain
 from salora import merge, salora_layers
 
 
@@ -70,7 +70,7 @@ def export(settings, folder, summary):
     """
     if METHODS[settings.method].adds_modules:
         raise ValueError(f"--method {settings.method} adds modules to the encoder, which no checkpoint has room for")
-    model, _ = reopen(settings, folder, summary)
+    model = made_plain(reopen(settings, folder, summary)[0])
     written = {}
     if salora_layers(model):
         names = partial(hub_name, model_type=model.encoder.config.model_type)
