@@ -19,6 +19,12 @@ from hub.tokenizers import copy_tokenizer
 from peers import METHODS, made_plain
 from salora import merge, salora_layers
 
+# What transformers and peft call our NF4
+IN_4_BITS = (
+    "quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', "
+    "bnb_4bit_use_double_quant=True, llm_int8_skip_modules=['classifier'])"
+)
+
 
 @torch.no_grad()
 def predict(model, rows, device, batch_of=batch_of):
@@ -77,6 +83,8 @@ def export(settings, folder, summary):
         export_peft(model, folder / "peft", names, base_model=settings.weights, task_type="SEQ_CLS")
         written["peft"] = str(folder / "peft")
         print(f"{folder}/peft: an adapter for peft.AutoPeftModelForSequenceClassification.from_pretrained")
+        if settings.quantize:
+            print(f"it belongs onto a base in 4 bits: {IN_4_BITS}")
     save_pretrained(merge(model), folder / "merged")
     copy_tokenizer(settings.weights, folder / "merged")
     written["merged"] = str(folder / "merged")
