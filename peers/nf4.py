@@ -30,7 +30,7 @@ def nf4_levels():
 
     Sixteen equal steps of probability would have no level at 0, which many weights are near to. So the negative half
     has 8 quantiles, the positive half 9, and 0 is the last of one and the first of the other. Quantiles of 0 and 1 are
-    infinite: the outermost probabilities stay off them by half a step, the mean of 1/2 1/15 and 1/2 1/16.
+    infinite: the outermost probabilities stay off them by half a step, the mean of that of 15 and that of 16 steps.
     """
     edge = (1 / 32 + 1 / 30) / 2
     negative = torch.linspace(edge, 0.5, 8, dtype=torch.float64)  # probabilities

@@ -221,6 +221,33 @@ def test_alora_scores_by_the_negative_loss_of_rows_that_it_does_not_train_on(go,
     go("--method", "alora", "--rank", 2, "--steps", 12, "--dropout", 0.5)
 
 
+def test_child_tuning_chooses_its_weights_by_the_loss_of_every_training_row(go, monkeypatch):
+    fine_tune = train_glue_mini.fine_tune
+
+    def watched(model, rows, optimizer, allocator, **more):
+        losses = list(allocator.losses())
+        inputs, labels = train_glue_mini.batch_of(rows, model, "cpu")
+        whole = torch.nn.functional.cross_entropy(model(*inputs), labels).item()
+        assert len(losses) == 6 and torch.stack(losses).mean().item() == pytest.approx(whole), "six batches of 8 rows"
+        return fine_tune(model, rows, optimizer, allocator, **more)
+
+    monkeypatch.setattr(train_glue_mini, "fine_tune", watched)
+    go("--method", "child-tuning", "--steps", 2, "--dropout", 0)
+
+
+def test_the_quantized_base_of_a_run_is_part_of_its_fingerprint(go, tmp_path, tiny_weights, capsys):
+    """Its codes count as frozen weights; and ranks are decided over it as over any base."""
+    summary = go("--quantize", "nf4", "--out", tmp_path / "run")
+    plain = go("--out", tmp_path / "plain")
+    assert summary["frozen_digest"] != plain["frozen_digest"]
+    assert summary["density_kept"] <= 0.5 and summary["adapter_params_total"] == plain["adapter_params_total"]
+    assert json_of(tmp_path / "run", "settings")["quantize"] == "nf4"
+    qlora = go("--method", "qlora", "--out", tmp_path / "qlora")
+    settings = json_of(tmp_path / "qlora", "settings")
+    assert (settings["quantize"], settings["precision"]) == ("nf4", "bf16")
+    assert qlora["frozen_digest"] == summary["frozen_digest"]
+
+
 # Phases
 
 
@@ -307,8 +334,8 @@ def calm(tmp_path_factory):
     return folder
 
 
-# What decides in an allocator: gates by gradient and noise, the sensitivity of gradients, a score of its own
-DECIDING = ["--recipe paper", "--method adalora", "--method alora"]
+# What decides: gates by gradient and noise, the sensitivity of gradients, a score, Fisher information, trained masks
+DECIDING = ["--recipe paper", "--method adalora", "--method alora", "--method child-tuning", "--method propelt-lora"]
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +401,7 @@ def test_two_processes_train_like_one_and_only_the_first_speaks(tmp_path, calm, 
     assert done.stdout.count("at exit:") == 2 and "gloo" not in done.stdout
     for flags, folder in runs.items():
         assert_like(alone[flags], folder, json_of(folder))
-        assert names(folder) == FILES
+        assert names(folder) == [name for name in FILES if name != "ranks.png" or json_of(folder)["ranks"]]
 
 
 @pytest.mark.parametrize("method", ["salora", "prefix"])
