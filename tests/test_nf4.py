@@ -10,6 +10,7 @@ from strategies import assert_close, generator, seeds
 from test_tiny_transformer import small_encoder
 from torch import nn
 
+from cli.setup import frozen_digest
 from peers import TARGETS, install, made_plain
 from peers.nf4 import BLOCK, NF4Linear, dequantize, dynamic_levels, nf4_levels, pack, quantize, unpack
 from salora import adapt, merge, salora_layers
@@ -81,7 +82,7 @@ def test_what_comes_back_is_off_by_half_the_widest_gap_at_most_and_0_and_the_lar
     back = dequantize(codes, c, nf4_levels(), BLOCK)
     largest = c.repeat_interleave(BLOCK)[: len(x)]
     assert ((back - x).abs() <= largest * (nf4_levels().diff().max() / 2 + 1e-6)).all()
-    assert torch.equal(back[x == 0], x[x == 0])
+    assert torch.equal(back[x == 0], x[x == 0]) and (codes[x == 0] == 7).all()
     assert torch.equal(back[x.abs() == largest], x[x.abs() == largest])
 
 
@@ -132,6 +133,16 @@ def test_a_layer_of_any_shape_computes_with_the_weights_that_its_codes_stand_for
     [theirs] = torch.autograd.grad(plain(x), x, weights)
     assert_close(ours, theirs, d)
     assert not any(p.requires_grad for name, p in layer.named_parameters() if name != "bias")
+
+
+def test_all_parts_of_a_layer_count_as_frozen_weights_of_a_run():
+    """A run goes on, or is opened again, only over the same ones."""
+    model = nn.Sequential(NF4Linear(linear(6, 4)))
+    digests = [frozen_digest(model)]
+    for part in ("codes", "c_codes", "c_scales", "c_mean"):
+        getattr(model[0], part).data += 1
+        digests.append(frozen_digest(model))
+    assert len(set(digests)) == 5
 
 
 def test_between_forward_and_backward_no_weight_is_kept():

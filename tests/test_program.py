@@ -246,6 +246,9 @@ def test_the_quantized_base_of_a_run_is_part_of_its_fingerprint(go, tmp_path, ti
     settings = json_of(tmp_path / "qlora", "settings")
     assert (settings["quantize"], settings["precision"]) == ("nf4", "bf16")
     assert qlora["frozen_digest"] == summary["frozen_digest"]
+    for method in LOW_RANK:
+        other = go("--quantize", "nf4", "--method", method, "--steps", 8)
+        assert other["frozen_digest"] == summary["frozen_digest"] and other["ranks"], method
 
 
 # Phases
