@@ -4,10 +4,10 @@
     W <- W - M * eta dL/dW        M is 1 for the share p of weights with the largest Fisher information, and never moves
 
 The Fisher information of a weight is estimated as the sum of (dL/dw)^2 over the training data. As in the authors' code,
-L is the loss of a batch rather than of a row, which makes the estimate as cheap as one epoch, and all matrices of all
-blocks compete for the share p; embeddings and the head train whole. All forward passes use all weights.
+L is the loss of a batch rather than of a row, so that the estimate costs no more than an epoch, and all weights of all
+blocks compete for the share p, while embeddings and the head train whole.
 
-Adam and weight decay would move a weight whose gradient is 0; here the weights outside M keep their value.
+Weight decay moves a weight whose gradient is 0, too; here the weights outside M keep their value.
 Left out: Child-Tuning_F, whose M is drawn anew in every step, and clipping of the gradients that are squared.
 """
 

@@ -1,7 +1,7 @@
 """ProPELT: one prototype for all layers, and for every layer a trained mask (Zeng et al., ACL 2023, arXiv 2305.17682,
 where it is called ProPETL).
 
-    theta_i = theta * m_i        m_i in {0, 1}, 1 for the share k of entries with the largest scores |s_i|
+    theta_i = theta * m_i        m_i in {0, 1}, 1 for the share k of entries with the largest |s_i|, the scores of layer i
 
 The prototype theta is what a single layer would have: an adapter, a prefix or a pair of LoRA matrices. Prototype and
 scores train together; the gradient reaches s_i straight through, as if m_i were |s_i|. What a finished task needs is
@@ -37,7 +37,10 @@ def mask_of(s, share):
 
 
 class Mask(nn.Module):
-    """The mask of one tensor of a prototype in one layer. kind: "adapter", "prefix" or "lora"."""
+    """The mask of one tensor of a prototype in one layer. kind: "adapter", "prefix" or "lora".
+
+    Without SPEED scores start uniform within 1 / sqrt(k), k the last dimension, about as in the authors' code.
+    """
 
     def __init__(self, p, kind):
         super().__init__()
@@ -67,7 +70,10 @@ class MaskedAdapter(nn.Module):
 
 
 def propelt_adapter(model, m):
-    """Freeze the encoder, and put masks of one adapter of m units where `pfeiffer` puts adapters."""
+    """Freeze the encoder, and put masks of one adapter of m units where `pfeiffer` puts adapters.
+
+    2 d m + d + m train, and 2 d m scores per block.
+    """
     encoder = model.encoder.requires_grad_(False)
     prototype = Adapter(nn.Identity(), encoder.config.hidden_size, m)
     for block in encoder.layers:
@@ -78,6 +84,8 @@ def propelt_adapter(model, m):
 
 
 class Prefix(nn.Module):
+    """Keys (l, d) and values (l, d)."""
+
     def __init__(self, l, d, std):
         super().__init__()
         self.key, self.value = (nn.Parameter(torch.randn(l, d) * std) for _ in range(2))
@@ -99,7 +107,7 @@ class MaskedPrefixBlock(PrefixBlock):
 
 
 def propelt_prefix(model, l):
-    """Freeze the encoder, and give every block masks of one prefix of l vectors."""
+    """Freeze the encoder, and give every block masks of one prefix of l vectors. 2 l d train, and as many per block."""
     layers, config = model.encoder.requires_grad_(False).layers, model.encoder.config
     prototype = Prefix(l, config.hidden_size, config.initializer_range)
     for i, block in enumerate(layers):
@@ -142,7 +150,10 @@ class MaskedLoRA(nn.Module):
 
 
 def propelt_lora(model, r):
-    """Freeze the encoder, and give every matrix masks of a pair of rank r that all matrices of its name share."""
+    """Freeze the encoder, and give every matrix masks of a pair of rank r that all matrices of its name share.
+
+    What one block's LoRA has trains, and as many scores per block.
+    """
     layers = model.encoder.requires_grad_(False).layers
     for name in ("query", "key", "value", "out", "up", "down"):  # the paper: query and value
         first = getattr(layers[0], name)

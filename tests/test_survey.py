@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -128,6 +129,16 @@ def test_child_tuning_changes_the_chosen_weights_of_the_blocks_and_no_others():
     for (name, p), old in zip(loop.model.named_parameters(), before.parameters(), strict=True):
         moved = p != old
         assert torch.equal(moved, chosen[name]) if name in chosen else moved.any(), name
+
+
+@pytest.mark.equation("child-tuning")
+def test_child_tuning_chooses_what_its_authors_choose_but_for_rounding():
+    """They take what is not below the percentile 100 (1 - p)."""
+    model = encoder().eval()
+    total = fisher_information(list(model.encoder.layers.parameters()), losses_of(model)())
+    threshold = np.percentile(torch.cat([f.flatten() for f in total]).numpy(), (1 - 0.3) * 100)
+    differ = [(f >= threshold) != M for f, M in zip(total, largest(total, 0.3), strict=True)]
+    assert sum(int(d.sum()) for d in differ) <= 1
 
 
 @pytest.mark.equation("child-tuning")
