@@ -1,15 +1,15 @@
 """NF4, four bits per weight, and linear layers that hold their weights in it (QLoRA: Dettmers et al., NeurIPS 2023,
 arXiv 2305.14314, section 3).
 
-Trained weights are about normal with mean 0. So the 16 levels are quantiles of the normal distribution, stretched to
-[-1, 1]: each of them stands for about as many weights as any other. W is cut into blocks of 64 entries, and an entry is
-kept as the index of the level that is nearest to it once its block is divided by its largest absolute value, c:
+Pre-trained weights are about normal with mean 0. So the 16 levels are quantiles of the normal distribution, stretched
+to [-1, 1]: each of them stands for about as many weights as any other. W is cut into blocks of 64 entries, and an entry
+is kept as the index of the level that is nearest to it once its block is divided by its largest absolute value, c:
 
     W ~ c levels[codes]         4 bits for a code; 8 bits for c, which is quantized itself; 32 bits for 256 values of c
 
-That is 4 + 8/64 + 32/(64 256) = 4.127 bits per weight. QLoRA is LoRA on such a base, computed in bfloat16; any other
-method with triplets can have one, too. Codes and levels are those of bitsandbytes, which does all of this on a GPU
-without ever writing W down. Left out: that, FP4, paged optimizers.
+That is 4 + 8/64 + 32/(64 256) = 4.127 bits per weight. QLoRA is LoRA on such a base, computed in bfloat16; here any
+other method with triplets can have such a base, too. Levels and codes are those of bitsandbytes.
+Left out: kernels that multiply by W without writing it down, FP4, paged optimizers.
 """
 
 from functools import cache
@@ -80,13 +80,13 @@ def unpack(packed, n):
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear layer, d outputs and k inputs, whose W is dequantized in every forward and backward pass."""
+    """A linear layer, d outputs and k inputs, whose frozen W is dequantized in every forward and backward pass."""
 
     def __init__(self, linear):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         codes, c = quantize(linear.weight, nf4_levels(), BLOCK)
-        mean = c.mean()  # c is positive, but its levels are not: without the mean both signs are used
+        mean = c.mean()  # without it c would be positive, and half of its levels would never be used
         c_codes, c_scales = quantize(c - mean, dynamic_levels(), BLOCK_2)
         parts = {"codes": pack(codes), "c_codes": c_codes, "c_scales": c_scales, "c_mean": mean}
         for name, value in parts.items():

@@ -1,7 +1,7 @@
 """ProPELT: one prototype for all layers, and for every layer a trained mask (Zeng et al., ACL 2023, arXiv 2305.17682,
 where it is called ProPETL).
 
-    theta_i = theta * m_i        m_i in {0, 1}, 1 for the share k of entries with the largest |s_i|, the scores of layer i
+    theta_i = theta * m_i        m_i is 1 for the share k of entries with the largest |s_i|, layer i's scores, else 0
 
 The prototype theta is what a single layer would have: an adapter, a prefix or a pair of LoRA matrices. Prototype and
 scores train together; the gradient reaches s_i straight through, as if m_i were |s_i|. What a finished task needs is
