@@ -89,7 +89,8 @@ def check_flags(args):
 def dropout_rates(args, recipe, weights):
     """[rate of hidden states, rate of attention], from --dropout, the recipe or the checkpoint's config.json."""
     rates = args.dropout
-    if rates is None and args.method not in ("full", "child-tuning", "head"):  # the others train adapters
+    keeps = args.method in ("full", "child-tuning", "head")  # what trains whole keeps its checkpoint's dropout
+    if rates is None and not keeps:
         rates = recipe.dropout
     if rates is None:
         config = read_config(Path(weights))

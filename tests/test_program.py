@@ -238,6 +238,7 @@ def test_child_tuning_chooses_its_weights_by_the_loss_of_every_training_row(go, 
 def test_the_quantized_base_of_a_run_is_part_of_its_fingerprint(go, tmp_path, tiny_weights, capsys):
     """Its codes count as frozen weights; and ranks are decided over it as over any base."""
     summary = go("--quantize", "nf4", "--out", tmp_path / "run")
+    assert " parameters (two in 4 bits count as one), 3,890 trained, 3,584 in adapters" in capsys.readouterr().out
     plain = go("--out", tmp_path / "plain")
     assert summary["frozen_digest"] != plain["frozen_digest"]
     assert summary["density_kept"] <= 0.5 and summary["adapter_params_total"] == plain["adapter_params_total"]
