@@ -3,9 +3,10 @@ where it is called ProPETL).
 
     theta_i = theta * m_i        m_i is 1 for the share k of entries with the largest |s_i|, layer i's scores, else 0
 
-The prototype theta is what a single layer would have: an adapter, a prefix or a pair of LoRA matrices. Prototype and
-scores train together; the gradient reaches s_i straight through, as if m_i were |s_i|. What a finished task needs is
-one prototype and a bit per entry and layer, instead of a float.
+This is Eq. (17) of the survey that peers/README.md follows. The prototype theta is what a single layer would have: an
+adapter, a prefix or a pair of LoRA matrices. Prototype and scores train together; the gradient reaches s_i straight
+through, as if m_i were |s_i|. What a finished task needs is one prototype and a bit per entry and layer, instead of a
+float.
 
 Only the order of scores counts, and a step of Adam does not depend on the size of a gradient. So a higher learning rate
 for scores, which the authors have, is the same as scores that start smaller: that is what SPEED divides by here.
