@@ -134,5 +134,6 @@ class Product(torch.autograd.Function):
 
 def quantize_linears(model, names):
     """Put an NF4Linear in the place of every nn.Linear that has one of these names, in place. Returns the model."""
-    found = [m for path, m in model.named_modules() if path.rsplit(".", 1)[-1] in names]
+    linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    found = [m for path, m in linears.items() if path.rsplit(".", 1)[-1] in names]
     return replace_modules(model, {id(linear): NF4Linear(linear) for linear in found})
