@@ -15,6 +15,7 @@ from torch import nn
 from budget import affordable, check_budget, kept_density, total_parameters
 from salora import salora_layers
 
+TRAVEL = 14  # how far log_theta must be able to go: from P(g > 0) = 11/12 to 1e-5
 FEW_STEPS = 50  # of a window: in fewer, log theta moves by more than 14 / 50 per step, and ranks are chance
 
 NO_SCALER = "a GradScaler scales the loss but not the penalty: use bf16, which needs none"
@@ -39,6 +40,7 @@ class Guard:
         self.due = "before_step"  # the hook that must come next
         self.stepped = False  # whether the optimizer has stepped since after_backward
         self.looked_for_scaler = False
+        self.unreached = list(allocator.layers)  # names of the layers whose B has had no gradient
         optimizer = allocator.optimizer
         self.handles = [
             optimizer.register_step_pre_hook(self.before_optimizer_step),
@@ -74,6 +76,9 @@ class Guard:
         if step in (0, schedule.T_start, schedule.T_end, schedule.T_end + 1):  # much may have changed since
             self.check_parts()
             self.check_processes()
+        if step == schedule.T_start and 0 < len(self.unreached) < len(layers):
+            warnings.warn(f"no gradient has reached {', '.join(self.unreached)} so far: does the model use these "
+                          "weights without calling their layers?", stacklevel=3)  # fmt: skip
         self.due, self.stepped = "after_backward", False
 
     def after_backward(self):
@@ -81,6 +86,7 @@ class Guard:
         layers = [layer for layer in self.allocator.layers.values() if layer.r > 0]
         if layers and all(layer.B.grad is None for layer in layers):
             raise RuntimeError("no gradient has reached an adapter: call after_backward after loss.backward()")
+        self.unreached = [name for name in self.unreached if self.allocator.layers[name].B.grad is None]
         if self.allocator.phase == "window":
             if not all(layer.training for layer in layers):
                 raise RuntimeError("the model is in eval mode, in which gates have no noise: call model.train() first")
@@ -167,18 +173,24 @@ class Guard:
             raise ValueError(f"a budget of {budget} has room for {room} parameters, but the smallest triplet has "
                              f"{least}: raise the budget or r")  # fmt: skip
 
-    def warn(self):
-        """What works, but is probably not meant."""
+    def warnings(self):
+        """What works, but is probably not meant: a list of texts."""
         model, recipe, window = self.allocator.model, self.allocator.recipe, self.allocator.schedule.window
+        found = []
         rates = {m.p for m in model.modules() if isinstance(m, nn.Dropout)} - {recipe.dropout}
         if rates and recipe.dropout is not None:
-            warnings.warn(f"the recipe has dropout {recipe.dropout:g} while adapters train, but the model has "
-                          f"nn.Dropout with p = {max(rates):g}: set p, or dropout=None in the recipe",
-                          stacklevel=3)  # fmt: skip
-        if window < FEW_STEPS:
-            warnings.warn(f"gates train for {window} of {self.allocator.total_steps} steps: in fewer than {FEW_STEPS} "
-                          "ranks mean little; raise total_steps or widen the recipe's window",
-                          stacklevel=3)  # fmt: skip
+            found.append(f"the recipe has dropout {recipe.dropout:g} while adapters train, but the model has "
+                         f"nn.Dropout with p = {max(rates):g}: set p, or dropout=None in the recipe")  # fmt: skip
+        start, end = recipe.window
+        if window < FEW_STEPS and start < end:
+            found.append(f"gates train for {window} of {self.allocator.total_steps} steps; in fewer than {FEW_STEPS} "
+                         "ranks mean little: take more steps or a wider window")  # fmt: skip
+        way = self.allocator.gate_lr * window
+        if 0 < way < 0.99 * TRAVEL and recipe.controller != "projection":
+            found.append(f"in {window} steps of {self.allocator.gate_lr:g} log_theta moves by at most {way:.3g}, and "
+                         f"needs about {TRAVEL} to close a gate: the budget may be missed; raise gate_lr or take more "
+                         "steps")  # fmt: skip
+        return found
 
     def check_parts(self):
         """The model, its adapters and the optimizer."""

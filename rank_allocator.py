@@ -6,6 +6,7 @@ A loop calls three hooks in every step, and a fourth at the end. What they compu
 to work with in guard.py. Left out: the loop itself (train_glue_mini.py has one).
 """
 
+import warnings
 from dataclasses import asdict, dataclass
 
 import torch
@@ -23,11 +24,10 @@ from budget import (
     resample,
     start_gates,
 )
-from guard import Guard, unwrapped, world_size
+from guard import TRAVEL, Guard, unwrapped, world_size
 from salora import canonicalize, layer_list, orthogonality, prune, salora_layers
 
 CONTROLLERS = ("quadratic", "sgd", "projection")
-TRAVEL = 14  # how far log_theta must be able to go: from P(g > 0) = 11/12 to 1e-5
 RANGES = {"gate_lr": (1e-9, 1e9), "beta": (0, 1e9), "spread": (0, 1e3), "warmup": (0, 1), "dropout": (0, 0.99)}
 
 
@@ -72,10 +72,26 @@ class Recipe:
 
     @classmethod
     def paper(cls, **changes):
-        """The published algorithm, with Adam for lambda and log_theta, since plain gradient steps hardly move them."""
-        published = dict(window=(0.2, 0.5), controller="quadratic", beta=0.1, canonical=False, spread=0.0)
+        """The published algorithm, with all of App. B's values. Where the paper can be read in two ways:
+
+        - Theta is stepped as log_theta, by Adam, since plain gradient steps hardly move it; lambda likewise
+        - Eq. (12) has the loss of the task and Eq. (9), without the gate term of Eq. (10), where lambda is 0
+        - Eq. (9) is in the loss in all phases; eta_c is constant; triplets are pruned at T_end
+        - a survivor keeps its median gate for the rest of training; weight decay is the optimizer's own
+        """
+        published = dict(window=(0.2, 0.5), controller="quadratic", gate_lr=0.01, beta=0.1, canonical=False, spread=0.0)
         published |= dict(rule="median", survivors="median", warmup=0.0, restart=False, dropout=None)
         return cls(**{**published, **changes})
+
+    @classmethod
+    def paper_scaled(cls, **changes):
+        """The published algorithm, but for eta_c, which is scaled to the length of the window so that C can reach b."""
+        return cls.paper(**{"gate_lr": None, **changes})
+
+    @classmethod
+    def svd(cls, **changes):
+        """No gates train: at T_end the largest singular values that fit the budget stay. What `ours` is measured by."""
+        return cls(**{"window": (0.5, 0.5), **changes})
 
     def __post_init__(self):
         GateSchedule(1, *self.window)  # raises ValueError for an impossible window
@@ -124,7 +140,6 @@ class RankAllocator:
         self.total_steps, self.budget, self.recipe, self.reduce = total_steps, budget, recipe or Recipe.ours(), reduce
         self.guard = Guard(self, optimizer)
         self.schedule = GateSchedule(total_steps, *self.recipe.window)
-        self.guard.warn()
         self.step = 0  # the step in progress, or the next one
         self.C_end = self.kept_end = None  # C just before the decision at T_end, and the density that it kept
 
@@ -138,6 +153,8 @@ class RankAllocator:
         self.noise = torch.Generator().manual_seed(seed)
         for layer in self.layers.values():
             layer.allocating = True
+        for warning in self.guard.warnings():
+            warnings.warn(warning, stacklevel=2)
 
     @property
     def phase(self):

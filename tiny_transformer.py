@@ -1,9 +1,10 @@
 """A RoBERTa encoder in one file, small enough to train on a laptop and exact enough to hold real checkpoints.
 
 Post-LN Transformer encoder: x = norm(x + f(x)) after attention and after the feed-forward net, exact GELU, learned
-positions that start at pad + 1. BERT is the same network: its position table gets pad + 1 unused rows in front. With
-`is_decoder` a token sees itself and earlier ones only. Two heads: `MaskedLM` for pre-training, of a decoder too, and
-`SequenceClassifier` for tasks. Left out: caches, cross-attention, relative positions.
+positions that start at pad + 1 and leave padding out. BERT is the same network, but its positions count padding as
+well; its position table gets pad + 1 unused rows in front. With `is_decoder` a token sees itself and earlier ones only.
+Two heads: `MaskedLM` for pre-training, of a decoder too, and `SequenceClassifier` for tasks. Left out: caches,
+cross-attention, relative positions.
 Names of parameters are ours; hub/roberta.py translates them, and reads and writes published checkpoints.
 """
 
@@ -30,6 +31,7 @@ class TransformerConfig:
     layer_norm_eps: float = 1e-5
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None  # in a SequenceClassifier's head; None: hidden_dropout_prob
     initializer_range: float = 0.02
     is_decoder: bool = False  # a causal mask: no token sees a later one
     model_type: str = "roberta"  # or "bert": the names and the position offset of the checkpoint
@@ -102,7 +104,8 @@ class TinyTransformer(nn.Module):
             attention_mask = real
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
-        positions = real.cumsum(1) * real + self.config.pad_token_id  # the first token stands at pad + 1
+        counted = torch.ones_like(real) if self.config.model_type == "bert" else real  # BERT counts padding, too
+        positions = counted.cumsum(1) * counted + self.config.pad_token_id  # the first token stands at pad + 1
         x = self.word(input_ids) + self.position(positions) + self.token_type(token_type_ids)  # (batch, seq, d)
         x = self.dropout(self.norm(x))
         mask = attention_mask.bool()[:, None, None, :]  # (batch, 1, 1, seq)
@@ -125,7 +128,8 @@ class SequenceClassifier(nn.Module):
         d = encoder.config.hidden_size
         self.encoder, self.num_labels = encoder, num_labels
         self.classifier = nn.ModuleDict({"dense": nn.Linear(d, d), "out_proj": nn.Linear(d, num_labels)})
-        self.dropout = nn.Dropout(encoder.config.hidden_dropout_prob)
+        rate = encoder.config.classifier_dropout
+        self.dropout = nn.Dropout(encoder.config.hidden_dropout_prob if rate is None else rate)
         init_weights(self.classifier, encoder.config)
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None):

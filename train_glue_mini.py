@@ -149,10 +149,10 @@ def run(settings, folder, model, train, dev, saved=None):
 def main(argv=None):
     """The program. Returns the summary of the run, or {"runs": [summaries]} of several."""
     parser = build_parser()
-    with errors_as_lines(parser, hint="no epoch was finished"):
+    with errors_as_lines(parser):
         args = parser.parse_args(argv)
         args.command = shlex.join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
-        warnings.filterwarnings("ignore", module="peers")  # allocators made there warn of what the report says anyway
+        warnings.filterwarnings("ignore", module="peers")  # allocators made there warn of what reports say
         if args.export is not None:
             return export(*read_finished(args, parser))
         if args.evaluate is not None or args.predict is not None:

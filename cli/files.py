@@ -43,7 +43,7 @@ def made(folder):
 def check_place(folder):
     """Raises NotADirectoryError where a file is in the way of a folder."""
     for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
+        if os.path.lexists(path) and not path.is_dir():  # a link that leads nowhere, too
             raise NotADirectoryError(f"{path} is a file: choose another --out")
 
 
@@ -84,9 +84,9 @@ def claimed(folder, new):
             (folder / "checkpoint.pt").unlink(missing_ok=True)
             raise
         except KeyboardInterrupt:
-            if not (folder / "checkpoint.pt").is_file():
-                raise
-            raise KeyboardInterrupt(f"go on from the last whole epoch with --resume {folder}") from None
+            if (folder / "checkpoint.pt").is_file():
+                raise KeyboardInterrupt(f"go on from the last whole epoch with --resume {folder}") from None
+            raise KeyboardInterrupt("no epoch was finished") from None
 
 
 @contextmanager

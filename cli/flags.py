@@ -76,10 +76,6 @@ def folder(text):
     return Path(path(text))
 
 
-def auto_or_above_zero(text):
-    return None if text == "auto" else above_zero(text, "auto or a number above 0")
-
-
 def build_parser():
     """Every flag with its help. None stands for a default that depends on other flags: see cli/settings.py."""
     p = Parser(prog="train_glue_mini.py", description=ABOUT)
@@ -122,9 +118,10 @@ def build_parser():
         help="sora: its lambda at the highest level; the larger it is, the more triplets are removed (default 0.6)",
     )
     g.add_argument(
-        "--recipe", choices=["ours", "paper"],
-        help="ours (default): what measured best; paper: the published algorithm. The flags below override "
-        "single decisions of a recipe",
+        "--recipe", choices=["ours", "paper", "paper-scaled", "svd"],
+        help="ours (default): what measured best; paper: the published algorithm; paper-scaled: the same, with a "
+        "gate-lr that lets short runs reach the budget; svd: no gates, one cut by singular values. The flags below "
+        "override single decisions",
     )
     g.add_argument(
         "--window", type=float, nargs=2, metavar=("START", "END"),
@@ -136,8 +133,8 @@ def build_parser():
         "or after every step one shift of all log theta (default projection; paper: quadratic)",
     )
     g.add_argument(
-        "--gate-lr", type=auto_or_above_zero, metavar="ETA",
-        help="step size of log theta and lambda (default auto: max(0.01, 14 / steps of the window))",
+        "--gate-lr", type=above_zero, metavar="ETA",
+        help="step size of log theta and lambda (default max(0.01, 14 / steps of the window); paper: 0.01)",
     )
     g.add_argument("--beta", type=zero_or_above, help="weight of the orthogonal regularizer (default 0; paper: 0.1)")
     g.add_argument(

@@ -39,16 +39,14 @@ def announce(settings, folder, model, train, dev, allocator):
         print(f"{settings.method} adds modules to the encoder: the run can be evaluated, but not merged or exported")
     if settings.method == "salora":
         schedule = allocator.schedule
-        print(f"gates train from step {schedule.T_start} to {schedule.T_end} of {allocator.total_steps}, "
-              f"gate lr {allocator.gate_lr:.3g}{too_short(schedule.window)}", flush=True)  # fmt: skip
+        gates = f"gates train from step {schedule.T_start} to {schedule.T_end}"
+        if schedule.window == 0:
+            gates = f"no gates train; triplets are cut at step {schedule.T_end}"
+        print(f"{gates} of {allocator.total_steps}, gate lr {allocator.gate_lr:.3g}")
+        for warning in allocator.guard.warnings():
+            print(f"warning: {warning}")
     if worker() == 0:
         write_settings(settings, folder, getattr(allocator, "gate_lr", None))
-
-
-def too_short(window):
-    """A warning, or nothing."""
-    few = f"; in a window of fewer than {FEW_STEPS} steps ranks mean little: raise --epochs or --steps"
-    return few if 0 < window < FEW_STEPS else ""
 
 
 def finish_run(settings, folder, model, allocator, journal, predicted, dev):
@@ -78,8 +76,7 @@ def finish_run(settings, folder, model, allocator, journal, predicted, dev):
     if settings.method == "salora":
         summary["recipe"] = settings.recipe
     save_adapter(model, folder / "adapter.pt")
-    schedule = getattr(allocator, "schedule", None)
-    short = too_short(schedule.window) if schedule else ""
+    short = settings.method == "salora" and 0 < allocator.schedule.window < FEW_STEPS
     write_run(folder, journal, summary, settings.rank, short)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     if layers:
@@ -91,7 +88,7 @@ def finish_run(settings, folder, model, allocator, journal, predicted, dev):
     return summary
 
 
-def write_run(folder, journal, summary, rank, short=""):
+def write_run(folder, journal, summary, rank, short=False):
     """log.csv, training.png, trace.csv and trace.png if the run was traced, ranks.png where there are ranks, and last,
     as the sign of a finished run, summary.json."""
     recipe = f" ({summary['recipe']})" if summary.get("recipe", "ours") != "ours" else ""
@@ -107,7 +104,7 @@ def write_run(folder, journal, summary, rank, short=""):
     if summary["ranks"]:
         title += "\nwindow too short for ranks to mean anything" if short else ""
         write_atomically(folder / "ranks.png", lambda path: draw_ranks(summary["ranks"], rank, path, title))
-    text = json.dumps(summary, indent=1) + "\n"
+    text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
     write_atomically(folder / "summary.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -116,13 +113,13 @@ def scores(task, predicted, gold):
     return ", ".join(f"{name} {METRICS[name](predicted, gold):.4f}" for name in (task.metric, task.also) if name)
 
 
-def write_predictions(out, task, test, predicted):
-    """GLUE's submission file for the rows of a test file: index and label, one line per row. Returns its path."""
-    part = {"MNLI": "-mm" if "mismatched" in test else "-m"}.get(task.folder, "")
+def write_predictions(out, task, file, predicted):
+    """GLUE's submission for the rows of an official file: index and label, one line per row. Returns its path."""
     labels = [task.labels[p] if task.labels else f"{min(5.0, max(0.0, p)):.3f}" for p in predicted]
     lines = ["index\tprediction", *(f"{i}\t{label}" for i, label in enumerate(labels))]
-    write_atomically(out / f"{task.folder}{part}.tsv", lambda path: path.write_text("\n".join(lines) + "\n"))
-    return out / f"{task.folder}{part}.tsv"
+    path = out / task.predictions_of(file)
+    write_atomically(path, lambda part: part.write_text("\n".join(lines) + "\n"))
+    return path
 
 
 def write_rows(rows, columns, path):

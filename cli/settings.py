@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from dataclasses import fields
+import os
+from dataclasses import fields, replace
 from pathlib import Path
 
 from budget import check_budget
@@ -15,7 +16,7 @@ from hub.roberta import read_config
 from peers import METHODS
 from rank_allocator import Recipe
 
-RECIPES = {"ours": Recipe.ours, "paper": Recipe.paper}
+RECIPES = {"ours": Recipe.ours, "paper": Recipe.paper, "paper-scaled": Recipe.paper_scaled, "svd": Recipe.svd}
 NOT_OF_THE_RUN = ("out", "resume", "evaluate", "export", "predict", "command", "decisions")  # but of this call
 
 
@@ -33,11 +34,12 @@ def settle(args):
 
     given = {f.name: getattr(args, f.name) for f in fields(Recipe) if getattr(args, f.name) is not None}
     given |= {"window": tuple(args.window)} if args.window else {}
-    given.pop("dropout", None)  # not a matter of the gates: see below
-    settings.decisions = RECIPES[args.recipe or "ours"](**given)
+    given.pop("dropout", None)  # there may be two rates: see dropout_rates
+    recipe = RECIPES[args.recipe or "ours"](**given)
+    settings.decisions = replace(recipe, dropout=None)  # applied here, where the encoder is loaded
 
     weights = args.weights or mini_encoder(device=settings.device)  # all that can be refused before has been
-    settings.weights = str(Path(weights).resolve())  # so that --evaluate and --resume find it from anywhere
+    settings.weights = os.path.realpath(weights)  # so that --evaluate and --resume find it from anywhere
 
     defaults = {"lr": method.lr[official], "warmup": settings.decisions.warmup, "precision": method.precision}
     if not args.steps:
@@ -56,7 +58,7 @@ def settle(args):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(settings, name, value)
-    settings.dropout = dropout_rates(args, settings.decisions, weights)
+    settings.dropout = dropout_rates(args, recipe, weights)
     return settings
 
 
@@ -106,7 +108,7 @@ def used(settings, **more):
 
 
 def write_settings(settings, folder, gate_lr=None):
-    """Write settings.json. gate_lr: the value that "auto" took in this run."""
+    """Write settings.json. gate_lr: the value that the default took in this run."""
     text = json.dumps(used(settings, gate_lr=gate_lr), indent=1) + "\n"
     write_atomically(folder / "settings.json", lambda path: path.write_text(text, encoding="utf-8"))
 

@@ -25,12 +25,13 @@ def append(path, *rows):
             fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
         file.seek(0)
         whole = whole_lines(file.read())
-        columns = next(parsed(whole, path), (1, list(rows[0])))[1]
+        lines = list(parsed(whole, path))
+        columns = lines[0][1] if lines else list(rows[0])
         if set(columns) != set(rows[0]):
             raise ValueError(f"{path} has other columns than {', '.join(rows[0])}: choose another --out")
         text = io.StringIO()
         writer = csv.DictWriter(text, columns)
-        if not whole:
+        if not lines:
             writer.writeheader()
         writer.writerows(rows)
         file.truncate(len(whole))
@@ -57,7 +58,9 @@ def parsed(data, path):
     """Yields (line number, cells) for every line with something in it. Raises ValueError for what is no CSV file."""
     try:
         lines = csv.reader(io.StringIO(data.decode(), newline=""), strict=True)
-        yield from ((lines.line_num, cells) for cells in lines if cells)
+        for cells in lines:
+            if cells:
+                yield lines.line_num, cells
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is damaged, or no CSV file: {error}") from None
 

@@ -28,11 +28,12 @@ WARMUP = Recipe.ours().warmup
 VARIANTS = {  # of SaLoRA, "" being the default recipe
     "": Recipe.ours(),
     "-paper": Recipe.paper(),
+    "-paper-scaled": Recipe.paper_scaled(),
     "-quadratic": Recipe.ours(controller="quadratic"),
     "-window-.2-.5": Recipe.ours(window=(0.2, 0.5)),
     "-window-.48-.5": Recipe.ours(window=(0.48, 0.5)),
 }
-SVD = Recipe.ours(window=(0.5, 0.5))  # there is no step in which gates train
+SVD = Recipe.svd()
 RESTART = replace(SVD, canonical=False, spread=0.0)  # with a budget of 1 nothing is cut
 # LoRA with the ranks that SaLoRA found from rank 16, with the same ranks shuffled among matrices of one shape, and with
 # one rank everywhere; all three have the same draw of A. Found against shuffled shows whether their places matter.

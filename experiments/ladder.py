@@ -4,9 +4,9 @@
     python experiments/ladder.py                         every rung after both shifts, seeds 0 to 4
     python experiments/ladder.py --report                the table of what is there, no training
 
-A rung is the one above it with one change; until-X is the paper's recipe with all changes up to X. All end at the size
-of LoRA r = 4. Below the ladder stand alternatives to its last rung. The measure is the masked-word loss after a shift
-of the language (experiments/shift.py); experiments/planted_ranks.py knows the same rungs.
+A rung is the one above it with one change: eta_c is scaled to the window, then come CHANGES (until-X has all up to X).
+All end at the size of LoRA r = 4. Below the ladder stand alternatives to its last rung. The measure is the masked-word
+loss after a shift of the language (experiments/shift.py); experiments/planted_ranks.py knows the same rungs.
 """
 
 import sys
@@ -27,7 +27,8 @@ from experiments.arms import arm_of
 from rank_allocator import Recipe
 
 GRID = [(6e-3, 1), (6e-3, 2), (1.2e-2, 1), (1.2e-2, 2)]  # learning rate, scale: where shift.GRID has its best points
-CHANGES = {  # to the paper's recipe, in this order
+PUBLISHED = ["salora-8-to-4-paper", "salora-8-to-4-paper-scaled"]
+CHANGES = {  # to the paper's recipe with a scaled eta_c, in this order
     "budget-rule": dict(rule="budget", survivors="one"),
     "no-regularizer": dict(beta=0.0),
     "canonical": dict(canonical=True),
@@ -41,7 +42,7 @@ ALTERNATIVES = ["salora-16-to-4-window-.2-.5", "salora-16-to-4-quadratic", "svd-
 
 def rungs():
     """{name: Arm}, from the paper's recipe up; then the alternatives to the last rung."""
-    found, recipe = {"salora-8-to-4-paper": arm_of("salora-8-to-4-paper")}, Recipe.paper()
+    found, recipe = {name: arm_of(name) for name in PUBLISHED}, Recipe.paper_scaled()
     for change, values in CHANGES.items():
         recipe = replace(recipe, **values)
         name = f"salora-8-to-4-until-{change}"

@@ -5,7 +5,8 @@
 Each of 16 linear maps of 32 x 32 has an update of a planted rank from 0 to 8 in the teacher. The student sees only the
 teacher's outputs, with noise of standard deviation .1 or 1, and may keep as many parameters as those updates need:
 
-    salora-8, salora-8-paper    SaLoRA from rank 8, by the default recipe and by the published one
+    salora-8                    SaLoRA from rank 8, by the default recipe
+    salora-8-paper-scaled       the same by the published recipe, eta_c scaled to the window
     lora-8-svd                  LoRA of rank 8, cut by singular values to the same budget after training
     lora                        LoRA of one rank in all maps, the largest that fits the budget
 
@@ -133,7 +134,7 @@ STUDY = Study(
     columns=["right", "correlation", "share", "loss", "planted", "learned"],
     more=["correlation", "share", "loss"],
     tasks=list(NOISE),
-    arms=["salora-8", "salora-8-paper", "lora-8-svd", "lora"],
+    arms=["salora-8", "salora-8-paper-scaled", "lora-8-svd", "lora"],
     seeds=range(20),
     steps=1200,
     lowest=False,

@@ -10,7 +10,7 @@ from experiments.arms import arm_of
 from experiments.tables import distinct, interval, paired, values_of
 
 BLACK, GRAY, BLUE, SKY = "#000000", "#999999", "#0072B2", "#56B4E9"  # colors of Okabe and Ito, which the color-blind
-GREEN, ORANGE, RED = "#009E73", "#E69F00", "#D55E00"  # can tell apart
+GREEN, ORANGE, RED, PINK = "#009E73", "#E69F00", "#D55E00", "#CC79A7"  # can tell apart
 FAMILIES = {  # arms whatever their size: label, color, marker, line
     "lora": ("LoRA", BLACK, "s", "-"),
     "lora-restart": ("LoRA, restarted", GRAY, "D", "--"),
@@ -18,18 +18,19 @@ FAMILIES = {  # arms whatever their size: label, color, marker, line
     "salora-16": ("SaLoRA from r=16", BLUE, "o", "-"),
     "salora-32": ("SaLoRA from r=32", SKY, "P", "-"),
     "svd-16": ("SVD cut, no gates", ORANGE, "^", "--"),
-    "salora-8-paper": ("SaLoRA, published", RED, "v", ":"),
+    "salora-8-paper": ("SaLoRA, published", PINK, "<", ":"),
+    "salora-8-paper-scaled": ("the same, eta_c scaled", RED, "v", ":"),
 }
 METHODS = {  # arms whatever their ranks: label, color, marker
     "lora": ("LoRA", BLACK, "s"),
     "salora": ("SaLoRA", BLUE, "o"),
-    "salora-paper": ("SaLoRA as published", RED, "v"),
+    "salora-paper-scaled": ("SaLoRA as published, eta_c scaled", RED, "v"),
 }
 LOSS = "masked-word loss (nats)"
 
 
 def method(arm):
-    """salora-16-to-4-paper -> salora-paper"""
+    """salora-16-to-4-paper-scaled -> salora-paper-scaled"""
     return re.sub(r"-(to-)?[\d.]+", "", arm)
 
 
@@ -44,7 +45,7 @@ def panels(rows, columns, width, height):
 
 
 def mean_and_bars(values):
-    """(mean, how far the 95 % bootstrap interval reaches below it, and above it); one seed has no interval."""
+    """(mean, how far the 95 % t interval reaches below it, and above it); one seed has no interval."""
     middle = mean(values)
     low, high = interval(values) if len(values) > 1 else (middle, middle)
     return middle, max(0, middle - low), max(0, high - middle)

@@ -56,7 +56,7 @@ BEST = {  # of GRID on seed 100, by the mean over words and reverse: the best on
     "svd-16-to-1 svd-16-to-.5 salora-16-to-.5-window-.2-.5 salora-8-to-4-window-.2-.5",
     (6e-3, 4): "lora-8",
     (1.2e-2, 1): "salora-8-to-4 salora-16-to-1-window-.2-.5 lora-4-restart",
-    (1.2e-2, 2): "lora-4 lora-2 lora-2-restart lora-1-restart salora-8-to-4-paper",
+    (1.2e-2, 2): "lora-4 lora-2 lora-2-restart lora-1-restart salora-8-to-4-paper-scaled",
     (2.4e-2, 1): "lora-1",
 }
 TUNED = {name: trial for trial, names in BEST.items() for name in names.split()}

@@ -230,7 +230,8 @@ class Study:
         score, *others = self.columns
         if isfinite(float(row[score])):  # else it diverged, and has no other values
             for column in others:
-                float(row[column]) if column in self.more else json.loads(row[column])
+                read = float if column in self.more else json.loads
+                read(row[column])
 
     def run(self, args, path, key, task, arm, seed, trial):
         """Measure one run and add its row, unless the table has one with this key; its runs must share `same`."""

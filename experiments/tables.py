@@ -1,28 +1,33 @@
-"""What the rows of a study say: means over seeds, differences in pairs, and bootstrap intervals, as text.
+"""What the rows of a study say: means over seeds, differences in pairs, and their t intervals, as text.
 
 Rows are dicts of strings, as they stand in a CSV file, with the columns task, arm and seed among others. `values` are
 {arm: {seed: value}}. Arms with the same seed share data, start and order, so they are compared in pairs.
 """
 
 from collections import defaultdict
+from functools import cache
+from math import pi
 from statistics import mean, stdev
 
+import numpy as np
 import torch
 
 
-def resamples(n, times=10_000):
-    """Indices (times, n), drawn with replacement: the bootstrap over seeds. The same in every call."""
-    return torch.randint(n, (times, n), generator=torch.Generator().manual_seed(0))
+@cache
+def t_quantile(level, df):
+    """The t within +- which a share `level` of Student's distribution lies, with df degrees of freedom.
+
+    With t = sqrt(df) tan(angle) its density is proportional to cos(angle)^(df - 1), so that a sum over angles will do.
+    """
+    edges = np.linspace(0, pi / 2, 10_001)
+    shares = np.cumsum(np.cos((edges[:-1] + edges[1:]) / 2) ** (df - 1))
+    return float(df**0.5 * np.tan(np.interp(level * shares[-1], shares, edges[1:])))
 
 
 def interval(values, level=0.95):
-    """The bootstrap interval of a mean: [low, high]."""
-    return bounds_of(torch.tensor(values, dtype=torch.float64)[resamples(len(values))].mean(1), level)
-
-
-def bounds_of(found, level=0.95):
-    """[low, high] of what was found in resamples, a share `level` of it in between."""
-    return found.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    """The t interval of a mean: [low, high]."""
+    reach = t_quantile(level, len(values) - 1) * stdev(values) / len(values) ** 0.5
+    return [mean(values) - reach, mean(values) + reach]
 
 
 def paired(values, *arms):
@@ -104,15 +109,18 @@ def differences(values, rivals, title, same=None):
 
 
 def gaps_closed(losses, title, low="lora-4", high="lora-8"):
-    """A line for every arm cut to the size of `low`: the share that it closes of the gap from `low` to `high`."""
+    """A line for every arm cut to the size of `low`: the share that it closes of the gap from `low` to `high`.
+
+    The share is one of means; its interval is that of the mean of what each seed deviates from it (the delta method).
+    """
     lines = [[title, "share", "95 % interval"]]
     for arm in losses:
         if "-to-4" not in arm or not {low, high} <= set(losses):
             continue
         lows, highs, mine = (torch.tensor(some, dtype=torch.float64) for some in paired(losses, low, high, arm))
         if len(lows) > 1:
-            index = resamples(len(lows))
-            shares = (lows - mine)[index].mean(1) / (lows - highs)[index].mean(1)
             share = (lows - mine).mean() / (lows - highs).mean()
-            lines.append([f"  {arm}", f"{share:.2f}", "[{:.2f}, {:.2f}]".format(*bounds_of(shares))])
+            deviations = (lows - mine) - share * (lows - highs)
+            bounds = interval((share + deviations / (lows - highs).mean()).tolist())
+            lines.append([f"  {arm}", f"{share:.2f}", "[{:.2f}, {:.2f}]".format(*bounds)])
     return in_columns(lines) if len(lines) > 1 else ""

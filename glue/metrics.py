@@ -1,6 +1,6 @@
 """GLUE's metrics. Each takes predictions and gold labels, two sequences of equal length, and returns a float.
 
-Correlations of a constant are 0 by definition here, as in scikit-learn's Matthews.
+Correlations of a constant are 0 by definition here, as in scikit-learn's Matthews. Of a NaN they are NaN, as in SciPy.
 """
 
 import numpy as np
@@ -21,6 +21,8 @@ def pearson(predicted, gold):
     """Covariance over the product of deviations."""
     x, y = (np.asarray(v, dtype=np.float64) - np.mean(v, dtype=np.float64) for v in (predicted, gold))
     constant = np.ptp(predicted) == 0 or np.ptp(gold) == 0  # whose x or y need not be exactly 0
+    if np.isnan(x @ y):
+        return float("nan")
     return 0.0 if constant else float(x @ y / np.sqrt((x @ x) * (y @ y)))
 
 
@@ -33,6 +35,8 @@ def spearman(predicted, gold):
     """Pearson correlation of ranks; equal values share their mean rank."""
 
     def ranks(values):
+        if np.isnan(values).any():  # NumPy would take all NaN for one number and give it a rank
+            return np.full(len(values), np.nan)
         _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
         return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 

@@ -52,7 +52,11 @@ def trained_once(kind, recipe, train, folder="runs"):
         part = path.with_name(f"{path.name}.part{os.getpid()}")
         part.mkdir(parents=True, exist_ok=True)  # if that is impossible, then better now than after training
         try:
-            save_pretrained(train(), part)
+            model = train()
+            try:
+                save_pretrained(model, part)
+            except RuntimeError as error:  # torch.save meets a full disk with one
+                raise OSError(f"{part} cannot be written: {error}") from None
             with suppress(OSError):  # another run was faster
                 part.rename(path)
         finally:

@@ -21,12 +21,19 @@ class Task:
     metric: str  # what `score` reports
     also: str = ""  # a second metric that GLUE reports
     dev: str = "dev.tsv"
+    more_dev: str = ""  # a second file of that kind, from other sources
+    tests: tuple = ()  # (test file, GLUE's name for its predictions) of each; empty: test.tsv and the folder's name
     header: tuple = ()  # the columns of a file without a header line
     broken_lines: bool = False  # the official file has a few, which are counted and left out
 
     @property
     def num_labels(self):
         return len(self.labels) or 1
+
+    def predictions_of(self, file):
+        """The name of the file with predictions for an official file: GLUE's for a test file, of another its own."""
+        tests = dict(self.tests) or {"test.tsv": f"{self.folder}.tsv"}
+        return tests.get(file, f"{self.folder}.{Path(file).stem}.tsv")
 
 
 TASKS = {
@@ -42,6 +49,12 @@ TASKS = {
         ("entailment", "neutral", "contradiction"),
         "accuracy",
         dev="dev_matched.tsv",
+        more_dev="dev_mismatched.tsv",
+        tests=(
+            ("test_matched.tsv", "MNLI-m.tsv"),
+            ("test_mismatched.tsv", "MNLI-mm.tsv"),
+            ("diagnostic.tsv", "AX.tsv"),
+        ),
     ),
     "qnli": Task("QNLI", ("question", "sentence"), "label", ENTAILMENT, "accuracy"),
     "rte": Task("RTE", ("sentence1", "sentence2"), "label", ENTAILMENT, "accuracy"),
@@ -70,9 +83,25 @@ def load_task(name, folder=None):
     task = TASKS[name]
     if folder is None:
         raise ValueError(f"task {name} needs --data DIR, the folder that holds {task.folder}/train.tsv")
-    inner = Path(folder) / task.folder
-    where = inner if inner.is_dir() else Path(folder)
+    where = folder_of(task, folder)
     return read_rows(where / "train.tsv", task), read_rows(where / task.dev, task)
+
+
+def folder_of(task, folder):
+    """The folder of a task's files: inside of the one that holds GLUE's folders, or that one itself."""
+    inner = Path(folder) / task.folder
+    return inner if inner.is_dir() else Path(folder)
+
+
+def has_labels(path, task):
+    """Whether an official file has a column of labels, by its first line."""
+    if not path.is_file():
+        return False
+    with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as file:
+        first = next((line.rstrip("\r\n").split("\t") for line in file if line.strip()), [])
+    if task.sentences[0] in first:
+        return task.label in first
+    return bool(task.header) and len(first) == len(task.header)  # a file without a header line has labels
 
 
 def read_rows(path, task, labeled=True):

@@ -2,7 +2,8 @@
 
 `save_adapter` and `load_adapter` write and read the file of a finished adapter. `adapter_state` and
 `load_adapter_state` are the same for a snapshot in memory, at any moment. A file may come from anywhere, so a state is
-checked as a whole before the model changes. PEFT's files are read and written in hub/peft.py.
+checked as a whole before the model changes. Names are those of the plain model: before `adapt`, and without the words
+that torch.compile and DistributedDataParallel put into them. PEFT's files are read and written in hub/peft.py.
 """
 
 import os
@@ -10,6 +11,7 @@ from math import isfinite
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from hub.checkpoints import read_torch, write_atomically
 from salora import SaLoRALinear, finished_layers, replace_modules, salora_layers, why_not
@@ -18,20 +20,45 @@ FORMAT = "salora-1"
 RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
+def bare(model):
+    """The model inside of what torch.compile, DistributedDataParallel and DataParallel return."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def plain_name(name):
+    """A name in a bare model without what torch.compile added where it was called on a part of the model.
+
+    layers.0._orig_mod.query.bias -> layers.0.query.bias
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def plain_layers(model):
+    """`salora_layers` of a bare model, with plain names."""
+    return {plain_name(name): layer for name, layer in salora_layers(model).items()}
+
+
 def adapter_state(model):
     """A snapshot of the triplets by layer, of every other trained weight, and of running statistics (BatchNorm's).
 
     A dict of plain tensors and numbers that shares no memory with the model. W is not in it: names are those of the
     model before `adapt`, so a bias that trains inside an adapted layer is found again.
     """
-    layers = salora_layers(model)
+    model = bare(model)
+    layers = plain_layers(model)
     ours = {id(p) for layer in layers.values() for p in (layer.A, layer.B, layer.gate.log_theta)}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours}
     running = {name: b for name, b in model.named_buffers() if name.rsplit(".", 1)[-1] in RUNNING_STATISTICS}
     return {
         "format": FORMAT,
         "others": {_name_before_adapt(name, layers): copy_of(p) for name, p in trained.items()},
-        "running": {name: copy_of(b) for name, b in running.items()},
+        "running": {plain_name(name): copy_of(b) for name, b in running.items()},
         "layers": {name: _layer_state(layer) for name, layer in layers.items()},
     }
 
@@ -58,7 +85,8 @@ def _layer_state(layer):
 
 
 def _name_before_adapt(name, layers):
-    """encoder.query.base.bias -> encoder.query.bias, where encoder.query is an adapted layer."""
+    """encoder.query.base.bias -> encoder.query.bias, where encoder.query is an adapted layer; and a plain name."""
+    name = plain_name(name)
     for layer in layers:
         if name.startswith(f"{layer}.base."):
             name = name.replace(f"{layer}.base.", f"{layer}.")
@@ -72,10 +100,12 @@ def load_adapter_state(model, state):
     Free gates come back free, but log_theta requires no gradient until it is released (a RankAllocator does that).
     Raises ValueError, before anything changes, where the state is damaged or does not fit the model.
     """
+    wrapped, model = model, bare(model)
     bases, tensors = _linear_layers(model), _tensors_before_adapt(model)
     _check(state, bases, tensors)
     model.requires_grad_(False)
-    modules = dict(model.named_modules())
+    # A compiled nn.Linear has the name of its wrapper, which goes as well: it would call the old one
+    modules = {plain_name(name): m for name, m in reversed(list(model.named_modules()))}
     new = {id(layer): layer.base for layer in salora_layers(model).values()}
     for name, saved in state["layers"].items():
         before = modules[name]
@@ -92,19 +122,20 @@ def load_adapter_state(model, state):
         new[id(before)] = layer
     for name, value in {**state["others"], **state.get("running", {})}.items():
         tensors[name].copy_(value).requires_grad_(name in state["others"])
-    return replace_modules(model, new)
+    replaced = replace_modules(model, new)
+    return wrapped if replaced is model else replaced  # else the model was one nn.Linear, which its wrapper still calls
 
 
 def _linear_layers(model):
     """{name: module} of what can be adapted; an adapted layer's base stands under the name of its adapter."""
-    layers = salora_layers(model)
-    linears = {name: m for name, m in model.named_modules() if why_not(m) is None}
+    layers = plain_layers(model)
+    linears = {plain_name(name): m for name, m in model.named_modules() if why_not(m) is None}
     return {**linears, **{name: layer.base for name, layer in layers.items()}}
 
 
 def _tensors_before_adapt(model):
     """Every parameter and buffer of a model under the name that it had before `adapt`."""
-    layers = salora_layers(model)
+    layers = plain_layers(model)
     return {_name_before_adapt(name, layers): t for name, t in (*model.named_parameters(), *model.named_buffers())}
 
 

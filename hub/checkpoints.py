@@ -103,6 +103,11 @@ def read_json(path):
     return found
 
 
+def read_json_if_there(path):
+    """`read_json`, but an empty dict if there is no such file."""
+    return read_json(path) if path.exists() else {}
+
+
 def read_safetensors(path):
     """All tensors of a file; ValueError for one that is damaged."""
     check_regular(path)
@@ -124,6 +129,21 @@ def read_torch(path):
     except Exception as error:  # bytes that mean something else can stop an unpickler anywhere
         foreign = ValueError(f"{path} is damaged or not a PyTorch file of plain tensors")
         raise error if isinstance(error, OSError) else foreign from None
+
+
+def write_tensors(tensors, folder, safetensors, other, prefer=True):
+    """Write {name: tensor} to a file of the folder: the one called `safetensors` where its package is installed and it
+    is preferred, else by torch.save the one called `other`. The file under the other name goes: it is an older one."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        prefer = False
+    if prefer:
+        write_atomically(folder / safetensors, lambda path: save_file(tensors, path, {"format": "pt"}))
+        (folder / other).unlink(missing_ok=True)
+    else:
+        write_atomically(folder / other, lambda path: torch.save(tensors, path))
+        (folder / safetensors).unlink(missing_ok=True)
 
 
 def write_atomically(path, write):

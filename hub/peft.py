@@ -12,13 +12,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from hub.adapters import adapter_state, load_adapter_state
-from hub.checkpoints import check_weight, read_json, read_named_tensors, write_atomically
+from hub.adapters import adapter_state, bare, load_adapter_state
+from hub.checkpoints import check_weight, read_json, read_named_tensors, write_atomically, write_tensors
 from salora import SaLoRALinear, finished_layers, is_linear, salora_layers, why_not
 
 CONFIG, SAFETENSORS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of every tensor's name: what PEFT calls the model that it wraps
+IN_ADAPTED = (  # PEFT's modules in an adapted layer
+    "base_layer", "lora_dropout", "lora_dropout.default", "lora_A", "lora_A.default", "lora_B", "lora_B.default",
+    "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
+)  # fmt: skip
+IN_SAVED = ("original_module", "modules_to_save", "modules_to_save.default")  # and around one that is saved
 
 
 # Out
@@ -34,8 +40,10 @@ def export_peft(model, folder, rename=str, pad=False, base_model=None, task_type
     task_type:  what PEFT calls its task, "SEQ_CLS" for one; AutoPeftModelFor... needs both
     Weights trained beside the triplets, a classifier head, go along as modules_to_save.
     Raises ValueError, before anything is written, where the adapter is empty, unfinished, or cannot be told in PEFT's
-    terms: a layer under two names, a trained weight outside of all modules or inside an adapted layer.
+    terms: a layer under two names, a trained weight outside of all modules or inside an adapted layer, a head whose
+    name PEFT would find in other modules too.
     """
+    model = bare(model)
     layers = exportable_layers(model)
     names = {name: rename(name) for name in layers}
     if len(set(names.values())) < len(names):
@@ -56,8 +64,7 @@ def export_peft(model, folder, rename=str, pad=False, base_model=None, task_type
     tensors |= saved
 
     targets = list(names.values())
-    everything = [rename(name) for name in linears(model)]
-    if any(name.endswith("." + target) for name in everything for target in targets):
+    if any(name.endswith("." + target) for name in module_names(model, rename) for target in targets):
         # PEFT takes a name for the end of others as well, so it gets patterns for whole names
         ranks, alphas = ({"^" + re.escape(name): value for name, value in table.items()} for table in (ranks, alphas))
         targets = "|".join(map(re.escape, targets))
@@ -77,6 +84,8 @@ def exportable_layers(model):
     names = [name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, SaLoRALinear)]
     if len(names) > len(layers):
         raise ValueError(f"PEFT's files hold one name per layer, but two of these are one layer: {', '.join(names)}")
+    if any("_orig_mod" in name.split(".") for name, _ in model.named_modules()):
+        raise ValueError("a part of the model is compiled, which changes names: export before torch.compile")
     if "" in layers:
         raise ValueError("the model is itself an adapted layer and has no name there: put it into a module")
     layers = {name: layer for name, layer in layers.items() if layer.gate.settled().any()}
@@ -113,21 +122,52 @@ def trained_heads(model, rename, targets):
         elif module and not name.startswith(tuple(f"{layer}." for layer in layers)):
             others.append(f"{rename(module)}.{kind}")
 
-    heads = list(dict.fromkeys(outermost(name.rpartition(".")[0], others) for name in saved))
-    for head in heads:
-        for target in targets:
-            if f".{head}." in f".{target}.":  # modules_to_save is matched like this, before any target
-                raise ValueError(f"{head} trains, and PEFT would take {target} for a part of it: freeze {head}")
+    closed = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.ModuleDict)]
+    closed = closed if rename is str else []  # else these are not the names of the model that PEFT will wrap
+    heads = list(dict.fromkeys(outermost(name.rpartition(".")[0], others, closed) for name in saved))
+    check_heads(heads, targets, module_names(model, rename))
     return heads, saved
 
 
-def outermost(module, others):
-    """The largest module around this one that holds none of the other parameters.
+def module_names(model, rename):
+    """The names for PEFT of all modules; with a `rename`, of those with parameters and of what is around them."""
+    inside = tuple(f"{name}." for name in salora_layers(model))
+    names = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name or name.startswith(inside):
+            continue
+        if rename is str or list(module.parameters(recurse=False)):
+            parts = rename(name).split(".")
+            names |= {".".join(parts[: i + 1]) for i in range(len(parts))}
+    return names
+
+
+def check_heads(heads, targets, modules):
+    """Raises ValueError where PEFT would take another module for one of the heads that it is to save.
+
+    It takes the name of a head for the end of names, without a dot, and its own modules, inside of the adapted layers
+    `targets`, have names as well. modules: what `module_names` returns
+    """
+    names = modules | {f"{target}.{part}" for target in targets for part in IN_ADAPTED}
+    names |= {f"{head}.{part}" for head in heads for part in IN_SAVED}
+    for head in heads:
+        taken = [name for name in names if name.endswith(head) and name != head]
+        anything = re.escape(head).replace(r"\.", ".")  # it runs the name as a regular expression, too, against targets
+        taken += [target for target in targets if re.match(rf"(.*\.)?{anything}(\..*)?$", target)]
+        taken += modules & {f"{head}.{part}" for part in IN_SAVED}  # which it would mistake for its own
+        if taken:
+            other = f"PEFT would take {min(taken)} for it or for a part of it, by its name"
+            raise ValueError(f"{head} trains, and {other}: freeze {head}, or rename one of them")
+
+
+def outermost(module, others, closed):
+    """The largest module around this one that holds none of the other parameters, and is none of `closed`.
 
     PEFT itself saves a module called classifier, so that classifier.dense and classifier.out_proj must not be named.
+    closed: the lists and dicts of modules, which PEFT cannot save whole
     """
     parent = module.rpartition(".")[0]
-    while parent and not any(name.startswith(parent + ".") for name in others):
+    while parent and parent not in closed and not any(name.startswith(parent + ".") for name in others):
         module, parent = parent, parent.rpartition(".")[0]
     return module
 
@@ -137,14 +177,7 @@ def write_adapter(folder, config, tensors):
     text = json.dumps(config, indent=1, allow_nan=False)
     tensors = {PREFIX + name: value.cpu().contiguous() for name, value in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        from safetensors.torch import save_file
-
-        write_atomically(folder / SAFETENSORS, lambda path: save_file(tensors, path, {"format": "pt"}))
-        (folder / BIN).unlink(missing_ok=True)
-    except ImportError:
-        write_atomically(folder / BIN, lambda path: torch.save(tensors, path))
-        (folder / SAFETENSORS).unlink(missing_ok=True)  # an older export's, which readers would prefer
+    write_tensors(tensors, folder, SAFETENSORS, BIN)
     write_atomically(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -170,7 +203,7 @@ def import_peft(model, folder, rename=str):
     path = folder / (SAFETENSORS if (folder / SAFETENSORS).exists() else BIN)
     tensors = {name.removeprefix(PREFIX): value for name, value in read_named_tensors(path).items()}
     layers = {}
-    for name, linear in linears(model).items():
+    for name, linear in linears(bare(model)).items():
         hub = rename(name)
         A, B = (tensors.pop(f"{hub}.lora_{side}.weight", None) for side in "AB")
         if A is None and B is None:
@@ -183,7 +216,7 @@ def import_peft(model, folder, rename=str):
         alpha = look_up(config["alpha_pattern"], hub, config["lora_alpha"])
         gates = {"log_theta": torch.zeros(r), "fixed": torch.ones(r)}
         layers[name] = {"r0": r, "alpha": alpha, "A": A, "B": B, **gates}
-    others = take_heads(model, tensors, rename, path)
+    others = take_heads(bare(model), tensors, rename, path)
     if tensors:
         raise ValueError(f"the model has no place for {', '.join(sorted(tensors)[:4])} of {folder}")
     if not layers:

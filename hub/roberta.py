@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from hub.checkpoints import check_tensors, check_weight, read_json, read_tensors
+from hub.adapters import bare, plain_name
+from hub.checkpoints import check_tensors, check_weight, read_json, read_tensors, write_tensors
 from tiny_transformer import MaskedLM, SequenceClassifier, TinyTransformer, TransformerConfig
 
 ENCODER_NAMES = {  # ours -> the published ones
@@ -70,7 +71,7 @@ def hub_parameters(model, config):
 # What config.json may hold. Sizes have no default; a rate is a probability; anything else is a number.
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
          "max_position_embeddings", "type_vocab_size")  # fmt: skip
-RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 LARGEST = 10**9  # with two sides of this length the bytes of a matrix still fit int64, so shapes can be compared
 SUPPORTED = {
     "model_type": ("bert", "roberta", "xlm-roberta", "camembert"),
@@ -105,8 +106,11 @@ def read_config(folder):
         default = None if field.name in SIZES else field.default
         least, most = int(field.name in SIZES), 1 if field.name in RATES else LARGEST
         value = raw.get(field.name, default)
-        if type(value) not in (int, field.type) or not least <= value <= most:
-            expected = f"{field.type.__name__} of at least {least} and at most {most}"
+        if value is None and field.default is None:
+            continue
+        kind = float if field.name in RATES else field.type
+        if type(value) not in (int, kind) or not least <= value <= most:
+            expected = f"{kind.__name__} of at least {least} and at most {most}"
             raise ValueError(f"{path} has {field.name} {reprlib.repr(value)}, expected {expected}")
         values[field.name] = value
     if bert:  # BERT counts positions from 0: pad + 1 unused rows come in front
@@ -131,15 +135,23 @@ def load_pretrained(folder, head=None, **changes):
     """Read config.json and the weights of a RoBERTa- or BERT-family model.
 
     head: None, or what to build around the encoder and fill as well: MaskedLM, partial(SequenceClassifier, ...).
-    changes: fields of TransformerConfig that should differ from the file, such as hidden_dropout_prob=0.0.
+    changes: fields of TransformerConfig that should differ from the file, such as hidden_dropout_prob=0.0. Where that
+    one differs, it counts for a classifier's head as well.
     Returns (encoder or head(encoder), config), in float32 and eval mode. Prints the names of tensors that were not
     used, except for the heads of pre-training, which most tasks leave behind.
     Raises FileNotFoundError for a missing file and ValueError for a foreign architecture or a tensor that is missing,
     has another shape than config.json says, or does not hold finite floating-point numbers.
     """
     folder = Path(folder)
-    config = replace(read_config(folder), **changes)
-    stored = {plain_name(name): found for name, found in read_tensors(folder).items()}  # {name: (tensor, file)}
+    config = read_config(folder)
+    if changes.get("hidden_dropout_prob", config.hidden_dropout_prob) != config.hidden_dropout_prob:
+        changes = {"classifier_dropout": None, **changes}
+    config = replace(config, **changes)
+    stored = {}  # {name: (tensor, file)}
+    for name, found in read_tensors(folder).items():
+        if short_name(name) in stored:
+            raise ValueError(f"{name} in {found[1]} is there a second time, with something else in front of its name")
+        stored[short_name(name)] = found
     depth = len({name.split(".")[2] for name in stored if name.startswith("encoder.layer.")})
     if depth != config.num_hidden_layers:  # counted before any layer is built: no shape tells how many there are
         said = f"{folder}/config.json has num_hidden_layers {config.num_hidden_layers}"
@@ -149,15 +161,15 @@ def load_pretrained(folder, head=None, **changes):
         model = head(model) if head else model
     if isinstance(model, MaskedLM):
         drop_second_names(stored)
-    shapes = {plain_name(name): tuple(p.shape) for name, p in hub_parameters(model, config).items()}
+    shapes = {short_name(name): tuple(p.shape) for name, p in hub_parameters(model, config).items()}
     if config.model_type == "bert":  # whose files have no rows for the positions of padding
         shapes[POSITIONS] = (config.max_length, config.hidden_size)
     check_tensors(stored, shapes, folder)
 
     model.to_empty(device="cpu").eval()
     for name, parameter in hub_parameters(model, config).items():
-        tensor, _ = stored[plain_name(name)]
-        if plain_name(name) == POSITIONS and config.model_type == "bert":
+        tensor, _ = stored[short_name(name)]
+        if short_name(name) == POSITIONS and config.model_type == "bert":
             tensor = F.pad(tensor, (0, 0, config.pad_token_id + 1, 0))
         parameter.data.copy_(tensor)
     unused = [name for name in sorted(stored) if name not in shapes and not name.startswith(EXPECTED_LEFTOVERS)]
@@ -166,9 +178,12 @@ def load_pretrained(folder, head=None, **changes):
     return model, config
 
 
-def plain_name(name):
-    """A published name without the model's, and with today's words for the gamma and beta of 2018."""
-    name = re.sub(r"^(roberta|bert)\.", "", name)
+def short_name(name):
+    """A published name without the model's, and with today's words for the gamma and beta of 2018.
+
+    In front may stand, too, what torch.compile and DistributedDataParallel add to the names of a state dict.
+    """
+    name = re.sub(r"^(module\.)*((roberta|bert)\.)?", "", plain_name(name))
     return re.sub(r"beta$", "bias", re.sub(r"gamma$", "weight", name))
 
 
@@ -189,16 +204,19 @@ ARCHITECTURES = {TinyTransformer: "Model", SequenceClassifier: "ForSequenceClass
 DECODERS = {"RobertaForMaskedLM": "RobertaForCausalLM", "BertForMaskedLM": "BertLMHeadModel"}
 
 
-def save_pretrained(model, folder):
+def save_pretrained(model, folder, labels=(), safetensors=False):
     """Write an encoder, a SequenceClassifier or a MaskedLM as a checkpoint folder, for `load_pretrained` and others.
 
+    labels: what a classifier's classes are called, in the order of their indices; by default LABEL_0, LABEL_1 ...
+    safetensors: whether to write model.safetensors, where that package is installed, rather than pytorch_model.bin
     Raises ValueError for another kind of model, and for adapters that are not merged.
     """
+    model = bare(model)
     kind = next((kind for kind in ARCHITECTURES if isinstance(model, kind)), None)
     if kind is None:
         raise ValueError(f"expected an encoder, a SequenceClassifier or a MaskedLM, got {type(model).__name__}")
     config = (model if kind is TinyTransformer else model.encoder).config
-    tensors = {name: p.detach().cpu() for name, p in hub_parameters(model, config).items()}
+    tensors = {name: p.detach().cpu().contiguous() for name, p in hub_parameters(model, config).items()}
     family = {"bert": "Bert", "roberta": "Roberta"}[config.model_type]
     name = family + ARCHITECTURES[kind]
     name = DECODERS.get(name, name) if config.is_decoder else name
@@ -207,8 +225,13 @@ def save_pretrained(model, folder):
         raw["max_position_embeddings"] = config.max_length
         tensors["bert." + POSITIONS] = tensors["bert." + POSITIONS][config.pad_token_id + 1 :].clone()
     if kind is SequenceClassifier:
-        raw["id2label"] = {i: f"LABEL_{i}" for i in range(model.num_labels)}
+        raw |= label_names(labels or [f"LABEL_{i}" for i in range(model.num_labels)])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(tensors, folder / "pytorch_model.bin")
+    write_tensors(tensors, folder, "model.safetensors", "pytorch_model.bin", prefer=safetensors)
     (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+
+
+def label_names(labels):
+    """What a config.json says of the names of classes: {"id2label": {index: name}, "label2id": {name: index}}."""
+    return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}

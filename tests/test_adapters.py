@@ -1,8 +1,10 @@
 """Adapter files: what is saved comes back exactly, and what is damaged or does not fit is refused as a whole."""
 
+from functools import partial
+
 import pytest
 import torch
-from strategies import Net, assert_close, randomize, row, unchanged
+from strategies import Net, assert_close, make_layer, randomize, row, unchanged
 from torch import nn
 
 from budget import freeze_gates
@@ -69,17 +71,74 @@ def test_a_bias_that_trains_inside_an_adapted_layer_and_running_statistics_are_s
     assert other[0].base.bias.requires_grad and not other[0].base.weight.requires_grad
 
 
-def test_a_snapshot_shares_no_memory_with_the_model_nor_two_models_with_each_other():
-    net = net_at("fixed")
+def plain(value):
+    """A state with lists in the place of its tensors, so that == compares all of it."""
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("stage", ["held", "free", "fixed"])
+def test_a_snapshot_shares_no_memory_with_the_model_nor_two_models_with_each_other(stage):
+    net = net_at(stage)
     state = adapter_state(net)
+    whole = plain(state)
     twins = [load_adapter_state(Net(seed=1), state) for _ in range(2)]
-    x = torch.randn(3, 6)
-    expected = twins[1](x)
     with torch.no_grad():
         for tensor in (*net.parameters(), *net.buffers(), *twins[0].parameters(), *twins[0].buffers()):
             tensor.add_(1)
-    assert torch.equal(twins[1](x), expected)
-    assert torch.equal(load_adapter_state(Net(seed=1), state)(x), expected)
+    assert plain(state) == whole and plain(adapter_state(twins[1])) == whole
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_loaded_layers_are_in_the_mode_of_the_model(training):
+    loaded = load_adapter_state(Net(seed=1).train(training), adapter_state(net_at("free")))
+    assert {module.training for module in loaded.modules()} == {training}
+
+
+def in_parts(net):
+    """Compile two layers, one of which has an adapter or is to get one."""
+    net.body[0], net.head = torch.compile(net.body[0], backend="eager"), torch.compile(net.head, backend="eager")
+    return net
+
+
+def in_ddp(net):
+    """As DistributedDataParallel wraps it, which needs other processes."""
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = net
+    return wrapped
+
+
+WRAPPED = {
+    "compiled": partial(torch.compile, backend="eager"),
+    "parts compiled": in_parts,
+    "several processes": in_ddp,
+    "both": lambda net: torch.compile(in_ddp(net), backend="eager"),
+    "data parallel": nn.DataParallel,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_names_are_those_of_the_model_before_it_was_compiled_or_distributed(tmp_path, wrap):
+    net, x = net_at("fixed").eval(), torch.randn(3, 6)
+    expected = plain(adapter_state(net))
+    save_adapter(wrap(net), tmp_path / "adapter.pt")
+    assert plain(adapter_state(load_adapter(Net(seed=1), tmp_path / "adapter.pt"))) == expected
+    target = Net(seed=1).eval()
+    wrapped = wrap(target)
+    loaded = load_adapter(wrapped, tmp_path / "adapter.pt")
+    assert loaded is wrapped and plain(adapter_state(loaded)) == expected
+    assert torch.equal(target(x), net(x)), "what was compiled before is not called any more"
+
+
+@pytest.mark.parametrize("wrap", [nn.Identity(), WRAPPED["compiled"], WRAPPED["both"]])
+def test_a_model_that_is_one_layer_is_replaced(wrap):
+    layer, x = make_layer(4, 3, 2, seed=0, dtype=torch.float32).eval(), torch.randn(2, 3)
+    linear = nn.Linear(3, 4).eval()
+    linear.load_state_dict(layer.base.state_dict())
+    loaded = load_adapter_state(wrap(linear), adapter_state(layer))
+    assert torch.equal(loaded(x), layer(x)) and plain(adapter_state(loaded)) == plain(adapter_state(layer))
 
 
 # What is refused

@@ -13,10 +13,10 @@ from salora import salora_layers
 
 ITEMS = {  # some arms of every item that trains
     "fig1": ["lora-8-in-query", "lora-8-in-block-1", "lora-2"],
-    "fig4": ["lora-2", "salora-4-to-2", "salora-4-to-2-paper"],
-    "fig5": ["lora-1", "salora-8-to-1", "salora-8-to-1-paper"],
-    "fig7": ["salora-8-to-4", "salora-8-to-4-paper"],
-    "table3": ["salora-8-to-4-paper", "salora-8-to-4-paper-lambda-0", "salora-8-to-4-paper-beta-0"],
+    "fig4": ["lora-2", "salora-4-to-2", "salora-4-to-2-paper-scaled"],
+    "fig5": ["lora-1", "salora-8-to-1", "salora-8-to-1-paper-scaled"],
+    "fig7": ["salora-8-to-4", "salora-8-to-4-paper-scaled"],
+    "table3": [f"salora-8-to-4-paper-scaled{change}" for change in ("", "-lambda-0", "-beta-0")],
 }
 
 
@@ -38,14 +38,14 @@ def test_figure_1_adapts_one_place_and_no_other(place, n, tiny_lm):
 
 def test_an_ablation_takes_away_only_what_it_names():
     paper, free, loose = (figures.arm_of(name) for name in ITEMS["table3"])
-    assert paper.recipe == free.recipe == Recipe.paper() and loose.recipe == Recipe.paper(beta=0.0)
+    assert paper.recipe == free.recipe == Recipe.paper_scaled() and loose.recipe == Recipe.paper_scaled(beta=0.0)
     trials = [figures.default_trial(None, "words", arm) for arm in (paper, free, loose)]
-    assert trials == 3 * [figures.shift.TUNED["salora-8-to-4-paper"]]
+    assert trials == 3 * [figures.shift.TUNED["salora-8-to-4-paper-scaled"]]
     assert [arm.name for arm in (paper, free, loose)] == ITEMS["table3"]
 
 
 def test_without_the_lagrangian_gates_learn_while_lambda_stays_0(tiny_lm):
-    data, arm = figures.shift.data_of("words", 0, 64), figures.arm_of("salora-8-to-4-paper-lambda-0")
+    data, arm = figures.shift.data_of("words", 0, 64), figures.arm_of("salora-8-to-4-paper-scaled-lambda-0")
     model = figures.shift.model_of(arm, 2, 0)
     allocator = figures.shift.train(model, data, arm, 0.01, 0, 20)
     assert allocator.lagrangian.lam.item() == 0

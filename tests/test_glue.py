@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import generator, seeds
 
 from glue import metrics, mini, pretrain
-from glue.tasks import DEV_ROWS, TASKS, TRAIN_ROWS, load_task, read_rows, task_of
+from glue.tasks import DEV_ROWS, TASKS, TRAIN_ROWS, has_labels, load_task, read_rows, task_of
 from glue.tokens import MiniTokenizer, batch_of, batches_of, collate, tokenizer_for
 from hub.roberta import load_pretrained
 from hub.tokenizers import load_tokenizer
@@ -295,7 +295,7 @@ def test_damaged_tokenizer_files_are_refused_by_name(tmp_path, name):
     pytest.importorskip("tokenizers")
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     (tmp_path / name).write_text("")
-    with pytest.raises(ValueError, match=f"{name} cannot be read: "):
+    with pytest.raises(ValueError, match=f"{name} cannot be read: |has no .CLS., which its BertTokenizer puts"):
         load_tokenizer(tmp_path)
 
 
@@ -367,12 +367,41 @@ def test_correlations_equal_scipys(pairs):
         assert metrics.spearman(x, y) == pytest.approx(stats.spearmanr(x, y)[0], abs=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_correlations_of_a_nan_are_nan_as_in_scipy():
+    """Predictions of a model that diverged have no rank."""
+    stats = pytest.importorskip("scipy.stats")
+    nan = float("nan")
+    for x in ([nan, 1.0, 2.0, 3.0], [nan] * 4):
+        for y in ([1.0, 2.0, 3.0, 4.0], [2.0] * 4):
+            for a, b in ((x, y), (y, x)):
+                assert np.isnan(metrics.pearson(a, b)) and np.isnan(metrics.spearman(a, b))
+                assert np.isnan(stats.spearmanr(a, b)[0])
+
+
 def test_metrics_and_dev_files_are_glues():
     assert {task.metric for task in TASKS.values()} | {"f1", "spearman"} == set(metrics.METRICS)
     assert {name for name, task in TASKS.items() if task.also == "f1"} == {"mrpc", "qqp"}
     assert TASKS["stsb"].also == "spearman"
     assert {task.dev for name, task in TASKS.items() if name != "mnli"} == {"dev.tsv"}
-    assert TASKS["mnli"].dev == "dev_matched.tsv"
+    assert (TASKS["mnli"].dev, TASKS["mnli"].more_dev) == ("dev_matched.tsv", "dev_mismatched.tsv")
+
+
+def test_a_file_has_labels_if_its_header_says_so_or_if_it_is_a_dev_file_without_header(tmp_path):
+    for name, first, expected in (
+        ("sst2", "sentence\tlabel", True),
+        ("sst2", "index\tsentence", False),
+        ("cola", "gj04\t1\t\tThe sailors rode the breeze .", True),
+        ("cola", "index\tsentence", False),
+        ("cola", "index\tlabel\tsentence", True),
+        ("mnli", "index\tsentence1\tsentence2", False),
+        ("mnli", "\ufeff\nindex\tsentence1\tsentence2\tgold_label\r", True),
+        ("rte", "", False),
+        ("cola", "some\ttext", False),
+    ):
+        (tmp_path / "file.tsv").write_bytes(f"{first}\n".encode())
+        assert has_labels(tmp_path / "file.tsv", TASKS[name]) == expected, f"{name}: {first}"
+    assert not has_labels(tmp_path / "nowhere.tsv", TASKS["rte"])
 
 
 # Pre-training

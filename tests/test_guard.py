@@ -145,8 +145,11 @@ def test_short_windows_and_a_dropout_that_the_recipe_does_not_have_are_warned_of
     net = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.1), nn.Linear(6, 3))
     for recipe, steps, expected in (
         (Recipe.ours(), 1000, ["the recipe has dropout 0 .*, but the model has nn.Dropout with p = 0.1"]),
-        (Recipe.ours(dropout=0.1), 30, ["gates train for 3 of 30 steps: in fewer than 50"]),
-        (Recipe.paper(), 1000, []),
+        (Recipe.ours(dropout=0.1), 30, ["gates train for 3 of 30 steps; in fewer than 50"]),
+        (Recipe.paper(), 1000, ["in 300 steps of 0.01 log_theta moves by at most 3, and needs about 14"]),
+        (Recipe.paper(), 5000, []),
+        (Recipe.paper_scaled(), 1000, []),
+        (Recipe.svd(dropout=None), 1000, []),
     ):
         model = adapt(copy.deepcopy(net), ["0"], r=4)
         with warnings.catch_warnings(record=True) as caught:
@@ -156,6 +159,25 @@ def test_short_windows_and_a_dropout_that_the_recipe_does_not_have_are_warned_of
         with row(steps):
             assert len(found) == len(expected) and all(warning.filename == __file__ for warning in found)
             assert all(re.search(*pair) for pair in zip(expected, [str(warning.message) for warning in found]))
+
+
+def test_a_layer_that_the_model_passes_by_is_warned_of_when_the_window_opens():
+    class Bypass(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.two(torch.tanh(nn.functional.linear(x, self.one.weight)))
+
+    run = Run(lambda: (adapt(Bypass(), ["one", "two"], r=4), (6,)))
+    run.train(stop=T_START)
+    with pytest.warns(UserWarning, match="no gradient has reached one so far: does the model use these weights"):
+        run.do("B")
+    run = Run().train(stop=T_START)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.do("B")
 
 
 REFUSED = [  # (model -> the arguments of RankAllocator, error)

@@ -27,7 +27,7 @@ class Loop:
     """Runs `fine_tune` on a small net and calls `look(step, loop)` before every step of the optimizer."""
 
     def __init__(self, look, lr=2e-3, steps=40, accumulate=1, budget=0.5, **changes):
-        self.recipe = Recipe.paper(**{**PAPER, **changes})
+        self.recipe = Recipe.paper_scaled(**{**PAPER, **changes})
         torch.manual_seed(0)
         self.model = adapt(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 2)), ["0", "2"], 4, 8).eval()
         self.layers = list(salora_layers(self.model).values())

@@ -181,6 +181,7 @@ def test_the_orthogonality_of_b_and_a_is_part_of_the_gradient(name, weight):
 WITH_A_SPARE = {**ALLOCATING, "rm-lora without pull": lambda *parts: RMLoRA(*parts, beta=0), "salora": RankAllocator}
 
 
+@pytest.mark.filterwarnings("ignore:no gradient has reached spare")  # what an allocator says of it
 @pytest.mark.parametrize("make", WITH_A_SPARE.values(), ids=WITH_A_SPARE)
 def test_a_layer_that_no_gradient_reaches_does_not_matter_and_stops_nothing(make):
     """One expert of many, for instance, that no row was sent to."""
@@ -215,6 +216,17 @@ def test_adalora_budget_falls_along_a_cubic_from_all_triplets_to_the_last(data):
     for t in range(t_i, T - t_f + 1):
         exact = last + (first - last) * Fraction(T - t_f - t, T - t_f - t_i) ** 3
         assert exact - 1 - 1e-6 < budgets[t] <= exact + 1e-6
+
+
+@pytest.mark.equation("adalora")
+def test_adalora_starts_with_vectors_of_norm_1_and_singular_values_of_0():
+    model = adapt(nn.Sequential(nn.Linear(1500, 2000)), ["0"], 4, 8)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    AdaLoRA(model, optimizer, 9).before_step(0)
+    layer = model[0]
+    for norms in (layer.B.norm(dim=0), layer.A.norm(dim=1)):
+        assert norms.tolist() == pytest.approx([1] * 4, abs=0.15), "up to chance"
+    assert not layer.gate().any()
 
 
 @pytest.mark.equation("adalora")
@@ -372,6 +384,17 @@ def test_alora_closes_the_worst_and_opens_where_none_was_closed(data):
 
 
 @pytest.mark.equation("alora")
+@pytest.mark.parametrize("budget,n", [(0.02, 1), (0.25, 1), (0.45, 2), (0.7, 3)])
+def test_alora_moves_a_thirty_second_of_its_open_ranks_at_a_time_rounded(budget, n):
+    model = adapt(nn.Sequential(*(nn.Linear(8, 8) for _ in range(16))), [r"\d+"], 8, 8)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    allocator = ALoRA(model, optimizer, 40, lambda: 0.0, budget=budget)
+    allocator.before_step(0)
+    close, receivers = allocator.choose(allocator.importance())
+    assert len(close) == len(receivers) == n, f"of {int(128 * budget)} open ranks"
+
+
+@pytest.mark.equation("alora")
 @given(st.dictionaries(st.integers(0, 9), st.integers(0, 5), min_size=1), st.data())
 def test_alora_gives_ranks_in_turn_and_the_most_important_matrices_come_first(room, data):
     """A matrix of which no rank is open has no importance, and comes last."""
@@ -524,6 +547,15 @@ def test_a_method_starts_as_its_paper_says_trains_what_the_closed_form_counts_an
     allocator.finish()
     assert not any(layer.allocating for layer in salora_layers(model).values())
     assert (rates == pytest.approx([1 / 2.5, 2 / 3 * 2 / 2.5, 1 / 3])) == (name != "salora"), "whose recipe decides"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_dropout_in_the_attention_acts_in_train_mode_alone(name):
+    model = encoder()
+    for block in model.encoder.layers:
+        block.attention_dropout = 0.5
+    install(model, name, 5)
+    assert torch.equal(model.eval()(IDS), model(IDS)) and not torch.equal(model.train()(IDS), model(IDS))
 
 
 @pytest.mark.equation("adapters")

@@ -19,6 +19,7 @@ from hub.roberta import hub_name, load_pretrained, save_pretrained
 from rank_allocator import RankAllocator
 from salora import SaLoRALinear, adapt, prune, salora_layers
 from tiny_transformer import SequenceClassifier
+from tools import agree
 
 
 def trained(model, pruned, survivors):
@@ -155,7 +156,7 @@ def test_what_peft_has_no_words_for_is_not_exported_and_nothing_is_written(tmp_p
     refused(model, "block.up.bias trains beside an adapter, which plain LoRA has no place for: freeze it")
     model.block.up.base.bias.requires_grad_(False)
     model.up.requires_grad_(True)
-    refused(model, "up trains, and PEFT would take block.up for a part of it: freeze up")
+    refused(model, "up trains, and PEFT would take block.up for it or for a part of it, by its name: freeze up")
     refused(SaLoRALinear(nn.Linear(3, 3), r=2, alpha=2), "the model is itself an adapted layer")
     model = adapt(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), ["0"], r=2)
     model.append(model[0])
@@ -165,7 +166,87 @@ def test_what_peft_has_no_words_for_is_not_exported_and_nothing_is_written(tmp_p
     model = adapt(Twins(), ["down"], r=2)
     RankAllocator(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), total_steps=1)
     refused(model, "still at work on block.down: call its finish")
+    parts = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(2, 2)}), "a_b": nn.Linear(2, 2)})
+    model = adapt(parts, ["a_b"], r=2)
+    model["a"].requires_grad_(True)
+    refused(model, "a.b trains, and PEFT would take a_b for it")
+    model = adapt(Twins(), ["down"], r=2)
+    model.block.up = torch.compile(model.block.up)
+    refused(model, "a part of the model is compiled, which changes names")
     assert not (tmp_path / "new").exists()
+
+
+class Named(nn.Module):
+    """A layer under one name in a block, and a head under another."""
+
+    def __init__(self, layer, head):
+        super().__init__()
+        self.block, self.names = nn.Module(), (layer, head)
+        self.block.add_module(layer, nn.Linear(6, 6))
+        self.add_module(head, nn.Linear(6, 2))
+
+    def forward(self, x):
+        layer, head = self.names
+        return self.get_submodule(head)(torch.tanh(self.block.get_submodule(layer)(x)))
+
+
+HEADS = [  # (the name of a layer, of a head, what PEFT would take for the head, or None)
+    ("c_fc", "fc", "block.c_fc"),
+    ("q_proj", "proj", "block.q_proj"),
+    ("12", "2", "block.12"),
+    ("query", "out", "block.query.lora_dropout"),
+    ("query", "A", "block.query.lora_A"),
+    ("query", "layer", "block.query.base_layer"),
+    ("query", "default", "block.query.lora_A.default"),
+    ("query", "module", "module.original_module"),
+    ("query", "head", None),
+    ("classifier_x", "classifier", None),
+]
+
+
+def test_a_head_opens_in_peft_or_is_refused_where_its_name_is_the_end_of_others(tmp_path):
+    peft = pytest.importorskip("peft")
+    for layer, head, other in HEADS:
+        base = Named(layer, head).eval()
+        model = randomize(adapt(copy.deepcopy(base), [layer], r=2)).eval()
+        model.get_submodule(head).requires_grad_(True).bias.data.normal_()
+        with row(layer, head):
+            if other is not None:
+                with pytest.raises(ValueError, match=f"^{head} trains, and PEFT would take {other} for it"):
+                    export_peft(model, tmp_path / "refused")
+                assert not (tmp_path / "refused").exists()
+                continue
+            export_peft(model, tmp_path / head)
+            opened = peft.PeftModel.from_pretrained(base, tmp_path / head)
+            assert torch.allclose(opened(X), model(X), atol=1e-6)
+
+
+def test_random_names_open_in_peft_with_the_same_outputs_or_are_refused():
+    pytest.importorskip("peft")
+    said = []
+    assert agree.exports(80, 0, said.append) == 0, said
+    assert re.search("exports, seed 0: [1-9].* open with the same outputs, [1-9].* refused, 0 wrong", said[0])
+
+
+def test_a_compiled_model_is_exported_and_imported_like_the_one_inside(tmp_path):
+    model = randomize(adapt(Twins().eval(), ["up", "block.up"], r=2)).eval()
+    export_peft(torch.compile(model, backend="eager"), tmp_path)
+    compiled = torch.compile(Twins().eval(), backend="eager")
+    assert import_peft(compiled, tmp_path) is compiled
+    assert torch.allclose(compiled(X), model(X), atol=1e-6)
+
+
+def test_an_export_leaves_no_weights_of_an_earlier_one_beside_its_own(tmp_path, monkeypatch):
+    """Which readers might prefer."""
+    pytest.importorskip("safetensors")
+    for without in (True, False, True):
+        model = randomize(adapt(Twins(), ["block.up"], r=2))
+        with monkeypatch.context() as context:
+            if without:
+                context.setitem(sys.modules, "safetensors.torch", None)
+            export_peft(model, tmp_path)
+        weights = {"adapter_model.bin"} if without else {"adapter_model.safetensors"}
+        assert {path.name for path in tmp_path.iterdir()} == weights | {"adapter_config.json"}
 
 
 def test_a_failed_export_leaves_the_files_as_they_were(tmp_path):
@@ -190,6 +271,11 @@ def adapter(tmp_path, monkeypatch):
         without.setitem(sys.modules, "safetensors.torch", None)
         export_peft(model, tmp_path)
     return tmp_path
+
+
+def alphas_of(folder):
+    """lora_alpha of block.up and of block.down."""
+    return [layer.alpha for layer in salora_layers(import_peft(Twins(), folder)).values()]
 
 
 def change(folder, **config):
@@ -254,14 +340,22 @@ def test_patterns_are_compared_as_names_like_peft_matches_them(adapter):
     """The end of a name, but not of a word; with ^ a whole name."""
     for key, alphas in PATTERNS.items():
         change(adapter, alpha_pattern={key: 9})
-        assert [layer.alpha for layer in salora_layers(import_peft(Twins(), adapter)).values()] == alphas, key
+        assert alphas_of(adapter) == alphas, key
         for module, alpha in zip(("block.up", "block.down"), alphas):
             assert bool(re.match(rf"(.*\.)?({key})$", module)) == (alpha == 9), "PEFT's rule"
 
 
+def test_of_several_patterns_the_first_that_fits_counts(adapter):
+    """As in PEFT, where the order of the file decides, not the length of the names."""
+    for first, second, alphas in (("up", "block.up", [9, 4]), ("block.up", "up", [9, 4]), ("down", "up", [7, 9])):
+        change(adapter, alpha_pattern={first: 9, second: 7})
+        assert alphas_of(adapter) == alphas
+
+
 UP, DOWN = "block.up.lora_{}.weight", "block.down.lora_{}.weight"
 TENSORS = [  # (tensors, error); None drops one
-    ({UP.format("B"): None}, "block.up in .*adapter_model.bin has only one of lora_A and lora_B"),
+    *[({UP.format(side): None}, "block.up in .*adapter_model.bin has only one of lora_A and lora_B")
+      for side in "AB"],
     ({UP.format("A"): torch.zeros(2, 6)}, r"block.up .* has lora_A \(2, 6\) and lora_B \(4, 2\)"),
     ({UP.format("A"): torch.zeros(3, 5)}, r"expected \(r, 5\) and \(4, r\)"),
     ({UP.format("A"): torch.zeros(())}, r"has lora_A \(\) and"),
@@ -273,7 +367,7 @@ TENSORS = [  # (tensors, error); None drops one
     ({name.format(side): None for name in (UP, DOWN) for side in "AB"}, "holds no lora_A and lora_B of this model's"),
     ({"other.lora_A.weight": torch.zeros(2, 5)}, "the model has no place for other.lora_A.weight"),
     ({"norm.bias": Bomb()}, "adapter_model.bin is damaged or not a PyTorch file of plain tensors"),
-]
+]  # fmt: skip
 
 
 def test_tensors_that_do_not_fit_are_refused_by_name(adapter):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +60,19 @@ def test_what_is_learned_is_scored_on_inputs_that_nobody_trained_on(monkeypatch,
     flags = ["--steps", "2", "--seeds", "0", "1", "--tasks", "maps-1", "--out", str(tmp_path)]
     planted_ranks.main([*flags, "--arms", "lora"])
     assert [len(some) for some in inputs] == [128, 256, 128, 256] and len(set.union(*inputs)) == 768
+
+
+def test_a_task_has_the_noise_of_its_name(monkeypatch):
+    targets = []
+
+    def fine_tune(network, rows, *_, batch_of, **more):
+        targets.append(batch_of(rows, network, "cpu")[1])
+
+    monkeypatch.setattr(planted_ranks, "fine_tune", fine_tune)
+    for task in planted_ranks.NOISE:
+        planted_ranks.measure(SimpleNamespace(steps=1), task, planted_ranks.arm_of("lora"), 0, ())
+    little, much = targets  # the same draws, times .1 and 1
+    assert (much - little).std().item() == pytest.approx(0.9, abs=0.02)
 
 
 def test_arms_of_other_studies_are_refused(tmp_path, capsys):

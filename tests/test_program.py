@@ -98,7 +98,8 @@ def test_equal_seeds_give_equal_runs_and_others_do_not_whatever_chance_decides(g
 def test_the_start_and_the_status_line_say_what_is_going_on(go, run, capsys):
     assert "mini-cola, salora, seed 0 on cpu: 48 training rows, 100 dev" in run.said
     assert "11,346 parameters, 3,890 trained, 3,584 in adapters" in run.said  # 2 blocks of (4 x 32 + 2 x 48) x 8
-    assert "gates train from step 8 to 10 of 20, gate lr 7; in a window of fewer than 50 steps" in run.said
+    warned = "gate lr 7\nwarning: gates train for 2 of 20 steps; in fewer than 50"
+    assert f"gates train from step 8 to 10 of 20, {warned}" in run.said
     assert "step 10/20 | loss 0." in run.said and " | C 0.500 -> 0.5 | kept " in run.said and "/96 | " in run.said
     kept, density = run.summary["adapter_params_kept"], run.summary["density_kept"]
     assert f"kept {kept:,} of 3,584 adapter parameters: {density:.4f}" in run.said

@@ -63,8 +63,8 @@ def test_models_equal_transformers_in_both_directions(tmp_path, capsys, family, 
     again, config = load_pretrained(tmp_path / "ours", head)
     assert capsys.readouterr().out == "" and config == encoder.config and not again.training
     ids, mask, types = batch(pad=config.pad_token_id)
-    if family == "Roberta":  # BERT counts positions from the left, padding included
-        ids, mask, types = torch.cat([ids, ids.flip(1)]), torch.cat([mask, mask.flip(1)]), torch.cat([types, types])
+    ids, mask, types = torch.cat([ids, ids.flip(1)]), torch.cat([mask, mask.flip(1)]), torch.cat([types, types])
+    ids[0, 2] = config.pad_token_id  # as a word of the text, and with padding on either side
     assert torch.equal(outputs_of(again, ids, mask, types), outputs_of(model, ids, mask, types))
 
     Theirs = getattr(transformers, name)
@@ -136,6 +136,58 @@ def test_what_a_config_leaves_out_is_what_published_models_mean_by_it(folder):
     assert (config.layer_norm_eps, config.type_vocab_size) == (1e-12, 2)
 
 
+WRAPPERS = ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+
+
+@pytest.mark.parametrize("front", WRAPPERS)
+def test_names_from_compiled_and_distributed_models_are_read(folder, front):
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    for name in state:
+        edit(folder, tensors={name: None, front + name.replace("layer.1.", "layer.1._orig_mod."): state[name]})
+    for a, b in zip(small_encoder().parameters(), load_pretrained(folder)[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+    edit(folder, tensors={"embeddings.LayerNorm.bias": torch.zeros(12)})
+    with pytest.raises(ValueError, match="embeddings.LayerNorm.bias in .*pytorch_model.bin is there a second time"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize("family", ["Roberta", "Bert"])
+def test_dropout_of_the_head_is_the_configs_unless_another_rate_is_asked_for(tmp_path, family):
+    save_pretrained(Classifier(small_encoder(model_type=family.lower())), tmp_path)
+    for config, changes, rate in (
+        ({"hidden_dropout_prob": 0.1}, {}, 0.1),
+        ({"classifier_dropout": 0.3}, {}, 0.3),
+        ({"classifier_dropout": 0}, {"hidden_dropout_prob": 0.1}, 0),  # 0.1 is the file's
+        ({"classifier_dropout": 0.3}, {"hidden_dropout_prob": 0.2}, 0.2),
+    ):
+        edit(tmp_path, config=config)
+        model = load_pretrained(tmp_path, Classifier, **changes)[0]
+        assert model.dropout.p == rate
+    transformers = pytest.importorskip("transformers")
+    save_pretrained(load_pretrained(tmp_path, Classifier)[0], tmp_path / "again")
+    theirs = getattr(transformers, f"{family}ForSequenceClassification").from_pretrained(tmp_path / "again")
+    assert getattr(theirs, "dropout", getattr(theirs.classifier, "dropout", None)).p == 0.3
+
+
+@pytest.mark.parametrize("safetensors", [True, False])
+def test_a_folder_holds_the_weights_once_and_names_its_classes(tmp_path, safetensors):
+    package = pytest.importorskip("safetensors")
+    for other in (not safetensors, safetensors):  # the second takes the place of the first
+        model = Classifier(small_encoder())
+        model.classifier["dense"].weight.data.normal_()
+        compiled = torch.compile(model, backend="eager")
+        save_pretrained(compiled, tmp_path, ["yes", "no", "perhaps"], safetensors=other)
+    weights = "model.safetensors" if safetensors else "pytorch_model.bin"
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", weights}
+    if safetensors:
+        with package.safe_open(tmp_path / weights, "pt") as file:
+            assert file.metadata() == {"format": "pt"}, "which some readers ask for"
+    again = load_pretrained(tmp_path, Classifier)[0]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    config = pytest.importorskip("transformers").AutoConfig.from_pretrained(tmp_path)
+    assert config.id2label == {0: "yes", 1: "no", 2: "perhaps"} and config.label2id["perhaps"] == 2
+
+
 @pytest.mark.parametrize("model_type,decoder", [("roberta", "lm_head.decoder"), ("bert", "cls.predictions.decoder")])
 def test_word_scores_may_be_stored_under_a_second_name_but_must_be_the_same(tmp_path, model_type, decoder):
     lm = MaskedLM(small_encoder(model_type=model_type))
@@ -178,6 +230,7 @@ CONFIGS = [  # (changes of config.json, error)
     ({"num_hidden_layers": 2.0}, "has num_hidden_layers 2.0, expected int of at least 1"),
     ({"pad_token_id": -1}, "has pad_token_id -1, expected int of at least 0"),
     ({"layer_norm_eps": "small"}, "has layer_norm_eps 'small', expected float of at least 0"),
+    ({"classifier_dropout": "0.1"}, "has classifier_dropout '0.1', expected float of at least 0 and at most 1"),
     ({"attention_probs_dropout_prob": 1.5}, "attention_probs_dropout_prob 1.5, expected float .* at most 1$"),
     ({"num_attention_heads": 5}, "config.json: hidden_size 12 is not a multiple of 5 heads"),
     ({"max_position_embeddings": 2}, "leaves no id or no position for a token"),

@@ -22,11 +22,13 @@ from cli.journal import Journal
 from cli.settings import read_settings
 from cli.table import append, has_row, read_table, rows_with
 from glue import pretrain
+from glue.metrics import METRICS
 from glue.tasks import task_of
+from glue.tokens import MiniTokenizer
 from hub.roberta import save_pretrained
 from peers import METHODS
 from salora import salora_layers
-from tiny_transformer import TinyTransformer, TransformerConfig
+from tiny_transformer import MaskedLM, SequenceClassifier, TinyTransformer, TransformerConfig
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ REFUSED = [  # flags, and what the line says
     ("--rank 0", "argument --rank: expected a whole number above 0, got '0'"),
     ("--steps many", "argument --steps: expected a whole number above 0, got 'many'"),
     (f"--epochs {10**400}", "argument --epochs: expected a number below 1e+12"),
-    ("--gate-lr fast", "argument --gate-lr: expected auto or a number above 0, got 'fast'"),
+    ("--gate-lr fast", "argument --gate-lr: expected a number above 0, got 'fast'"),
     ("--gate-lr 1e38", "argument --gate-lr: expected a number below 1e+36, got '1e38'"),
     ("--lr -1", "argument --lr: expected a number above 0, got '-1'"),
     ("--beta nan", "argument --beta: expected a number, 0 or above, got 'nan'"),
@@ -96,6 +98,7 @@ def test_all_that_can_be_refused_is_refused_before_an_encoder_is_pre_trained(tmp
     monkeypatch.setattr(cli_settings, "mini_encoder", lambda **_: pytest.fail("it should not have come so far"))
     (tmp_path / "file").write_text("mine")
     (tmp_path / "settings.json").write_text('{"task": "mini-cola"}')
+    (tmp_path / "loop").symlink_to("loop")
     for flags, message in (
         ("--window 1 0", "0 <= start <= end <= 1"),
         ("--method full --dropout 0 0 0", "--dropout takes one rate or two"),
@@ -104,9 +107,11 @@ def test_all_that_can_be_refused_is_refused_before_an_encoder_is_pre_trained(tmp
         ("--resume .", "settings.json is damaged"),
         ("--task cola --data .", "task cola needs --weights DIR"),
         ("--evaluate file", "no settings.json in file; expected the folder of a run"),
+        ("--out loop", "loop is a file: choose another --out"),
+        ("--weights loop", "loop; expected the folder of a RoBERTa or BERT checkpoint"),
     ):
         assert message in refused(capsys, train_glue_mini.main, flags.split())
-    assert (tmp_path / "file").read_text() == "mine" and names(tmp_path) == ["file", "settings.json"]
+    assert (tmp_path / "file").read_text() == "mine" and names(tmp_path) == ["file", "loop", "settings.json"]
 
 
 def test_an_encoder_without_room_for_the_words_is_refused(go, tmp_path, capsys):
@@ -118,6 +123,15 @@ def test_an_encoder_without_room_for_the_words_is_refused(go, tmp_path, capsys):
 def test_a_run_that_diverges_ends_with_the_step_and_what_to_do(go, capsys, method):
     message = refused(capsys, go, "--method", method, "--lr", 1e30, "--steps", 8)
     assert "error: the loss is nan at step " in message and message.endswith(": try a smaller --lr")
+
+
+@pytest.mark.parametrize("task", ["mini-stsb", "mini-rte"])
+def test_a_model_whose_outputs_are_not_finite_has_no_score(go, tmp_path, capsys, task):
+    """Where the weights just are; argmax would choose a class for a NaN as well."""
+    flags = ["--task", task, "--method", "full", "--lr", 1e30, "--steps", 1, "--out", tmp_path / "run"]
+    message = refused(capsys, go, *flags)
+    assert message.endswith("the model's outputs are not finite, since training diverged: try a smaller --lr")
+    assert names(tmp_path / "run") == ["settings.json"]
 
 
 def test_an_svd_that_does_not_converge_and_memory_that_is_too_small_are_one_line(go, capsys, monkeypatch):
@@ -143,6 +157,10 @@ def test_an_interruption_says_how_to_go_on(go, tmp_path, kept, capsys, monkeypat
             go("--out", tmp_path / "run" / name)
         assert exit_.value.code == 130
         assert capsys.readouterr().err == "\ninterrupted; no epoch was finished\n"
+    with monkeypatch.context() as now, pytest.raises(SystemExit) as exit_:
+        now.setattr(train_glue_mini, "evaluate", stop)
+        go("--evaluate", kept.finished)
+    assert exit_.value.code == 130 and capsys.readouterr().err == "\ninterrupted\n"
     run = copy_of(kept.interrupted, tmp_path / "begun")
     interrupt(go, "--resume", run, after=2)
     assert capsys.readouterr().err == f"\ninterrupted; go on from the last whole epoch with --resume {run}\n"
@@ -342,6 +360,20 @@ def test_a_full_disk_ends_the_run_with_one_line_and_no_half_file(go, tmp_path, c
     assert "cannot be written: " in message and not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.parametrize("kilobytes", [0, 1, 50])
+def test_a_full_disk_while_an_encoder_is_pre_trained_is_one_line_and_leaves_no_half_encoder(tmp_path, capsys, kilobytes,
+                                                                                            monkeypatch):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrain, "pretrain", lambda device: MaskedLM(TinyTransformer(pretrain.MINI)))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, before[1]))
+    try:
+        message = refused(capsys, train_glue_mini.main, ["--device", "cpu"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ("File too large" in message or "cannot be written: " in message) and not list(tmp_path.glob("runs/*"))
+
+
 def test_closed_standard_output_is_one_line(go, capsys, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
@@ -373,6 +405,10 @@ def test_a_table_grows_by_rows_and_knows_which_runs_are_done(tmp_path):
     assert path.read_text().splitlines() == ["arm,seed,loss", "lora-4,0,0.5", "lora-4,1,1.5"]
     assert rows_with(path, arm="lora-4", seed=1) == [{"arm": "lora-4", "seed": "1", "loss": "1.5"}]
     assert has_row(path, seed=0) and not has_row(path, arm="lora-8", seed=0)
+    for empty in ("", "\n", "\r\n\r\n", "arm,se"):
+        (tmp_path / "empty.csv").write_text(empty)
+        append(tmp_path / "empty.csv", {"arm": "lora-4", "seed": 0})
+        assert read_table(tmp_path / "empty.csv") == [{"arm": "lora-4", "seed": "0"}]
     append(path, {"loss": 2.5, "seed": 2, "arm": "lora-8"})
     assert path.read_text().splitlines()[-1] == "lora-8,2,2.5", "whatever the order of a row"
     with pytest.raises(ValueError, match="table.csv has other columns than arm, score: choose another --out"):
@@ -407,7 +443,7 @@ def test_a_summary_and_settings_say_what_was_run_with_what(go, tmp_path, kept):
     summary, settings = json_of(tmp_path / "paper"), json_of(tmp_path / "paper", "settings")
     assert summary["recipe"] == "paper" and summary["command"].startswith("train_glue_mini.py --out ")
     assert set(summary["versions"]) == {"python", "torch", "numpy"}
-    assert settings["gate_lr"] == pytest.approx(14 / 3) and settings["dropout"] == [0.1, 0.1]
+    assert settings["gate_lr"] == 0.01 and settings["dropout"] == [0.1, 0.1]
     ours, full = json_of(kept.finished, "settings"), json_of(tmp_path / "full", "settings")
     assert ours["gate_lr"] == 7 and ours["dropout"] == [0, 0], "the values that were used, and not auto"
     assert "recipe" not in full and "gate_lr" not in full and full["dropout"] == [0.1, 0.1]
@@ -445,19 +481,54 @@ def test_predictions_are_what_glue_wants_submitted(go, tmp_path, kept, capsys):
     assert lines[0] == "index\tprediction" and [line.split("\t")[0] for line in lines[1:]] == [*map(str, range(9))]
     answers = [line.split("\t")[1] for line in lines[1:]]
     assert set(answers) <= {"0", "1"} and answers[:3] == answers[3:6] == answers[6:]
-    assert "9 rows of" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "9 rows of" in said and "matthews" not in said, "there is nothing to score"
     test.write_text("index\ttext\n0\ta\n")
     assert "has no column sentence" in refused(capsys, go, "--evaluate", run, "--predict", test)
+
+
+def test_rows_with_labels_are_scored_and_replace_no_submission(go, tmp_path, kept, capsys):
+    run, rows = copy_of(kept.finished, tmp_path / "run"), [("the dog sees a cat .", 1), ("dog the the .", 0)] * 4
+    numbered = [f"{i}\t{text}\n" for i, (text, _) in enumerate(rows)]
+    (tmp_path / "test.tsv").write_text("index\tsentence\n" + "".join(numbered))
+    (tmp_path / "dev.tsv").write_text("".join(f"x\t{label}\t\t{text}\n" for text, label in rows))
+    go("--evaluate", run, "--predict", tmp_path / "test.tsv")
+    submitted = (run / "CoLA.tsv").read_text()
+    capsys.readouterr()
+    result = go("--evaluate", run, "--predict", tmp_path / "dev.tsv")
+    assert result["predictions"] == str(run / "CoLA.dev.tsv")
+    assert (run / "CoLA.dev.tsv").read_text() == (run / "CoLA.tsv").read_text() == submitted
+    predicted = [int(line.split("\t")[1]) for line in submitted.splitlines()[1:]]
+    assert result["score"] == METRICS["matthews"](predicted, [label for _, label in rows])
+    assert f"matthews {result['score']:.4f} on 8 rows of {tmp_path / 'dev.tsv'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("task,test,predicted,file,lines", [
     ("mnli", "test_matched.tsv", [2, 0], "MNLI-m.tsv", ["0\tcontradiction", "1\tentailment"]),
     ("mnli", "test_mismatched.tsv", [1], "MNLI-mm.tsv", ["0\tneutral"]),
+    ("mnli", "diagnostic.tsv", [1], "AX.tsv", ["0\tneutral"]),
+    ("mnli", "dev_matched.tsv", [1], "MNLI.dev_matched.tsv", ["0\tneutral"]),
+    ("mnli", "m.tsv", [1], "MNLI.m.tsv", ["0\tneutral"]),
+    ("rte", "dev.tsv", [1], "RTE.dev.tsv", ["0\tnot_entailment"]),
     ("stsb", "test.tsv", [5.3, 1.23456], "STS-B.tsv", ["0\t5.000", "1\t1.235"]),
 ])  # fmt: skip
-def test_predictions_use_the_names_of_labels_and_of_both_test_sets(tmp_path, task, test, predicted, file, lines):
+def test_predictions_use_the_names_of_labels_and_of_what_was_labeled(tmp_path, task, test, predicted, file, lines):
     path = report.write_predictions(tmp_path, task_of(task), test, predicted)
     assert path.name == file and path.read_text().splitlines() == ["index\tprediction", *lines]
+
+
+def test_mnli_is_scored_on_both_kinds_of_dev_rows(go, tmp_path, monkeypatch, capsys):
+    texts = {"entailment": "the dog sees a cat .", "neutral": "the film was dull .", "contradiction": "a a a"}
+    for name, part in (("train", 3), ("dev_matched", 3), ("dev_mismatched", 2)):
+        rows = [f"{text}\tthe dog .\t{label}" for label, text in list(texts.items())[:part]] * 4
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["sentence1\tsentence2\tgold_label", *rows]))
+    monkeypatch.setattr(setup, "tokenizer_for", lambda *_: MiniTokenizer())
+    run = tmp_path / "run"
+    summary = go("--task", "mnli", "--data", tmp_path, "--rows", 12, "--out", run)
+    result = go("--evaluate", run)
+    said = capsys.readouterr().out
+    assert result["score"] == summary["score"] and "on 12 dev rows with" in said
+    assert f"accuracy {result['dev_mismatched']:.4f} on 8 rows of dev_mismatched.tsv" in said
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -475,7 +546,7 @@ def test_a_run_opens_again_with_the_same_score_and_what_is_exported_with_the_sam
     written = go("--export", run)
     said = capsys.readouterr().out
     assert "transformers.AutoModelForSequenceClassification.from_pretrained" in said
-    assert ("it belongs onto a base in 4 bits: quantization_config=" in said) == (method == "qlora")
+    assert ("quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True" in said) == (method == "qlora")
     ours, encode = reopen(read_settings(run), run, summary)
     ids = torch.tensor([encode([("the dog chased the cat .", None, 0)])[0][0]])
     expected = ours.eval()(ids)
@@ -487,6 +558,37 @@ def test_a_run_opens_again_with_the_same_score_and_what_is_exported_with_the_sam
         theirs = loader.from_pretrained(written[name]).eval()
         on_its_base = (method, name) != ("qlora", "peft")  # here in full precision
         assert torch.allclose(theirs(ids).logits, expected, atol=1e-5) == on_its_base, name
+
+
+OTHERS = ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]  # of a checkpoint's own head, in another order than ours
+
+
+@pytest.mark.parametrize("task,head", [
+    ("mini-mnli", []), ("mini-stsb", []), ("mini-cola", []), ("mini-mnli", OTHERS), ("mini-rte", OTHERS),
+    ("mini-stsb", OTHERS),
+])  # fmt: skip
+def test_the_lines_that_export_prints_open_what_it_wrote_with_the_names_of_the_task(go, tmp_path, capsys, task, head):
+    """Whatever head and names the checkpoint underneath has."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    pytest.importorskip("safetensors")
+    weights = tmp_path / "weights"
+    encoder = TinyTransformer(TransformerConfig(130, 16, 2, 2, 32, 48, 2))
+    save_pretrained(SequenceClassifier(encoder, 3) if head else MaskedLM(encoder), weights, head)
+    run = tmp_path / "run"
+    summary = go("--task", task, "--weights", weights, "--out", run)
+    capsys.readouterr()
+    go("--export", run)
+    assert (run / "merged" / "model.safetensors").is_file()
+    ours, encode = reopen(read_settings(run), run, summary)
+    ids = torch.tensor([encode([("the dog chased the cat .", None, 0)])[0][0]])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
+    assert [line.partition(".")[0] for line in lines] == ["peft", "transformers"]
+    for line in lines:
+        theirs = eval(line, {"peft": peft, "transformers": transformers}).eval()
+        assert torch.allclose(theirs(ids).logits, ours.eval()(ids), atol=1e-5)
+        labels = task_of(task).labels or ("score",)
+        assert theirs.config.id2label == dict(enumerate(labels))
+        assert theirs.config.label2id == {label: i for i, label in enumerate(labels)}
 
 
 def test_an_official_task_runs_with_a_bert_checkpoint(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,13 +11,15 @@ from main_job import spoiled_update
 from strategies import installed_parameters
 
 from cli.files import digest_of
-from experiments import compare, ladder, plots, shift
+from experiments import arms, compare, ladder, plots, shift
 from experiments.arms import PLACEMENTS, arm_of, shuffled
 from experiments.study import TUNE_SEED
 from glue.tasks import load_task
+from glue.tokens import collate
 from peers import METHODS
 from peers.sora import SoRA
 from rank_allocator import Recipe
+from salora import salora_layers
 
 D, M, LAYERS, WORDS, POSITIONS = 16, 32, 2, 130, 48  # of the small masked LM
 LORA_1 = LAYERS * (4 * 2 * D + 2 * (D + M))  # parameters
@@ -81,6 +84,22 @@ def test_child_tuning_chooses_by_all_batches_and_then_guesses_the_same_words_as_
     assert digest_of(data.batch_of(data.train[:1])) == expected
     rows = compare.main(["--tasks", "words", "--arms", "child-tuning", "--seeds", "0", *tiny_lm])
     assert len(rows) == 1 and float(rows[0]["loss"]) > 0
+
+
+def test_only_in_the_negative_control_the_words_to_be_guessed_are_others(tiny_lm):
+    for task in shift.SHIFTS:
+        data = shift.Data(task, 0, 64)
+        ids, *_ = collate(data.train[0], data.tokenizer.pad)
+        (_, _, _, hidden), labels = data.batch_of(data.train[:1])
+        right = (labels == ids[hidden]).float().mean()
+        assert right < 0.2 if task == "chance" else right == 1
+        assert (labels > data.tokenizer.mask).all(), "and they are words"
+
+
+@pytest.mark.parametrize("name", ["lora-4", "salora-16-to-4", "adalora-8-to-4"])
+def test_the_scale_of_an_update_is_that_of_the_trial_whatever_the_rank(name, tiny_lm):
+    layers = salora_layers(shift.model_of(arm_of(name), 3, 0)).values()
+    assert {(layer.r0, layer.scale) for layer in layers} == {(arm_of(name).start, 3)}
 
 
 @pytest.mark.parametrize("name", CLOSED_FORMS)
@@ -151,6 +170,17 @@ def test_transplanted_ranks_are_those_of_salora_on_the_same_seed(tiny_lm, capsys
     assert {row["trial"] for row in rows[1:4]} == {"0.012:2"}, "that of lora-4"
 
 
+def test_a_seed_decides_how_ranks_are_shuffled(tiny_lm, monkeypatch):
+    arm, found = arm_of("lora-4-shuffled"), []
+    monkeypatch.setattr(arms, "rows_with", lambda *_, **more: [{"ranks": json.dumps([*range(12)])}])
+    for seed in (0, 0, 1):
+        model = shift.model_of(arm, 1, 0)
+        arms.place_ranks(SimpleNamespace(table=None), "words", arm, seed, model)
+        found.append(arms.ranks_of(model))
+    one, again, other = found
+    assert one == again != other and sorted(one) == sorted(other) == [*range(12)]
+
+
 def test_the_ladder_leads_from_the_papers_recipe_to_ours_by_one_change_a_rung(tmp_path, capsys):
     rungs = ladder.RUNGS
     assert rungs["salora-8-to-4-paper"].recipe == Recipe.paper() and rungs["salora-8-to-4"].recipe == Recipe.ours()
@@ -170,12 +200,12 @@ def test_the_ladder_leads_from_the_papers_recipe_to_ours_by_one_change_a_rung(tm
 
 
 def test_the_comparison_has_every_method_with_as_many_trials():
-    arms = [arm_of(name) for name in compare.ARMS]
-    assert {arm.method for arm in arms} == set(METHODS)
+    known = [arm_of(name) for name in compare.ARMS]
+    assert {arm.method for arm in known} == set(METHODS)
     for study, count in ((compare.STUDY, 5), (compare.ON_GLUE, 3), (compare.ON_SHIFT, 10)):
-        grids = {arm.name: study.trials(None, study.tasks[0], arm) for arm in arms}
+        grids = {arm.name: study.trials(None, study.tasks[0], arm) for arm in known}
         assert {len(set(grid)) for grid in grids.values()} == {count}
-        assert all(study.default(None, study.tasks[0], arm) in grids[arm.name] for arm in arms)
+        assert all(study.default(None, study.tasks[0], arm) in grids[arm.name] for arm in known)
     assert set(shift.TUNED.values()) <= set(shift.GRID) < set(compare.WIDE)
 
 
@@ -201,8 +231,8 @@ def flags(tiny_weights, monkeypatch, tmp_path):
 
 
 def test_the_comparison_counts_parameters_without_heads(flags):
-    arms = ["salora-8-to-4", "lora-4", "alora-8-to-4", "sora-8", "ia3", "head", "child-tuning"]
-    rows = compare.main(["--tasks", "mini-rte", "--arms", *arms, *flags])
+    names = ["salora-8-to-4", "lora-4", "alora-8-to-4", "sora-8", "ia3", "head", "child-tuning"]
+    rows = compare.main(["--tasks", "mini-rte", "--arms", *names, *flags])
     found = {row["arm"]: (int(row["trained"]) / LORA_1, int(row["final"]) / LORA_1) for row in rows}
     assert found["lora-4"] == (4, 4) and found["head"] == (0, 0) and found["ia3"][0] == CLOSED_FORMS["ia3"] / LORA_1
     assert found["salora-8-to-4"][0] == 8 and 3.7 < found["salora-8-to-4"][1] <= 4
@@ -225,6 +255,17 @@ def test_official_tasks_are_tuned_on_held_out_training_rows_and_reported_on_dev_
     with pytest.raises(SystemExit):
         compare.main(official)
     assert "a run needs --data and --weights" in capsys.readouterr().err
+
+
+def test_a_run_trains_on_as_many_rows_as_asked_for_and_alora_holds_out_an_eighth(flags, monkeypatch):
+    args, seen = compare.STUDY.parser().parse_args(flags), []
+    monkeypatch.setattr(compare, "fine_tune", lambda model, rows, _, allocator, **more: seen.append((rows, allocator)))
+    for name in ("lora-4", "alora-8-to-4"):
+        compare.measure(args, "mini-rte", arm_of(name), 0, (0.01,))
+    (rows, _), (kept, allocator) = seen
+    assert len(rows) == 32 and kept == rows[:28]
+    monkeypatch.setattr(compare, "loss_of", lambda model, some: len(some) / 10 if some == rows[28:] else 99)
+    assert allocator.score() == -0.4, "the negative loss of the others"
 
 
 def test_a_run_has_the_settings_of_the_main_job(flags):

@@ -5,7 +5,6 @@ from dataclasses import replace
 from math import inf
 from statistics import mean, stdev
 
-import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -231,16 +230,27 @@ def test_a_table_that_is_damaged_in_any_other_way_is_refused_with_its_line_and_l
     assert "is not a regular file" in capsys.readouterr().err
 
 
+T_TABLE = {(0.95, 1): 12.7062047, (0.95, 2): 4.3026527, (0.95, 4): 2.7764451, (0.9, 4): 2.1318468, (0.95, 9): 2.2621572}
+
+
 def naive_interval(values, level=0.95):
-    means = [mean(values[i] for i in draw) for draw in tables.resamples(len(values)).tolist()]
-    return np.quantile(means, [(1 - level) / 2, (1 + level) / 2]).tolist()
+    reach = T_TABLE[level, len(values) - 1] * stdev(values) / len(values) ** 0.5
+    return [mean(values) - reach, mean(values) + reach]
 
 
-def test_intervals_are_quantiles_of_the_means_of_resampled_seeds():
+def test_intervals_are_students():
+    for (level, df), t in T_TABLE.items():  # as printed in textbooks
+        assert tables.t_quantile(level, df) == pytest.approx(t, rel=1e-6)
     values = [1.2, 0.7, 1.9, 1.1, 0.4]
-    assert tables.interval(values) == pytest.approx(naive_interval(values))
-    assert tables.interval(values, 0.9) == pytest.approx(naive_interval(values, 0.9))
-    assert set(tables.resamples(4).flatten().tolist()) == {0, 1, 2, 3}
+    for level in (0.95, 0.9):
+        assert tables.interval(values, level) == pytest.approx(naive_interval(values, level), rel=1e-6)
+
+
+def test_intervals_are_those_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for df in (1, 2, 3, 7, 19, 100):
+        for level in (0.5, 0.9, 0.95, 0.99):
+            assert tables.t_quantile(level, df) == pytest.approx(stats.t.ppf((1 + level) / 2, df), rel=1e-5)
 
 
 def cells(table, name):
@@ -281,9 +291,9 @@ def test_the_share_of_a_gap_is_that_of_paired_seeds():
     closed, gaps = [0.75, 0.0, 0.5, 0.1, 0.3], [1.0, 0.25, 0.5, 2.0, 0.1]
     losses = {"lora-4": {i: 2.0 for i in range(5)}, "lora-8": {i: 2.0 - gap for i, gap in enumerate(gaps)}}
     losses["svd-16-to-4"] = {5: 9.0, **{i: 2.0 - some for i, some in enumerate(closed)}}
-    shares = [sum(closed[i] for i in draw) / sum(gaps[i] for i in draw) for draw in tables.resamples(5).tolist()]
-    low, high = np.quantile(shares, [0.025, 0.975])
-    expected = [f"{sum(closed) / sum(gaps):.2f}", f"[{low:.2f},", f"{high:.2f}]"]
+    share = sum(closed) / sum(gaps)
+    low, high = naive_interval([share + (some - share * gap) / mean(gaps) for some, gap in zip(closed, gaps)])
+    expected = [f"{share:.2f}", f"[{low:.2f},", f"{high:.2f}]"]
     assert cells(tables.gaps_closed(losses, "title"), "svd-16-to-4") == expected
 
 

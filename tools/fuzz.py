@@ -25,6 +25,7 @@ from collections import Counter
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -189,14 +190,25 @@ def tokenizer(folder):
         (folder / name).mkdir()
     (folder / "pieces" / "vocab.txt").write_text("\n".join(words) + "\n")
     (folder / "pieces" / "tokenizer_config.json").write_text('{"do_lower_case": true, "model_max_length": 512}')
+    (folder / "pieces" / "added_tokens.json").write_text(json.dumps({"covid-19": len(words)}))
+    (folder / "pieces" / "special_tokens_map.json").write_text('{"mask_token": {"content": "[MASK]", "lstrip": true}}')
     pieces = tokenizers.BertWordPieceTokenizer(str(folder / "pieces" / "vocab.txt"))
     pieces.save(str(folder / "whole" / "tokenizer.json"))
     bpe = tokenizers.ByteLevelBPETokenizer()
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     bpe.train_from_iterator(["a fine play", "playing fine ."] * 9, 300, special_tokens=special)
     bpe.save_model(str(folder / "bpe"))
+    size, token = bpe.get_vocab_size(), {"content": "new", "lstrip": True, "normalized": False, "special": False}
+    (folder / "bpe" / "config.json").write_text('{"model_type": "roberta", "tokenizer_class": "RobertaTokenizerFast"}')
+    (folder / "bpe" / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {size: token}}))
     folders = [folder / name for name in ("pieces", "whole", "bpe")]
-    return [(sorted(where.iterdir()), partial(read_tokenizer, where)) for where in folders]
+    return [(sorted(where.iterdir()), partial(read, where))
+            for where in folders for read in (read_tokenizer, read_without_transformers)]  # fmt: skip
+
+
+def read_without_transformers(where):
+    with patch.dict(sys.modules, {"transformers": None}):
+        read_tokenizer(where)
 
 
 def read_tokenizer(where):
