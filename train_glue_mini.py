@@ -104,6 +104,13 @@ def loss_of(model, rows):
     return loss
 
 
+def losses_of(model, rows, batch_size):
+    """Yields the task's loss of one batch of encoded rows after the other, with gradient."""
+    for i in range(0, len(rows), batch_size):
+        inputs, labels = batch_of(rows[i : i + batch_size], model, next(model.parameters()).device)
+        yield task_loss(model(*inputs).float(), labels)
+
+
 def run(settings, folder, model, train, dev, saved=None):
     """Train, score and write the run's files. Returns the summary, or None in all workers but the first.
 
@@ -111,7 +118,9 @@ def run(settings, folder, model, train, dev, saved=None):
     """
     if saved:
         load_adapter_state(model, saved["adapter"])
-    score = None
+    score = losses = None
+    if settings.method == "child-tuning":
+        losses = lambda: losses_of(model, train, settings.batch_size)  # noqa: E731
     if settings.method == "alora":
         train, held_out = hold_out(train, settings.batch_size)
         score = lambda: -loss_of(model, held_out)  # noqa: E731
@@ -119,7 +128,8 @@ def run(settings, folder, model, train, dev, saved=None):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.lr)
     allocator = allocator_for(settings.method, model, optimizer, total_steps, recipe=settings.decisions,
                               budget=settings.budget, warmup=settings.warmup, seed=seed_of(settings.seed, "gates"),
-                              sparse_lambda=settings.sparse_lambda, score=score, reduce="sum")  # fmt: skip
+                              sparse_lambda=settings.sparse_lambda, score=score, losses=losses,
+                              reduce="sum")  # fmt: skip
     journal = Journal(total_steps, folder, cache(lambda: fingerprint(settings, model, train)), bool(settings.trace))
     if saved:
         journal.restore(saved, optimizer, allocator)

@@ -16,8 +16,14 @@ from hub.checkpoints import read_torch
 from hub.peft import export_peft
 from hub.roberta import hub_name, label_names, save_pretrained
 from hub.tokenizers import copy_tokenizer
-from peers import METHODS
+from peers import METHODS, made_plain
 from salora import merge, salora_layers
+
+# What transformers and peft call our NF4
+IN_4_BITS = (
+    "quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', "
+    "bnb_4bit_use_double_quant=True, llm_int8_skip_modules=['classifier'])"
+)
 
 
 @torch.no_grad()
@@ -98,7 +104,7 @@ def export(settings, folder, summary):
     """
     if METHODS[settings.method].adds_modules:
         raise ValueError(f"--method {settings.method} adds modules to the encoder, which no checkpoint has room for")
-    model, _ = reopen(settings, folder, summary)
+    model = made_plain(reopen(settings, folder, summary)[0])
     labels = task_of(settings.task).labels or ("score",)
     written = {}
     if salora_layers(model):
@@ -107,6 +113,7 @@ def export(settings, folder, summary):
         written["peft"] = str(folder / "peft")
         # The head of the checkpoint underneath may be of another size, and its classes have other names
         said = "".join(f", {key}={value}" for key, value in label_names(labels).items())
+        said += f", {IN_4_BITS}" if settings.quantize else ""
         print("an adapter, which opens with\n    peft.AutoPeftModelForSequenceClassification.from_pretrained("
               f"{written['peft']!r}{said}, ignore_mismatched_sizes=True)")  # fmt: skip
     save_pretrained(merge(model), folder / "merged", labels, safetensors=True)

@@ -103,6 +103,11 @@ def build_parser():
     g = p.add_argument_group("adapters and their budget")
     g.add_argument("--rank", type=positive, metavar="R", help="triplets per matrix at the start; units of an adapter; "
                    "vectors of a prefix or prompt (default 8)")
+    g.add_argument(
+        "--quantize", choices=["nf4"],
+        help="nf4: keep the frozen matrices under the triplets in 4 bits each (default: as the checkpoint has them; "
+        "qlora: nf4)",
+    )
     g.add_argument("--alpha", type=above_zero, help="the scale of an update is alpha / rank (default 16)")
     g.add_argument(
         "--budget", type=float, metavar="B",
@@ -174,7 +179,7 @@ def build_parser():
     g.add_argument(
         "--dropout", type=share, nargs="+", metavar="P",
         help="in the encoder and its head while they train, for hidden states and attention alike or one rate "
-        "each (default 0 with adapters; for full, head and the paper's recipe what config.json says)",
+        "each (default 0 with adapters; for full, child-tuning, head and the paper's recipe what config.json says)",
     )
     g.add_argument(
         "--max-length", type=positive, default=128, metavar="N",
@@ -189,8 +194,9 @@ def build_parser():
         "--nproc-per-node=N train_glue_mini.py ...",
     )
     g.add_argument(
-        "--precision", choices=["fp32", "bf16"], default="fp32",
-        help="precision of the model's matrix products; weights, gates and penalties stay in fp32 (default fp32)",
+        "--precision", choices=["fp32", "bf16"],
+        help="precision of the model's matrix products; weights, gates and penalties stay in fp32 (default fp32; "
+        "qlora: bf16)",
     )
     g.add_argument(
         "--accumulate", type=positive, default=1, metavar="N", help="split each batch into N parts to save memory"

@@ -33,7 +33,8 @@ def announce(settings, folder, model, train, dev, allocator):
     device = settings.device + (f" and {workers() - 1} more" if workers() > 1 else "")
     print(f"{settings.task}, {settings.method}, seed {settings.seed} on {device}: "
           f"{len(train)} training rows, {len(dev)} dev rows")  # fmt: skip
-    print(f"{everything:,} parameters, {trained:,} trained, {budgeted:,} in adapters; run folder {folder}")
+    packed = " (two in 4 bits count as one)" if settings.quantize else ""
+    print(f"{everything:,} parameters{packed}, {trained:,} trained, {budgeted:,} in adapters; run folder {folder}")
     if METHODS[settings.method].adds_modules:
         print(f"{settings.method} adds modules to the encoder: the run can be evaluated, but not merged or exported")
     if settings.method == "salora":

@@ -41,13 +41,15 @@ def settle(args):
     weights = args.weights or mini_encoder(device=settings.device)  # all that can be refused before has been
     settings.weights = os.path.realpath(weights)  # so that --evaluate and --resume find it from anywhere
 
-    defaults = {"lr": method.lr[official], "warmup": settings.decisions.warmup}
+    defaults = {"lr": method.lr[official], "warmup": settings.decisions.warmup, "precision": method.precision}
     if not args.steps:
         defaults["epochs"] = 3 if official else 12
     if method.sized:
         defaults["rank"] = 8
     if method.low_rank:
         defaults["alpha"] = 16.0
+    if method.quantize:
+        defaults["quantize"] = method.quantize
     if method.budgeted:
         defaults["budget"] = 0.5
     if args.method == "salora":
@@ -68,7 +70,7 @@ def check_flags(args):
         "a budget": (["budget"], method.budgeted),
         "a threshold": (["sparse_lambda"], args.method == "sora"),
         "adapters": (["rank"], method.sized),
-        "low-rank adapters": (["alpha", "trace"], method.low_rank),
+        "low-rank adapters": (["alpha", "quantize", "trace"], method.low_rank),
     }
     for what, (flags, there) in applies.items():
         given = [flag for flag in flags if getattr(args, flag) is not None]
@@ -89,7 +91,8 @@ def check_flags(args):
 def dropout_rates(args, recipe, weights):
     """[rate of hidden states, rate of attention], from --dropout, the recipe or the checkpoint's config.json."""
     rates = args.dropout
-    if rates is None and args.method not in ("full", "head"):  # what trains whole keeps its checkpoint's dropout
+    keeps = args.method in ("full", "child-tuning", "head")  # what trains whole keeps its checkpoint's dropout
+    if rates is None and not keeps:
         rates = recipe.dropout
     if rates is None:
         config = read_config(Path(weights))

@@ -40,7 +40,7 @@ def build(settings):
     torch.use_deterministic_algorithms(bool(settings.deterministic))
     torch.manual_seed(seed_of(settings.seed, "weights"))
     model = SequenceClassifier(encoder, task_of(settings.task).num_labels)
-    install(model, settings.method, settings.rank, settings.alpha)
+    install(model, settings.method, settings.rank, settings.alpha, settings.quantize)
     length = min(settings.max_length, model.encoder.config.max_length)  # a prompt takes up some of its encoder's
     if length < LEAST_LENGTH:
         raise ValueError(f"--rank {settings.rank} leaves room for {length} tokens of a row: take a shorter prompt")

@@ -6,10 +6,11 @@
     ... --tasks cola mrpc sst2 --data GLUE --weights MINILM --out runs/compare-glue           real tasks and encoders
 
 These are three settings, each with an --out of its own, and with --tune first. Arms that have a size end at about that
-of LoRA with r = 4. Prefix and prompt have 8 vectors, since more made the tiny encoder worse; the sizes of BitFit and
-(IA)^3 follow from the encoder, and SoRA's from its lambda: see REACH. All arms get equally many trials on seed 100: on
-an official task half, once and twice the main job's default learning rate; on a generated one 4 and 8 times that as
-well; on a shift ten pairs of learning rate and scale. An arm that was not tuned takes the default.
+of LoRA with r = 4; ProPELT's, if the masks that it ends with count as bits. Prefix and prompt have 8 vectors, since
+more made the tiny encoder worse; the sizes of BitFit and (IA)^3 follow from the encoder, and SoRA's from its lambda:
+see REACH. All arms get equally many trials on seed 100: on an official task half, once and twice the main job's default
+learning rate; on a generated one 4 and 8 times that as well; on a shift ten pairs of learning rate and scale. An arm
+that was not tuned takes the default.
 
 Tuning and reports score different rows. On an official task tuning holds out every tenth training row, and a report is
 about dev rows. A generated task is tuned on dev rows, and a report is about rows that were generated after them.
@@ -45,10 +46,11 @@ from peers import METHODS
 from peers.alora import hold_out
 from peers.sora import lambda_at
 from rank_allocator import lr_factor
-from train_glue_mini import fine_tune, loss_of
+from train_glue_mini import fine_tune, loss_of, losses_of
 
 ARMS = ["salora-8-to-4", "salora-16-to-4", "lora-8", "lora-4", "adalora-8-to-4", "sora-8", "alora-8-to-4", "rm-lora-4",
-        "adapter-h-16", "adapter-p-35", "prefix-8", "prompt-8", "bitfit", "ia3", "full", "head"]  # fmt: skip
+        "adapter-h-16", "adapter-p-35", "prefix-8", "prompt-8", "bitfit", "ia3", "full", "head",
+        "child-tuning", "mam-33", "propelt-adapter-96", "propelt-prefix-8", "propelt-lora-11", "qlora-4"]  # fmt: skip
 # What SoRA's thresholds add up to over a run: a gate ends at 0 if it starts closer to 0 and no gradient moves it. By
 # size alone, on seed 100: of LoRA r = 8, .49 and .51 stayed on mini-cola (at rate .004), .52 and .51 on words (at .012
 # and .024).
@@ -77,6 +79,8 @@ def measure(args, task, arm, seed, trial):
     if arm.method == "alora":
         train, held_out = hold_out(train, settings.batch_size)
         options["score"] = lambda: -loss_of(model, held_out)
+    if arm.method == "child-tuning":
+        options["losses"] = lambda: losses_of(model, train, settings.batch_size)
     if arm.method == "sora":
         options["sparse_lambda"] = lambda_of(REACH[arm.family]["tasks"], arm, lr, args.steps)
     trained, journal = shift.parameters_of(model), Journal(args.steps)

@@ -138,6 +138,8 @@ def train(model, data, arm, lr, seed, steps, **options):
         batches, held_out = hold_out(data.train, 1)
         data.generator.manual_seed(seed)
         options["score"] = score_on(held_out, data, model)
+    if arm.method == "child-tuning":
+        options["losses"] = lambda: losses_on(batches, data, model, seed)
     data.generator.manual_seed(seed)  # the same words are hidden for every arm
     return fit(model, batches, arm, lr=lr, seed=seed, steps=steps, batch_of=data.batch_of, **options)
 
@@ -153,6 +155,15 @@ def score_on(batches, data, model):
         return -loss
 
     return score
+
+
+def losses_on(batches, data, model, seed):
+    """Child-Tuning's losses: yields that of every batch, with gradient. Afterwards training hides the same words as for
+    every arm."""
+    for batch in batches:
+        inputs, labels = data.batch_of([batch])
+        yield F.cross_entropy(model(*inputs), labels)
+    data.generator.manual_seed(seed)
 
 
 def parameters_of(model):

@@ -91,6 +91,10 @@ EQUATIONS = {  # what stands in @pytest.mark.equation("8") -> the place in the c
     "adapters": "peers/adapters.py: x + W_up f(W_down x + b_down) + b_up",
     "prefix": "peers/prefix.py: trained keys and values, or words, beside a sentence's own",
     "bias": "peers/bias.py: every bias; or l_k * k, l_v * v and l_ff * f(W_1 x)",
+    "child-tuning": "peers/child_tuning.py: W <- W - M * eta dL/dW, M the share p with the largest sum of (dL/dw)^2",
+    "mam": "peers/mam.py: FFN(x) + s (W_up relu(W_down x + b_down) + b_up), and a prefix in the attention",
+    "propelt": "peers/propelt.py: theta_i = theta * m_i, m_i the share k with the largest |s_i|",
+    "nf4": "peers/nf4.py: W ~ c levels[codes], levels quantiles of the normal distribution, c = max |W| of 64 entries",
 }  # fmt: skip
 
 

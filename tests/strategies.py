@@ -146,4 +146,8 @@ def installed_parameters(method, size, layers, d, m):
         "prompt": size * d,
         "bitfit": layers * (7 * d + m) + d,
         "ia3": layers * (2 * d + m),
+        "mam": layers * (2 * d * size + d + size + 2 * max(1, size // 16) * d),
+        "propelt-adapter": 2 * d * size + d + size + layers * 2 * d * size,
+        "propelt-prefix": (1 + layers) * 2 * size * d,
+        "propelt-lora": (1 + layers) * size * (4 * 2 * d + 2 * (d + m)),
     }[method]

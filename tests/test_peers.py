@@ -18,11 +18,12 @@ from budget import kept_density
 from hard_concrete import HardConcreteGate
 from hub.adapters import save_adapter
 from hub.peft import export_peft
-from peers import METHODS, adalora, adapters, allocator_for, alora, install, rm_lora, sora
+from peers import METHODS, TARGETS, adalora, adapters, allocator_for, alora, install, made_plain, rm_lora, sora
 from peers.adalora import AdaLoRA, budget_at, mean_norm
 from peers.allocator import Allocator
 from peers.alora import ALoRA, hold_out
 from peers.fixed_ranks import FixedRanks
+from peers.nf4 import quantize_linears
 from peers.rm_lora import RMLoRA
 from peers.sora import SoRA, lambda_at, shrink, soft_threshold
 from rank_allocator import RankAllocator
@@ -616,7 +617,8 @@ def encoder():
     return SequenceClassifier(small_encoder(), 3).eval()
 
 
-INSTALLED = ["adapter-h", "adapter-p", "prefix", "prompt", "bitfit", "ia3"]
+INSTALLED = ["adapter-h", "adapter-p", "prefix", "prompt", "bitfit", "ia3", "mam", "propelt-adapter", "propelt-prefix",
+             "propelt-lora"]  # fmt: skip
 
 
 def installed(name, size=5):
@@ -625,21 +627,29 @@ def installed(name, size=5):
     return model.eval()
 
 
+def encoder_in_4_bits():
+    model = encoder()
+    return made_plain(quantize_linears(model, TARGETS))
+
+
 @pytest.mark.equation("peers", "adapters", "prefix", "bias")
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_starts_as_its_paper_says_trains_what_the_closed_form_counts_and_has_all_hooks(name):
     model, frozen = installed(name), encoder()(IDS)
     outputs = model(IDS)
-    if name in ("prefix", "prompt"):
+    if name == "qlora":
+        assert torch.allclose(outputs, encoder_in_4_bits()(IDS), atol=1e-6)
+    elif name in ("prefix", "prompt", "mam", "propelt-prefix"):
         assert not torch.allclose(outputs, frozen, atol=1e-3)
-    elif name.startswith("adapter"):  # near the identity, as Houlsby says: two matrices of deviation .01
+    elif "adapter" in name:  # near the identity, as Houlsby says: two matrices of deviation .01
         assert not torch.equal(outputs, frozen) and (outputs - frozen).abs().max() < 0.02
     else:
         assert torch.equal(outputs, frozen)
 
     whole = sum(p.numel() for p in encoder().encoder.parameters())
     triplets = LAYERS * 5 * (4 * 2 * D + 2 * (D + M))
-    counts = {"head": 0, "full": whole} | {name: installed_parameters(name, 5, LAYERS, D, M) for name in INSTALLED}
+    counts = {"head": 0, "full": whole, "child-tuning": whole}
+    counts |= {name: installed_parameters(name, 5, LAYERS, D, M) for name in INSTALLED}
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert sum(p.numel() for n, p in trained.items() if n.startswith("encoder")) == counts.get(name, triplets)
     assert METHODS[name].low_rank == (name not in counts)
@@ -647,8 +657,10 @@ def test_a_method_starts_as_its_paper_says_trains_what_the_closed_form_counts_an
     assert name != "bitfit" or all(n.endswith("bias") for n in trained if n.startswith("encoder"))
 
     optimizer = torch.optim.AdamW(trained.values(), lr=0.01)
-    score = (lambda: -model(IDS).square().sum().item()) if name == "alora" else None
-    allocator = allocator_for(name, model.train(), optimizer, 3, score=score, warmup=0.5)
+    loss = lambda: model(IDS).square().sum()  # noqa: E731
+    score = (lambda: -loss().item()) if name == "alora" else None
+    losses = (lambda: [loss()]) if name == "child-tuning" else None
+    allocator = allocator_for(name, model.train(), optimizer, 3, score=score, losses=losses, warmup=0.5)
     before, rates = {n: p.detach().clone() for n, p in trained.items()}, []
     for step in range(3):
         allocator.before_step(step)
@@ -658,7 +670,8 @@ def test_a_method_starts_as_its_paper_says_trains_what_the_closed_form_counts_an
         optimizer.step()
         allocator.after_step()
         optimizer.zero_grad()
-    assert all(p.shape != before[n].shape or not torch.equal(p, before[n]) for n, p in trained.items() if p.numel())
+    moved = [p.shape != before[n].shape or not torch.equal(p, before[n]) for n, p in trained.items() if p.numel()]
+    assert any(moved) and (all(moved) or name == "child-tuning"), "which may choose nothing of a small tensor"
     allocator.finish()
     assert not any(layer.allocating for layer in salora_layers(model).values())
     assert (rates == pytest.approx([1 / 2.5, 2 / 3 * 2 / 2.5, 1 / 3])) == (name != "salora"), "whose recipe decides"

@@ -173,7 +173,7 @@ def test_a_method_trains_what_it_says_and_no_frozen_weight_moves(trained):
     assert any(name.startswith("encoder") for name in state["others"]) == (trained.method not in [*LOW_RANK, "head"])
     assert bool(state["layers"]) == (trained.method in LOW_RANK)
     assert all(torch.equal(before, trained.frozen[name]) for name, before in trained.before.items())
-    assert bool(trained.before) == (trained.method != "full")
+    assert bool(trained.before) == (trained.method not in ("full", "child-tuning"))
 
 
 def test_what_is_left_of_a_method_is_plain_lora_or_says_that_it_has_no_ranks(trained):
@@ -222,6 +222,37 @@ def test_alora_scores_by_the_negative_loss_of_rows_that_it_does_not_train_on(go,
     go("--method", "alora", "--rank", 2, "--steps", 12, "--dropout", 0.5)
 
 
+def test_child_tuning_chooses_its_weights_by_the_loss_of_every_training_row(go, monkeypatch):
+    fine_tune = train_glue_mini.fine_tune
+
+    def watched(model, rows, optimizer, allocator, **more):
+        losses = list(allocator.losses())
+        inputs, labels = train_glue_mini.batch_of(rows, model, "cpu")
+        whole = torch.nn.functional.cross_entropy(model(*inputs), labels).item()
+        assert len(losses) == 6 and torch.stack(losses).mean().item() == pytest.approx(whole), "six batches of 8 rows"
+        return fine_tune(model, rows, optimizer, allocator, **more)
+
+    monkeypatch.setattr(train_glue_mini, "fine_tune", watched)
+    go("--method", "child-tuning", "--steps", 2, "--dropout", 0)
+
+
+def test_the_quantized_base_of_a_run_is_part_of_its_fingerprint(go, tmp_path, tiny_weights, capsys):
+    """Its codes count as frozen weights; and ranks are decided over it as over any base."""
+    summary = go("--quantize", "nf4", "--out", tmp_path / "run")
+    assert " parameters (two in 4 bits count as one), 3,890 trained, 3,584 in adapters" in capsys.readouterr().out
+    plain = go("--out", tmp_path / "plain")
+    assert summary["frozen_digest"] != plain["frozen_digest"]
+    assert summary["density_kept"] <= 0.5 and summary["adapter_params_total"] == plain["adapter_params_total"]
+    assert json_of(tmp_path / "run", "settings")["quantize"] == "nf4"
+    qlora = go("--method", "qlora", "--out", tmp_path / "qlora")
+    settings = json_of(tmp_path / "qlora", "settings")
+    assert (settings["quantize"], settings["precision"]) == ("nf4", "bf16")
+    assert qlora["frozen_digest"] == summary["frozen_digest"]
+    for method in LOW_RANK:
+        other = go("--quantize", "nf4", "--method", method, "--steps", 8)
+        assert other["frozen_digest"] == summary["frozen_digest"] and other["ranks"], method
+
+
 # Phases
 
 
@@ -266,6 +297,13 @@ RESUMED = {
     "adalora-window": ("--method adalora", 16),
     "alora-after": ("--method alora --rank 4", 31),
     "bf16-accumulate-window": ("--precision bf16 --accumulate 2", 18),
+    "nf4-window": ("--quantize nf4", 18),
+    "child-tuning-after": ("--method child-tuning", 16),
+    "mam-after": ("--method mam", 16),
+    "propelt-adapter-after": ("--method propelt-adapter", 16),
+    "propelt-prefix-after": ("--method propelt-prefix", 16),
+    "propelt-lora-after": ("--method propelt-lora", 16),
+    "qlora-after": ("--method qlora", 16),
 }
 
 
@@ -273,8 +311,9 @@ RESUMED = {
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(go, tmp_path, monkeypatch, flags, stop):
     flags = ["--steps", 40, "--dropout", 0.1, *flags.split()]
     parts = 2 if "--accumulate" in flags else 1
+    first = 6 if "child-tuning" in flags else 0  # the losses by which it chooses what trains
     whole = go(*flags, "--out", tmp_path / "whole")
-    interrupt(go, *flags, "--out", tmp_path / "part", after=parts * (stop - 1))
+    interrupt(go, *flags, "--out", tmp_path / "part", after=first + parts * (stop - 1))
     assert names(tmp_path / "part") == ["checkpoint.pt", "settings.json"]
     add, done = Journal.add, []
     monkeypatch.setattr(Journal, "add", lambda journal, step, *rest: (done.append(step), add(journal, step, *rest)))
@@ -300,8 +339,8 @@ def calm(tmp_path_factory):
     return folder
 
 
-# What decides in an allocator: gates by gradient and noise, the sensitivity of gradients, a score of its own
-DECIDING = ["--recipe paper", "--method adalora", "--method alora"]
+# What decides: gates by gradient and noise, the sensitivity of gradients, a score, Fisher information, trained masks
+DECIDING = ["--recipe paper", "--method adalora", "--method alora", "--method child-tuning", "--method propelt-lora"]
 
 
 @pytest.fixture(scope="module")
@@ -367,7 +406,7 @@ def test_two_processes_train_like_one_and_only_the_first_speaks(tmp_path, calm, 
     assert done.stdout.count("at exit:") == 2 and "gloo" not in done.stdout
     for flags, folder in runs.items():
         assert_like(alone[flags], folder, json_of(folder))
-        assert names(folder) == FILES
+        assert names(folder) == [name for name in FILES if name != "ranks.png" or json_of(folder)["ranks"]]
 
 
 @pytest.mark.parametrize("method", ["salora", "prefix"])
@@ -416,7 +455,7 @@ CHANGES = [
     "--task mini-sst2", "--method lora", "--rows 32", "--rank 4", "--alpha 8", "--recipe paper", "--budget 0.25",
     "--rule median", "--survivors median", "--no-canonical", "--beta 0.1", "--controller sgd", "--gate-lr 0.02",
     "--window 0.1 0.4", "--epochs 2", "--steps 24", "--batch-size 4", "--lr 1e-4", "--max-length 6", "--seed 1",
-    "--precision bf16", "--spread 1", "--warmup 0.2", "--dropout 0.1", "--no-restart",
+    "--precision bf16", "--quantize nf4", "--spread 1", "--warmup 0.2", "--dropout 0.1", "--no-restart",
 ]  # fmt: skip
 
 

@@ -34,7 +34,13 @@ CLOSED_FORMS = {
     "bitfit": installed_parameters("bitfit", 0, LAYERS, D, M),
     "ia3": installed_parameters("ia3", 0, LAYERS, D, M),
     "full": LAYERS * BLOCK + (WORDS + POSITIONS + 2) * D + 2 * D,
+    "child-tuning": LAYERS * BLOCK + (WORDS + POSITIONS + 2) * D + 2 * D,
     "head": 0,
+    "mam-5": installed_parameters("mam", 5, LAYERS, D, M),
+    "propelt-adapter-5": installed_parameters("propelt-adapter", 5, LAYERS, D, M),
+    "propelt-prefix-3": installed_parameters("propelt-prefix", 3, LAYERS, D, M),
+    "propelt-lora-4": installed_parameters("propelt-lora", 4, LAYERS, D, M),
+    "qlora-4": 4 * LORA_1,
 }
 
 
@@ -67,6 +73,17 @@ def test_a_seed_draws_the_language_and_every_arm_guesses_the_same_words_of_it(ti
         shift.train(None, data, arm_of(arm), 0.01, seed, 8)
     for one, again, other in (languages, held_out, guessed):
         assert one == again != other
+
+
+def test_child_tuning_chooses_by_all_batches_and_then_guesses_the_same_words_as_every_arm(tiny_lm):
+    data, model = shift.Data("words", 0, 64), shift.model_of(arm_of("child-tuning"), 1, 0)
+    data.generator.manual_seed(3)
+    expected = digest_of(data.batch_of(data.train[:1]))
+    losses = list(shift.losses_on(data.train, data, model, 3))
+    assert len(losses) == len(data.train) and all(loss.requires_grad and loss > 0 for loss in losses)
+    assert digest_of(data.batch_of(data.train[:1])) == expected
+    rows = compare.main(["--tasks", "words", "--arms", "child-tuning", "--seeds", "0", *tiny_lm])
+    assert len(rows) == 1 and float(rows[0]["loss"]) > 0
 
 
 def test_only_in_the_negative_control_the_words_to_be_guessed_are_others(tiny_lm):
@@ -215,7 +232,7 @@ def flags(tiny_weights, monkeypatch, tmp_path):
 
 
 def test_the_comparison_counts_parameters_without_heads(flags):
-    names = ["salora-8-to-4", "lora-4", "alora-8-to-4", "sora-8", "ia3", "head"]
+    names = ["salora-8-to-4", "lora-4", "alora-8-to-4", "sora-8", "ia3", "head", "child-tuning"]
     rows = compare.main(["--tasks", "mini-rte", "--arms", *names, *flags])
     found = {row["arm"]: (int(row["trained"]) / LORA_1, int(row["final"]) / LORA_1) for row in rows}
     assert found["lora-4"] == (4, 4) and found["head"] == (0, 0) and found["ia3"][0] == CLOSED_FORMS["ia3"] / LORA_1
