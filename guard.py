@@ -1,4 +1,4 @@
-"""Every refusal of misuse: what would otherwise go wrong silently in a training loop with a RankAllocator.
+"""Checks for misuse that would otherwise go wrong silently in a training loop with a RankAllocator.
 
 `Guard` knows which hook of the allocator is due, and checks that the model, the optimizer and the processes are those
 that Algorithm 1 can work with. No part of the method is here: without this file the numbers would be the same.
@@ -85,7 +85,8 @@ class Guard:
         """What a step needs, after the gradients of all processes have been reduced."""
         layers = [layer for layer in self.allocator.layers.values() if layer.r > 0]
         if layers and all(layer.B.grad is None for layer in layers):
-            raise RuntimeError("no gradient has reached an adapter: call after_backward after loss.backward()")
+            raise RuntimeError("no gradient has reached an adapter: call after_backward after loss.backward(), and see "
+                               "that the model calls the adapted layers")  # fmt: skip
         self.unreached = [name for name in self.unreached if self.allocator.layers[name].B.grad is None]
         if self.allocator.phase == "window":
             if not all(layer.training for layer in layers):
@@ -145,8 +146,9 @@ class Guard:
         if self.due == "nothing more":
             raise RuntimeError("load_state_dict was called after finish(): make a new RankAllocator")
         saved, now = state["decisions"], self.allocator.decisions()
-        if saved != now:
-            raise ValueError(f"the saved run had {saved}, but this one has {now}")
+        differ = [f"{name} {saved.get(name)} (now {now[name]})" for name in now if saved.get(name) != now[name]]
+        if differ:
+            raise ValueError(f"the saved run had {', '.join(differ)}: a run goes on with what it began with")
         self.check_parts()
         gates = self.check_gates(state["step"])
         if gates != "free":
@@ -203,6 +205,8 @@ class Guard:
             if re.search("FullyShardedDataParallel|deepspeed", f"{kind.__module__}.{kind.__name__}"):
                 raise ValueError(f"{kind.__name__} shards adapters, which then cannot be pruned: use fully_shard with "
                                  "them in ignored_params, or DistributedDataParallel")  # fmt: skip
+            if issubclass(kind, nn.parallel.DistributedDataParallel) and self.allocator.reduce == "sum":
+                raise ValueError('DistributedDataParallel has averaged the gradients already: pass reduce="mean"')
         if world_size() > 1 and self.allocator.reduce is None:
             raise ValueError('several processes: pass reduce="mean", so that after_backward averages their gradients, '
                              'or "sum"')  # fmt: skip
@@ -211,6 +215,9 @@ class Guard:
             if any(hasattr(p, "full_tensor") for p in (layer.A, layer.B, layer.gate.log_theta)):  # a DTensor
                 raise ValueError(f"the adapter of {name} is sharded: give fully_shard its A, B and gate.log_theta as "
                                  "ignored_params")  # fmt: skip
+            if layer.r == 0 and not {id(layer.A), id(layer.B)} <= held:
+                raise ValueError(f"the optimizer does not hold A and B of {name}, which has lost all triplets: make it "
+                                 "before the model's state is loaded")  # fmt: skip
             if id(layer.A) not in held or id(layer.B) not in held:
                 raise ValueError(f"the optimizer does not hold A and B of {name}: make it after adapt()")
             if layer.r > 0 and not (layer.A.requires_grad and layer.B.requires_grad):
@@ -219,7 +226,8 @@ class Guard:
                 raise ValueError(f"the optimizer holds log_theta of {name}, which the allocator trains: leave it out")
             if layer.gate.log_theta.dtype in (torch.float16, torch.bfloat16):
                 raise ValueError(f"log_theta of {name} is {layer.gate.log_theta.dtype}, too coarse for its steps: "
-                                 "convert the model before adapt(), which makes gates in float32")  # fmt: skip
+                                 "convert the model before adapt(), which makes gates in float32 (Lightning: "
+                                 "bf16-mixed)")  # fmt: skip
 
     def check_scaler(self):
         """A GradScaler cannot be found through what it scales, but it is on the stack when it calls optimizer.step."""
@@ -230,17 +238,18 @@ class Guard:
         self.looked_for_scaler = True
 
     def check_processes(self):
-        """Adapters that differ between processes would get ranks that differ."""
+        """Weights that differ between processes would get ranks that differ."""
         if world_size() == 1:
             return
-        layers = self.allocator.layers.values()
-        sums = [p.detach().double().sum() for layer in layers for p in (layer.A, layer.B, layer.gate.log_theta)]
+        groups = self.allocator.optimizer.param_groups
+        trained = [p for group in groups for p in group["params"] if not hasattr(p, "full_tensor")]  # a DTensor has one
+        sums = [p.detach().double().sum() for p in (*trained, *self.allocator.log_thetas)]
         ends = torch.stack(sums + [-value for value in sums])
         dist.all_reduce(ends, dist.ReduceOp.MAX)  # the greatest of each, and the smallest with its sign changed
         greatest, smallest = ends.chunk(2)
         if (greatest > -smallest).any():
-            raise RuntimeError("the processes' adapters differ: start them alike, and sum all gradients, those "
-                               "of log_theta too")  # fmt: skip
+            raise RuntimeError("the processes' adapters or heads differ: give all the same seed before these are made, "
+                               "and let after_backward combine all gradients (reduce=...)")  # fmt: skip
 
     def check_gates(self, step):
         """Returns the state that the gates must have before a step. Raises ValueError where they are in another."""
@@ -248,16 +257,16 @@ class Guard:
         right = "held" if step <= schedule.T_start else "free" if step <= schedule.T_end else "fixed"
         for name, layer in self.allocator.layers.items():
             if layer.gate.state != right:
-                raise ValueError(f"before step {step} gates are {right}, but those of {name} are {layer.gate.state}: "
-                                 "load the model's state of that step")  # fmt: skip
+                raise ValueError(f"at step {step} gates must be {right}, but those of {name} are {layer.gate.state}: "
+                                 "load the model's state of that step before the allocator's")  # fmt: skip
         return right
 
     def check_kept(self, kept_end):
         """The model's constant gates keep what they kept then; before T_end, everything."""
         kept, expected = kept_density(self.allocator.layers), 1.0 if kept_end is None else kept_end
         if kept != expected:
-            raise ValueError(f"the model keeps {kept:.4f} of its adapter parameters where {expected:.4f} is right: its "
-                             "weights come from another phase of training")  # fmt: skip
+            raise ValueError(f"the model keeps {kept:.4f} of its adapter parameters where {expected:.4f} is right: "
+                             "the model's and the allocator's state are of different steps")  # fmt: skip
 
     def check_moments(self):
         """Adam's moments have the shape of their parameter and can be cut with it; what Adafactor keeps cannot."""

@@ -131,7 +131,8 @@ class HardConcreteGate(nn.Module):
         """A state dict decides how many gates there are, and their state: a pruned layer's fits a fresh one."""
         log_theta = state_dict.get(prefix + "log_theta")
         if log_theta is not None:
-            set_data(self.log_theta, self.log_theta.data.new_zeros(log_theta.shape))
+            if log_theta.shape != self.log_theta.shape:
+                set_data(self.log_theta, self.log_theta.data.new_zeros(log_theta.shape))
             self.u = self.u.new_full(log_theta.shape, 0.5)
             for name in ("held", "fixed"):
                 saved = state_dict.get(prefix + name)

@@ -38,8 +38,8 @@ class Recipe:
     # The gates train between these fractions of all steps. App. B has (0.2, 0.5).
     window: tuple = (0.4, 0.5)
     # What drives C to b. "projection": after each step one shift of all log_theta puts C on a target that falls to b.
-    # "quadratic": Eq. (12), lambda and log_theta by Adam; "sgd": by plain gradient steps, as in Algorithm 1, which
-    # hardly move.
+    # "quadratic": Eq. (12), lambda and log_theta by Adam; "sgd": by plain gradient steps, as in Algorithm 1;
+    # they hardly move log_theta.
     controller: str = "projection"
     # eta_c, the step size of log_theta and lambda; None: max(0.01, TRAVEL / steps of the window). Adam moves log_theta
     # by about eta_c per step, so that any gate can close, however short the window is.
@@ -124,13 +124,13 @@ class RankAllocator:
     model: one with adapters (`adapt`). optimizer: holds every A and B, and no log_theta: the allocator has an optimizer
     of its own for log_theta and lambda. Parameters keep their identity when triplets go: A, B, their gradients and the
     optimizer's state are sliced, so learning-rate schedulers and clip lists go on. It never writes a learning rate;
-    `lr_factor(step)` is the factor that the recipe prescribes, for LambdaLR or a loop of one's own.
+    multiply the learning rate by `lr_factor(step)`, with LambdaLR (stepped once per step) or yourself.
 
     budget: b in (0, 1]. seed: of the gates' noise. reduce: with several processes, "mean" or "sum", how after_backward
-    makes one gradient of theirs, for all that the optimizer holds and for log_theta. "mean" is for losses that are
-    averages over a process's rows, and also for DistributedDataParallel, whose averages it leaves as they are; closed
-    triplets then go at finish, since DistributedDataParallel relies on the shapes of its parameters.
-    The gradients of log_theta are in `gate_gradients` until after_step, so that clipping and zero_grad leave them out.
+    combines their gradients, of all that the optimizer holds and of log_theta. Use "mean" if each loss is a mean over
+    the process's rows, and with DistributedDataParallel, whose averages it does not change. Closed triplets are then
+    removed only at finish, because DistributedDataParallel relies on fixed shapes.
+    The gradients of log_theta are in `gate_gradients` until after_step, out of reach of clipping and zero_grad.
     An average of the weights (EMA) starts after T_end, when all shapes are final.
     Raises ValueError for a model or an optimizer that it cannot work with, RuntimeError for a hook out of order.
     """
@@ -162,7 +162,13 @@ class RankAllocator:
         return self.schedule.phase(self.step)
 
     def lr_factor(self, step):
-        """The learning rate of a step as a share of its top, by the recipe's warm-ups and restart."""
+        """The learning rate of a step as a fraction of its peak, by the recipe's warm-ups and restart.
+
+        Raises RuntimeError beyond total_steps, where it would be negative.
+        """
+        if step > self.total_steps:
+            raise RuntimeError(f"lr_factor({step}), but there are {self.total_steps} steps: a schedule steps once per "
+                               "step of the optimizer, but accelerate's once per process")  # fmt: skip
         T_start, T_end = self.schedule.T_start, self.schedule.T_end
         falls_from = T_end if self.recipe.restart and step >= T_end else 0
         return lr_factor(step, self.total_steps, self.recipe.warmup, (0, T_start, T_end), falls_from)
@@ -173,6 +179,8 @@ class RankAllocator:
         self.gate_gradients = {}
         self._enter_phase()
         if self.phase == "window":
+            if not self.hooks:
+                self._take_gate_gradients()
             resample(self.layers, self.noise)  # one draw per optimizer step
 
     def penalty(self):
@@ -187,7 +195,8 @@ class RankAllocator:
     def after_backward(self):
         """Add the penalty's gradient, once per step: after all micro-batches, and after gradients are clipped.
 
-        With `reduce` the gradients of all processes become one here; a loop that clips them itself does so after it.
+        Only where nothing else averages gradients of several processes (all_reduce, FSDP2) clip after it, since they
+        are averaged here.
         """
         self.guard.expect("after_backward")
         if self.reduce and world_size() > 1:
@@ -212,8 +221,8 @@ class RankAllocator:
         self.step += 1
 
     def finish(self):
-        """After the last step, or after an earlier one from T_end on, where a loop stops early. Without it the adapter
-        cannot be merged, saved or exported."""
+        """Call it after the last step; a loop that stops early may call it after any step from T_end on. Until then the
+        adapter cannot be merged, saved or exported."""
         self.guard.finish()
         self._enter_phase()
         self._prune()
@@ -231,20 +240,22 @@ class RankAllocator:
 
     def _release(self):
         """T_start: the gates become random."""
-        for layer in self.layers.values():
+        for name, layer in self.layers.items():
             layer.gate.release()
             if self.recipe.canonical:
-                canonicalize(layer)
+                try:
+                    canonicalize(layer)
+                except torch.linalg.LinAlgError:
+                    raise FloatingPointError(f"{name} is not finite at T_start: training has diverged") from None
                 for p in (layer.A, layer.B):
                     self.optimizer.state.pop(p, None)  # these moments were those of other triplets
         if self.recipe.spread:
             start_gates(self.layers, self.recipe.spread)
-        self._take_gate_gradients()
 
     def _take_gate_gradients(self):
         """From here on autograd adds the gradients of log_theta to gate_gradients, and leaves log_theta.grad empty."""
-        for hook in self.hooks:
-            hook.remove()
+        for p in self.log_thetas:
+            p.requires_grad_(True)
         self.hooks = [p.register_post_accumulate_grad_hook(self._take) for p in self.log_thetas]
 
     def _take(self, log_theta):
@@ -282,7 +293,7 @@ class RankAllocator:
                     self.optimizer.state[p][key] = value.index_select(axis, kept)
 
     def _empty(self):
-        """Make the closed triplets 0, also in the optimizer's state: no gradient will move them, nor they others'."""
+        """Make the closed triplets 0, also in the optimizer's state: no gradient moves them, and they add to none."""
         for layer in self.layers.values():
             closed = (layer.gate.settled() == 0).nonzero().flatten()
             for p, axis in ((layer.A, 0), (layer.B, 1)):
@@ -325,16 +336,17 @@ class RankAllocator:
                         "use state_dict and load_state_dict")  # fmt: skip
 
     def load_state_dict(self, state):
-        """Go on from a `state_dict`, after the model and the optimizer have got theirs.
+        """Go on from a `state_dict`, after the load_state_dict of the model and of the optimizer, both made before.
 
         Raises ValueError where steps, budget or recipe differ, or where the model is not in the phase of that step,
         RuntimeError after finish().
         """
-        gates = self.guard.load_state_dict(state)
+        self.guard.load_state_dict(state)
         for layer in self.layers.values():
-            layer.gate.log_theta.requires_grad_(gates == "free")
-        if gates == "free":
-            self._take_gate_gradients()
+            layer.gate.log_theta.requires_grad_(False)  # until before_step: DistributedDataParallel must not see it
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
         self.step, self.C_end, self.kept_end = state["step"], state["C_end"], state["kept_end"]
         self.gate_optimizer.load_state_dict(state["gate_optimizer"])
         self.lagrangian.lam.data.copy_(state["lam"])
@@ -343,9 +355,10 @@ class RankAllocator:
 
 
 def reduce_gradients(optimizer, how, more=()):
-    """Make the gradients of all processes their "sum" or "mean", in place, in one message. A missing one is 0.
+    """Replace every gradient by its "sum" or "mean" over all processes, in place, with one all_reduce.
 
-    Of all that the optimizer trains, and of `more`. What is sharded is left out: FSDP reduces its gradients.
+    Of all that the optimizer trains, and of `more`; a missing gradient counts as 0. What is sharded is left out, since
+    FSDP reduces its gradients.
     """
     held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     parameters = [p for p in (*held, *more) if not hasattr(p, "full_tensor")]  # a DTensor has one
@@ -359,9 +372,10 @@ def reduce_gradients(optimizer, how, more=()):
 
 
 def lr_factor(step, total_steps, warmup=0.0, rises=(0,), falls_from=0):
-    """The learning rate of a step as a share of its top.
+    """The learning rate of a step as a fraction of its peak.
 
-    A line from 1 at step `falls_from` to 0 at total_steps, times a rise over warmup x total_steps from each of `rises`.
+    Linear decay from 1 at step `falls_from` to 0 at total_steps, times a linear warm-up over warmup x total_steps after
+    each of `rises`.
     """
     since = step - max(start for start in rises if start <= step)
     fall = (total_steps - step) / max(1, total_steps - falls_from)

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 
 from hard_concrete import HardConcreteGate, set_data
 
-HEADS = {"classifier", "score", "head"}  # usual names of what "all-linear" leaves out, beside the output embedding
+HEADS = {"classifier", "pre_classifier", "classification_head", "qa_outputs", "score", "head", "cls"}
 
 
 class SaLoRALinear(nn.Module):
@@ -33,7 +33,7 @@ class SaLoRALinear(nn.Module):
     base: an nn.Linear, or any other module with in_features, out_features and a linear forward, such as one with
     weights in 4 bits. dropout: the share of the adapter's inputs, not those of the base, that training zeroes.
     A (r, k) starts as N(0, 1/k), so that E[A A^T] = I; B (d, r) starts at 0, so that at first nothing changes. Both
-    have the dtype of the base's weight, or float32 over a quantized one, and compute in that of the input.
+    have the dtype of the base's weight, or float32 over a quantized one, and are cast to the input's in forward.
     `r0` stays the rank at creation, and with it the scale, when pruning makes `r` smaller.
     Raises ValueError for a base that cannot be adapted, and for a rank, alpha or dropout that makes no sense.
     """
@@ -65,7 +65,7 @@ class SaLoRALinear(nn.Module):
     def scale(self):
         return self.alpha / self.r0
 
-    # What the code of some models reads of its linear layers, T5's for one
+    # Some models, such as T5, read these from their linear layers
     weight = property(lambda self: self.base.weight)
     bias = property(lambda self: self.base.bias)
     in_features = property(lambda self: self.base.in_features)
@@ -85,7 +85,7 @@ class SaLoRALinear(nn.Module):
         return self.scale * (self.B * self.gate.settled().to(self.B.dtype)) @ self.A
 
     def keep(self, kept):
-        """Keep only the triplets with these indices. A and B remain the same Parameters, so optimizers keep track."""
+        """Keep only the triplets with these indices. A and B stay the same Parameters, so optimizers still hold them."""
         for p, axis in ((self.A, 0), (self.B, 1)):
             grad = p.grad
             set_data(p, p.data.index_select(axis, kept))
@@ -95,10 +95,14 @@ class SaLoRALinear(nn.Module):
     def extra_repr(self):
         return f"r={self.r}, r0={self.r0}, alpha={self.alpha}"
 
+    def __getstate__(self):
+        """A copy that is made once the gates are fixed, such as an average of the weights, is not an allocator's."""
+        return {**self.__dict__, "allocating": self.allocating and self.gate.state != "fixed"}
+
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         """A state decides the rank: a pruned layer's fits a fresh one."""
-        if prefix + "A" in state_dict:
-            r = len(state_dict[prefix + "A"])
+        r = len(state_dict.get(prefix + "A", self.A))
+        if r != self.r:  # else all stays in place, and with it what DistributedDataParallel has attached
             set_data(self.A, self.A.data.new_zeros(r, self.A.shape[1]))
             set_data(self.B, self.B.data.new_zeros(self.B.shape[0], r))
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -114,7 +118,8 @@ def why_not(base):
     """Why a module cannot be the base of a SaLoRALinear: a text, or None if it can."""
     kind = type(base).__name__
     if not is_linear(base):
-        return f"only nn.Linear and its like can be adapted, got {kind}"
+        hint = "; hub/conv1d.py turns it into nn.Linear" if kind == "Conv1D" else ""
+        return f"only nn.Linear and its like can be adapted, got {kind}{hint}"
     if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return f"nn.MultiheadAttention bypasses the forward of its {kind}"
     if parametrize.is_parametrized(base) or (isinstance(base, nn.Linear) and "weight" not in base._parameters):
@@ -173,7 +178,11 @@ def matches(model, target):
     linears = {name: m for name, m in modules.items() if is_linear(m)}
     if target == "all-linear":
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        return [m for name, m in linears.items() if m is not output and not HEADS & set(name.split("."))]
+        body = [m for name, m in linears.items() if m is not output and not HEADS & set(name.split("."))]
+        found = [m for m in body if why_not(m) is None]
+        if not found:
+            raise ValueError("'all-linear' matches no module: expected linear layers outside of heads")
+        return found
     try:
         hits = [n for n in modules if n == target or n.endswith("." + target) or re.fullmatch(target, n)]
     except re.error:
@@ -256,15 +265,18 @@ def prune(layer):
 
 @contextmanager
 def disabled(model):
-    """`with disabled(model):` the adapted layers compute their base alone, W x. Gives the model."""
+    """`with disabled(model):` the adapted layers compute their base alone, W x. Yields the model."""
     layers = salora_layers(model).values()
+    before = [layer.__dict__.get("forward") for layer in layers]  # None: that of the class
     for layer in layers:
         layer.forward = layer.base.__call__
     try:
         yield model
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, before):
             del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 @torch.no_grad()
@@ -273,7 +285,7 @@ def merge(model):
 
     W <- W + (alpha / r0) B diag(g) A with settled gates, so the merged model equals the gated one in eval mode.
     The new W is a tensor of its own: whatever else uses the old one, such as a tied embedding, keeps it. A weight that
-    torch can dequantize comes back as floats. No adapter is left to be saved afterwards.
+    torch can dequantize comes back as floats. Save the adapter first: afterwards there is none.
     Raises ValueError, before anything changes, while a RankAllocator is at work, and for sharded or packed weights.
     """
     layers = finished_layers(model)

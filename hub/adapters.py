@@ -55,6 +55,9 @@ def adapter_state(model):
     ours = {id(p) for layer in layers.values() for p in (layer.A, layer.B, layer.gate.log_theta)}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours}
     running = {name: b for name, b in model.named_buffers() if name.rsplit(".", 1)[-1] in RUNNING_STATISTICS}
+    for name, p in trained.items():
+        if hasattr(p, "full_tensor"):  # a DTensor
+            raise ValueError(f"{name} trains and is sharded: give it to fully_shard as one of its ignored_params")
     return {
         "format": FORMAT,
         "others": {_name_before_adapt(name, layers): copy_of(p) for name, p in trained.items()},
@@ -69,8 +72,8 @@ def trained_state(model):
     Unlike `adapter_state` it loads into the same parameters, as resuming with an optimizer needs it.
     """
     adapters = {id(p) for layer in salora_layers(model).values() for p in (layer.A, layer.B, layer.gate.log_theta)}
-    frozen = {id(p) for p in model.parameters() if not p.requires_grad} - adapters
-    return {n: t.detach() for n, t in model.state_dict(keep_vars=True).items() if id(t) not in frozen}
+    kept = {id(p) for p in model.parameters() if p.requires_grad} | {id(b) for b in model.buffers()} | adapters
+    return {n: t.detach() for n, t in model.state_dict(keep_vars=True).items() if id(t) in kept}
 
 
 def copy_of(tensor):

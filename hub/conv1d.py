@@ -1,4 +1,5 @@
-"""GPT-2's Conv1D, a linear map whose weight is stored transposed: to nn.Linear, so that it can be adapted, and back."""
+"""Turns GPT-2's Conv1D, a linear layer with a transposed weight, into nn.Linear and back. Convert before `adapt`, and
+back before `save_pretrained`."""
 
 import torch
 from torch import nn

@@ -1,24 +1,36 @@
-"""RankAllocator under Lightning: its hooks as a callback, for a module that optimizes automatically.
+"""RankAllocator under Lightning: its hooks as a callback, for modules with automatic optimization.
 
     adapt(model, ["query", "value"])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     allocator = RankAllocator(model, optimizer, total_steps=1000, budget=0.5)    # several devices: reduce="mean"
     Trainer(max_steps=1000, callbacks=[RankCallback(allocator)]).fit(module, ...)
 
-`module.configure_optimizers` returns this optimizer, with a LambdaLR of allocator.lr_factor if wanted. The state of the
-allocator is in every checkpoint of Lightning's.
+`module.configure_optimizers` returns this optimizer, and with it the learning rate that the recipe prescribes:
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, allocator.lr_factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+Every Lightning checkpoint holds the allocator's state; with accumulated batches one must not fall between two of them.
 """
 
 from lightning.pytorch import Callback
 
 
 class RankCallback(Callback):
-    """Calls the hooks of an allocator. A step may consist of several batches (accumulate_grad_batches)."""
+    """Calls the hooks of an allocator. A step may consist of several batches (accumulate_grad_batches).
+
+    Raises ValueError for a schedule that steps once per epoch, which is Lightning's default.
+    """
 
     def __init__(self, allocator):
         self.allocator = allocator
         self.begun = -1  # the step for which before_step was called last
         self.finished = False
+
+    def on_train_start(self, trainer, *args):
+        for schedule in trainer.lr_scheduler_configs:
+            if schedule.interval != "step":
+                raise ValueError('the learning-rate schedule steps once per epoch: give it "interval": "step"')
 
     def on_train_batch_start(self, trainer, *args):
         if self.begun != trainer.global_step:

@@ -7,8 +7,8 @@
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, allocator.lr_factor)
     AdapterTrainer(model, args, optimizers=(optimizer, schedule), callbacks=[RankCallback(allocator)], ...).train()
 
-The arguments need max_steps, since the allocator has to know how many steps there will be. Under torchrun Trainer wraps
-the model in DistributedDataParallel, and the allocator needs reduce="mean". For Lightning see hub/lightning.py.
+Set max_steps: the allocator must know the number of steps in advance. Under torchrun Trainer wraps the model in
+DistributedDataParallel, and the allocator needs reduce="mean". For Lightning see hub/lightning.py.
 """
 
 from pathlib import Path
@@ -21,19 +21,21 @@ from hub.checkpoints import read_torch, write_atomically
 
 
 class RankCallback(TrainerCallback):
-    """Calls the hooks of an allocator, and keeps its state beside every checkpoint, so that a run can be resumed.
+    """Calls the hooks of an allocator, and keeps its state in every checkpoint folder, so that a run can be resumed.
 
-    Raises ValueError for load_best_model_at_end.
+    resume_from: the folder given to train(resume_from_checkpoint=...), if it does not lie in output_dir; AdapterTrainer
+    passes it on by itself. Raises ValueError for load_best_model_at_end.
     """
 
-    def __init__(self, allocator):
-        self.allocator = allocator
+    def __init__(self, allocator, resume_from=None):
+        self.allocator, self.resume_from = allocator, resume_from
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.load_best_model_at_end:
             raise ValueError("load_best_model_at_end could bring back weights from before T_end, with other ranks")
         if state.global_step > 0:  # resumed
-            self.allocator.load_state_dict(read_torch(self.path(args, state)))
+            folder = Path(self.resume_from or self.folder(args, state))
+            self.allocator.load_state_dict(read_torch(folder / "allocator.pt"))
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.allocator.before_step(state.global_step)
@@ -46,21 +48,29 @@ class RankCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if args.should_save:  # one of several processes
-            write_atomically(self.path(args, state), lambda path: torch.save(self.allocator.state_dict(), path))
+            path = self.folder(args, state) / "allocator.pt"
+            write_atomically(path, lambda part: torch.save(self.allocator.state_dict(), part))
 
     def on_train_end(self, *args, **kwargs):
         self.allocator.finish()
 
-    def path(self, args, state):
-        """The file of the allocator's state in the checkpoint of this step."""
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "allocator.pt"
+    def folder(self, args, state):
+        """The checkpoint of this step."""
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 class AdapterTrainer(Trainer):
-    """A Trainer whose checkpoints hold what training changes: megabytes instead of the whole base.
+    """A Trainer whose checkpoints hold what training changes, megabytes instead of the whole base. It may be in 4 bits.
 
-    What it saves is for resuming; the finished adapter is for `save_adapter` or `export_peft`.
+    Its checkpoints are for resuming; write the finished adapter with `save_adapter` or `export_peft`.
     """
+
+    def __init__(self, model, *args, **kwargs):
+        model._hf_peft_config_loaded = True  # Trainer then believes that a quantized model has adapters, as it has
+        try:
+            super().__init__(model, *args, **kwargs)
+        finally:
+            del model._hf_peft_config_loaded
 
     def save_model(self, output_dir=None, _internal_call=False):
         if self.args.should_save:
@@ -70,3 +80,6 @@ class AdapterTrainer(Trainer):
 
     def _load_from_checkpoint(self, folder, model=None):
         self.model.load_state_dict(read_torch(Path(folder) / "trained.pt"), strict=False)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, RankCallback):
+                callback.resume_from = folder

@@ -1,6 +1,7 @@
 """Loops that train one small Llama, alone or with other processes: `python -m torch.distributed.run processes.py FILE
 KIND...` writes what each of these kinds finds, and test_elsewhere.py compares it with what one process finds."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -51,23 +52,15 @@ def adapters(model):
 
 
 def loop(kind):
-    """A loop of one's own: "plain", in "ddp", prepared by "accelerate", or over a base that "fsdp2" shards."""
+    """A loop of one's own: "plain", in "ddp", prepared by "accelerate", or over a base that "fsdp2" shards. Resumed
+    twice: "ddp-loaded", with states that a wrapped model loads, and "loaded-ddp", with those that one loads before."""
     rank, size = world()
-    net = model = llama()
-    if kind == "fsdp2" and size > 1:
-        shard(net)
-    optimizer, backward = adamw(net), torch.Tensor.backward
-    if kind == "ddp" and size > 1:
-        model = DistributedDataParallel(net)
-    if kind == "accelerate":
-        from accelerate import Accelerator
-
-        accelerator = Accelerator(cpu=True)
-        model, optimizer = accelerator.prepare(net, optimizer)
-        backward = accelerator.backward
-    clips_first = kind in ("ddp", "accelerate")  # where gradients are reduced during the backward pass
-    allocator = RankAllocator(model, optimizer, STEPS, BUDGET, RECIPE, reduce="mean")
+    net, model, optimizer, allocator, backward = made(kind)
+    clips_first = "ddp" in kind or kind == "accelerate"  # where gradients are reduced during the backward pass
     for step, batch in enumerate(batches()):
+        if "loaded" in kind and step in (7, 14):
+            states = [copy.deepcopy(part.state_dict()) for part in (net, optimizer, allocator)]
+            net, model, optimizer, allocator, backward = made(kind, states)
         rows = batch[rank::size]
         allocator.before_step(step)
         backward(model(input_ids=rows, labels=rows).loss)
@@ -87,6 +80,29 @@ def loop(kind):
         calls = [lambda: merge(net), lambda: RankAllocator(whole, adamw(whole), STEPS, reduce="mean")]
         found["refused"] = [refusal(call) for call in calls]
     return found
+
+
+def made(kind, states=()):
+    """(Llama, the same as it is called, optimizer, allocator, backward), with the states of an earlier one."""
+    size = world()[1]
+    net = model = llama()
+    if kind == "fsdp2" and size > 1:
+        shard(net)
+    optimizer, backward = adamw(net), torch.Tensor.backward
+    if kind in ("ddp", "ddp-loaded") and size > 1:
+        model = DistributedDataParallel(net)
+    if kind == "accelerate":
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(net, optimizer)
+        backward = accelerator.backward
+    allocator = RankAllocator(model, optimizer, STEPS, BUDGET, RECIPE, reduce="mean")
+    for part, state in zip((net, optimizer, allocator), states):
+        part.load_state_dict(state)
+    if kind == "loaded-ddp" and size > 1:
+        model = DistributedDataParallel(net)
+    return net, model, optimizer, allocator, backward
 
 
 def shard(model, adapters_too=False):

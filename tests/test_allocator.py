@@ -15,7 +15,7 @@ from torch import nn
 
 from budget import GateSchedule, expected_density, kept_density
 from rank_allocator import CONTROLLERS, RankAllocator, Recipe
-from salora import adapt, salora_layers
+from salora import adapt, merge, salora_layers
 
 # Three loops
 
@@ -74,6 +74,7 @@ def test_a_loop_may_stop_early_once_ranks_are_decided_and_an_average_of_weights_
             average = torch.optim.swa_utils.AveragedModel(run.model)
             average.update_parameters(run.train(stop, stop + 2).model)
             run.do("F")
+            assert type(merge(average.module)[0]) is nn.Linear, "a copy does not wait for an allocator"
         with row(stop):
             assert_finished(run.allocator, run.model, lambda model: model(run.batches[0][0]), 0.5)
 

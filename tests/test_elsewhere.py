@@ -1,6 +1,7 @@
 """Loops, bases and processes of others: what trains there finds the ranks that a plain loop finds."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from hub.peft import export_peft
 from rank_allocator import RankAllocator, Recipe
 from salora import adapt, disabled, merge, salora_layers
 
-KINDS = ["plain", "ddp", "accelerate", "fsdp2", "trainer", "lightning"]
+KINDS = ["plain", "ddp", "ddp-loaded", "loaded-ddp", "accelerate", "fsdp2", "trainer", "lightning"]
 
 
 def assert_alike(found, expected):
@@ -71,6 +72,12 @@ def test_trainer_gives_a_llama_its_budget_and_resumes_from_small_checkpoints_equ
         resumed = processes.trainer(tmp_path, 0.1, 0.1, save_strategy="no")
         resumed.train(resume_from_checkpoint=str(folder))
         assert_equal(states(resumed.model), expected)
+        elsewhere = tmp_path / "elsewhere"  # where a checkpoint of the same name is another run's
+        shutil.copytree(tmp_path / "checkpoint-7", elsewhere / f"checkpoint-{stop}", dirs_exist_ok=True)
+        (elsewhere / f"checkpoint-{stop}" / "allocator.pt").write_bytes(b"another")
+        resumed = processes.trainer(elsewhere, 0.1, 0.1, save_strategy="no")
+        resumed.train(resume_from_checkpoint=str(folder))
+        assert_equal(states(resumed.model), expected)
     best = dict(load_best_model_at_end=True, eval_strategy="steps", eval_steps=7)
     with pytest.raises(ValueError, match="load_best_model_at_end could bring back weights"):
         processes.trainer(tmp_path, **best).train()
@@ -108,6 +115,15 @@ def test_lightning_resumes_from_its_checkpoints_equal_to_the_bit(tmp_path):
         trainer, module, data = processes.lightning(tmp_path, 1, 1)
         trainer.fit(module, data, ckpt_path=tmp_path / f"step={stop}.ckpt", weights_only=False)
         assert_equal(states(module), expected)
+
+
+def test_a_schedule_that_lightning_steps_once_per_epoch_is_refused(tmp_path):
+    pytest.importorskip("lightning")
+    trainer, module, data = processes.lightning(tmp_path)
+    optimizer, [schedule] = module.configure_optimizers()["optimizer"], [module.configure_optimizers()["lr_scheduler"]]
+    module.configure_optimizers = lambda: ([optimizer], [schedule["scheduler"]])
+    with pytest.raises(ValueError, match='give it "interval": "step"'):
+        trainer.fit(module, data)
 
 
 # Models of others
@@ -198,6 +214,8 @@ def test_models_of_others_train_prune_merge_reload_and_open_in_peft(tmp_path, ki
     tuned = logits(model, inputs)
     if not with_head:
         with disabled(model):
+            with disabled(model):
+                assert torch.equal(logits(model, inputs), frozen)
             assert torch.equal(logits(model, inputs), frozen)
     save_adapter(model, tmp_path / "adapter.pt")
     assert torch.equal(logits(load_adapter(fresh()[0], tmp_path / "adapter.pt"), inputs), tuned)
@@ -218,6 +236,8 @@ def test_models_of_others_train_prune_merge_reload_and_open_in_peft(tmp_path, ki
 def test_a_quantized_base_gets_float_adapters_which_train_reload_and_open_in_peft(tmp_path, bits, dtype):
     hf, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
+    from hub.trainer import AdapterTrainer
+
     config = hf.LlamaConfig(**{**SMALL, "hidden_size": 64, "intermediate_size": 64}, vocab_size=32)
     hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
 
@@ -234,6 +254,10 @@ def test_a_quantized_base_gets_float_adapters_which_train_reload_and_open_in_pef
     tuned = logits(model, inputs)
     save_adapter(model, tmp_path / "adapter.pt")
     assert torch.equal(logits(load_adapter(fresh(), tmp_path / "adapter.pt"), inputs), tuned)
+    trainer = AdapterTrainer(model, hf.TrainingArguments(tmp_path, use_cpu=True, report_to=[]))
+    trainer.save_model(tmp_path)
+    saved = torch.load(tmp_path / "trained.pt")
+    assert saved and {name.rsplit(".", 1)[-1] for name in saved} <= {"A", "B", "log_theta", "fixed"}
     export_peft(model, tmp_path / "peft")
     opened = peft.PeftModel.from_pretrained(fresh(), tmp_path / "peft")
     assert_close(logits(opened, inputs), tuned, 64)

@@ -211,6 +211,20 @@ def test_what_an_allocator_cannot_work_with_is_refused_with_a_reason():
             assert not getattr(optimizer, "optimizer", optimizer)._optimizer_step_pre_hooks
 
 
+def test_a_schedule_that_runs_past_the_last_step_is_refused_rather_than_followed_below_0():
+    run = Run()
+    assert run.allocator.lr_factor(STEPS) == 0
+    with pytest.raises(RuntimeError, match=rf"lr_factor\({STEPS + 1}\), but there are {STEPS} steps"):
+        run.allocator.lr_factor(STEPS + 1)
+
+
+def test_training_that_diverged_before_the_window_is_named():
+    run = Run().train(stop=T_START)
+    run.layers[1].A.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="2 is not finite at T_start: training has diverged"):
+        run.do("B")
+
+
 LATER = [  # (what happens to a run between two steps, error)
     (lambda run: run.layers[1].requires_grad_(False), "A and B of 2 are frozen"),
     (lambda run: run.optimizer.add_param_group({"params": [run.layers[0].gate.log_theta]}), "holds log_theta of 0"),
@@ -234,12 +248,12 @@ def test_weights_of_another_phase_or_run_are_refused_and_nothing_is_saved_or_mer
         weights = copy.deepcopy(run.model.state_dict())
         run.train(early, late).model.load_state_dict(weights)
         with row(early, late):
-            assert_refused(run, lambda: run.do(due_at(late)), "gates are .*, but those of 0 are")
+            assert_refused(run, lambda: run.do(due_at(late)), "gates must be .*, but those of 0 are")
             for use in (merge, lambda model: save_adapter(model, tmp_path / "a.pt")):
                 assert_refused(run, lambda: use(run.model), "still at work on 0: call its finish")
     run, other = Run().train(), Run(budget=0.25).train()
     run.model.load_state_dict(other.model.state_dict())
-    assert_refused(run, lambda: run.do("F"), "weights come from another phase")
+    assert_refused(run, lambda: run.do("F"), "state are of different steps")
     other.do("F")
     save_adapter(other.model, tmp_path / "a.pt")
 
@@ -253,7 +267,7 @@ def test_several_processes_must_say_how_gradients_are_reduced_and_then_must_agre
     due = due_at(step)
     assert_refused(run, lambda: run.do(due), 'several processes: pass reduce="mean"')
     run.allocator.reduce = "mean"
-    assert_refused(run, lambda: run.do(due), "the processes' adapters differ")
+    assert_refused(run, lambda: run.do(due), "the processes' adapters or heads differ")
     monkeypatch.setattr(dist, "all_reduce", lambda ends, op=None: ends)
     run.do(due)
 
@@ -295,7 +309,7 @@ def test_a_state_of_other_decisions_or_of_another_phase_is_refused(step):
     state = Run().train(stop=step).allocator.state_dict()
     for other in ({"budget": 0.25}, {"recipe": Recipe.paper()}, {"recipe": Recipe(window=(0.2, 0.6))}):
         run = Run(**other)
-        assert_refused(run, lambda: run.allocator.load_state_dict(state), "the saved run had .* but this one has")
+        assert_refused(run, lambda: run.allocator.load_state_dict(state), r"the saved run had .* \(now .*\): a run goes on")
     for at in {2, T_START + 2, T_END + 2} - {step}:
         run = Run().train(stop=at)
-        assert_refused(run, lambda: run.allocator.load_state_dict(state), "gates are .*, but those|from another phase")
+        assert_refused(run, lambda: run.allocator.load_state_dict(state), "gates must be .*, but those|of different steps")

@@ -198,6 +198,10 @@ def test_all_linear_leaves_out_heads_and_the_output_embedding():
     net.scores = nn.Linear(6, 3)
     net.get_output_embeddings = lambda: net.scores
     assert list(salora_layers(adapt(Net(), "all-linear"))) == ["body.0", "body.1", "shared"]
+    with pytest.raises(ValueError, match="'all-linear' matches no module"):
+        adapt(nn.Sequential(nn.Conv1d(3, 3, 1)), "all-linear")
+    attention = nn.MultiheadAttention(8, 2)
+    net.heads = nn.ModuleDict({"qa_outputs": nn.Linear(3, 3), "other": attention})
     net.more = nn.Linear(3, 3)
     assert list(salora_layers(adapt(net, "all-linear"))) == ["body.0", "body.1", "shared", "more"]
 
