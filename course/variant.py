@@ -47,18 +47,19 @@ class Version:
     old: str
     file: str  # of the reference
     text: str  # of both functions
-    node: ast.FunctionDef  # of `new`
+    signature: str  # of `new`
+    doc: str
 
 
 def copy_of(folder, left_out=()):
-    """Copy what the course needs into an empty folder, without files and folders of these names."""
+    """Copy what the course needs into a folder, without files and folders of these names."""
     ignored = shutil.ignore_patterns(*left_out, ".*", "__pycache__")
     for source in [path for pattern in COPIED for path in ROOT.glob(pattern)]:
         copy = folder / source.relative_to(ROOT)
         if source.is_dir():
             shutil.copytree(source, copy, ignore=ignored)
         else:
-            copy.parent.mkdir(exist_ok=True)
+            copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, copy)
 
 
@@ -68,11 +69,13 @@ def versions_in(path):
     nodes = functions_of(text)
     names = list(nodes)
     for new, old in zip(names[::2], names[1::2]):
-        lines = text.splitlines(keepends=True)[first_line(nodes[new]) : nodes[old].end_lineno]
+        node = nodes[new]
+        lines = text.splitlines(keepends=True)[first_line(node) : nodes[old].end_lineno]
+        signature, doc = f"def {node.name}({ast.unparse(node.args)}):", ast.get_docstring(node)
         for number, exercise in EXERCISES.items():
             for file, targets in exercise.targets.items():
                 if old in targets:
-                    found[number] = Version(new, old, file, "".join(lines), nodes[new])
+                    found[number] = Version(new, old, file, "".join(lines), signature, doc)
     return found
 
 
@@ -101,15 +104,14 @@ def blaming(text, version):
 
 def explained(text, number, version):
     """The text of exercises.md with a paragraph about the new function, before how to run the exercise's tests."""
-    signature = f"def {version.node.name}({ast.unparse(version.node.args)}):"
-    paragraph = PARAGRAPH.format(old=version.old, signature=signature, doc=ast.get_docstring(version.node))
+    paragraph = PARAGRAPH.format(old=version.old, signature=version.signature, doc=version.doc)
     head, section = text.split(f"\n## {number}. ")
     command = f"    python -m pytest --exercise {number}\n"
     return f"{head}\n## {number}. {section.replace(command, paragraph + command, 1)}"
 
 
 def write(folder, seed):
-    """Write a variant of the repository's course, with the teacher's part, into an empty folder."""
+    """Write a variant of the repository's course, with the teacher's part, into a folder."""
     copy_of(folder)
 
     def change(file, function, *args):

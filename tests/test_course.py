@@ -34,6 +34,7 @@ from course import (
     make_handout,
     run,
     table,
+    variant,
     written,
 )
 from course.exercises import EXERCISES, FILES, MODULES, chosen
@@ -44,6 +45,7 @@ from course.reading import unusual
 COURSE, HARD = ROOT / "course", "hard_concrete.py"
 BLANKS = make_handout.blanks(EXERCISES.values())
 COMPILE = functools.cache(compile)  # most texts are the same in every test
+VERSIONS = {path.stem: variant.versions_in(path) for path in sorted(variant.VERSIONS.glob("*.py"))}
 HALF = "def prob_open(log_theta, *rest):\n    return {}\n"
 
 
@@ -84,6 +86,10 @@ def grafted(number, files):
 def failures(number, files):
     """Runs the checks of an exercise in this process. Yields what a student reads about those that fail."""
     grafted(number, files)
+    yield from failing(number, files)
+
+
+def failing(number, files):
     checks = runpy.run_path(str(EXERCISES[number].checks))
     for name in EXERCISES[number].tests():
         try:
@@ -363,6 +369,74 @@ def test_hidden_tests_pass_whatever_is_right_and_fail_what_was_made_for_the_publ
     (tmp_path / HARD).write_text(made, encoding="utf-8")
     found = judging.grade(tmp_path, [EXERCISES[1]], hidden="2031")["exercises"]["1"]
     assert found["points"] == 7 and list(found["failed"]) == ["hidden_prob_open"]
+
+
+def body_of(text, name):
+    """The lines of a function after its docstring."""
+    node = functions_of(text)[name]
+    return "".join(text.splitlines(keepends=True)[node.body[0].end_lineno : node.end_lineno])
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+@pytest.mark.parametrize("number", EXERCISES)
+def test_a_version_is_solved_by_its_reference_and_not_by_a_body_of_the_public_one_or_of_another(name, number, student):
+    public, version = reference_texts(), VERSIONS[name][number]
+    text = variant.with_version(public[version.file], version)
+    names = [version.new if old == version.old else old for old in EXERCISES[number].targets[version.file]]
+    blank = public | {version.file: stubbed(text, dict.fromkeys(names, "blank"))}
+
+    def failed(solution):
+        files = student(number, solution)
+        graft(blank, {version.file: names}, files)
+        return len(list(failing(number, files)))
+
+    assert failed(text) == 0
+    assert failed(blank[version.file]) == len(EXERCISES[number].tests())
+    others = [versions[number] for key, versions in VERSIONS.items() if key != name]
+    bodies = [body_of(variant.with_version(public[version.file], other), other.new) for other in others]
+    for body in [body_of(public[version.file], version.old), *bodies]:
+        gap = stubbed(text, {version.new: "here"})
+        line = next(line for line in gap.splitlines(keepends=True) if '("here")' in line)
+        assert failed(gap.replace(line, body)) > 0, body
+
+
+def test_all_texts_of_a_variant_name_what_its_students_write(tmp_path):
+    assert variant.versions_for("2031") == variant.versions_for("2031") != variant.versions_for("2032")
+    variant.write(tmp_path, "2031")
+    exercises = runpy.run_path(str(tmp_path / "course/exercises.py"))["EXERCISES"]
+    hidden = runpy.run_path(str(tmp_path / "course/hidden.py"))["CASES"]
+    page = (tmp_path / "course/exercises.md").read_text(encoding="utf-8")
+    for number, version in variant.versions_for("2031").items():
+        [names] = exercises[number].targets.values()
+        checks = runpy.run_path(str(tmp_path / f"course/checks/exercise_{number}.py"))
+        blamed = {checks[name].about[0] for name in EXERCISES[number].tests()}
+        assert set(names) == blamed == {function for function, *_ in hidden[number]}
+        assert set(EXERCISES[number].targets[version.file]) - blamed == {version.old}
+        assert set(names) <= functions_of((tmp_path / version.file).read_text(encoding="utf-8")).keys()
+        section = page.split(f"\n## {number}. ")[1].split("\n## ")[0]
+        assert f"    def {version.new.split('.')[-1]}(" in section and f"The tests call `{version.old}`." in section
+
+
+@pytest.mark.slow
+def test_solutions_of_another_variant_fail_in_that_of_a_handout(tmp_path, capsys):
+    handout, folder = tmp_path / "handout", tmp_path / "class"
+    flags = ["--exercises", "1-3", "--variant"]
+    subprocess.run([sys.executable, str(COURSE / "make_handout.py"), str(handout), *flags, "2026"], check=True)
+    for seed in ("2026", "2027"):
+        variant.write(tmp_path / seed, seed)
+        (folder / seed).mkdir(parents=True)
+        (tmp_path / seed / HARD).rename(folder / seed / HARD)
+    (folder / "public").mkdir()
+    (folder / "public" / HARD).write_text(reference_texts()[HARD], encoding="utf-8")
+    command = [sys.executable, str(COURSE / "grade.py"), str(folder), "--all", *flags, "2026"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = {row["submission"]: row for row in csv.DictReader(done.stdout.splitlines())}
+    assert {name: row["points"] for name, row in rows.items()} == {"2026": "23", "2027": "8", "public": "0"}
+    command = [sys.executable, str(handout / "course/grade.py"), str(folder / "2026"), "--exercises", "1-3", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["points"] == 23
+    done = subprocess.run([*command[:3], "--variant", "2026"], capture_output=True, text=True)
+    assert done.returncode == 2 and "unrecognized arguments" in done.stderr, "the flag is the teacher's"
 
 
 @pytest.mark.slow
