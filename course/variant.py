@@ -3,10 +3,11 @@
     python course/make_handout.py ../handout --variant SEED
     python course/grade.py ../submissions --all --variant SEED
 
-SEED is any word. For each exercise it chooses one of the files in course/versions, in which one function of the
-exercise calls another, which is what students write: not P(g > 0), for instance, but P(g = 0). All that this changes is
-text: the function in the reference, its name in course/exercises.py, the checks and the hidden tests, and a paragraph
-in exercises.md. The program then runs in a temporary copy of the repository that has these texts.
+SEED is any word. For each exercise it chooses one of the files in course/versions. There one function of the exercise
+calls another, which is what students write: not P(g > 0), for instance, but P(g = 0). All that this changes is text:
+the function in the reference, its name in course/exercises.py, the checks and the hidden tests, and a paragraph in
+exercises.md; and the numbers of some questions, with their answers. The program then runs in a temporary copy of the
+repository that has these texts.
 """
 
 import argparse
@@ -49,6 +50,7 @@ class Version:
     text: str  # of both functions
     signature: str  # of `new`
     doc: str
+    questions: dict  # {text of exercises.md or answers.md: what stands there instead}
 
 
 def copy_of(folder, left_out=()):
@@ -66,7 +68,7 @@ def copy_of(folder, left_out=()):
 def versions_in(path):
     """{number: Version} of the exercises in a file of course/versions."""
     text, found = path.read_text(encoding="utf-8"), {}
-    nodes = functions_of(text)
+    nodes, questions = functions_of(text), ast.literal_eval(ast.parse(text).body[-1].value)
     names = list(nodes)
     for new, old in zip(names[::2], names[1::2]):
         node = nodes[new]
@@ -75,7 +77,8 @@ def versions_in(path):
         for number, exercise in EXERCISES.items():
             for file, targets in exercise.targets.items():
                 if old in targets:
-                    found[number] = Version(new, old, file, "".join(lines), signature, doc)
+                    more = signature, doc, questions.get(number, {})
+                    found[number] = Version(new, old, file, "".join(lines), *more)
     return found
 
 
@@ -102,12 +105,20 @@ def blaming(text, version):
     return re.sub(rf'"{re.escape(version.old)}"(?=, "|\n)', f'"{version.new}"', text)
 
 
+def in_section(text, number, exchanged):
+    """The text of a page in whose section about an exercise texts were exchanged {old: new}."""
+    head, start, rest = text.partition(f"\n## {number}. ")
+    section, end, tail = rest.partition("\n## ")
+    for old, new in exchanged.items():
+        section = section.replace(old, new)
+    return "".join((head, start, section, end, tail))
+
+
 def explained(text, number, version):
     """The text of exercises.md with a paragraph about the new function, before how to run the exercise's tests."""
     paragraph = PARAGRAPH.format(old=version.old, signature=version.signature, doc=version.doc)
-    head, section = text.split(f"\n## {number}. ")
     command = f"    python -m pytest --exercise {number}\n"
-    return f"{head}\n## {number}. {section.replace(command, paragraph + command, 1)}"
+    return in_section(text, number, version.questions | {command: paragraph + command})
 
 
 def write(folder, seed):
@@ -124,6 +135,7 @@ def write(folder, seed):
         change(f"course/checks/exercise_{number}.py", blaming, version)
         change("course/hidden.py", blaming, version)
         change("course/exercises.md", explained, number, version)
+        change("course/answers.md", in_section, number, version.questions)
 
 
 def run(seed, program, argv):

@@ -6,6 +6,7 @@ import doctest
 import functools
 import importlib
 import json
+import math
 import os
 import re
 import runpy
@@ -23,6 +24,7 @@ from course_faults import HOSTILE, OPEN, PATIENT, RIGHT, WRONG, hostile
 from torch import nn
 
 import train_glue_mini  # noqa: F401  before a test puts other modules in place of those that it imports
+from budget import Lagrangian, expected_density
 from course import (
     checking,
     explore_gate,
@@ -41,6 +43,8 @@ from course.exercises import EXERCISES, FILES, MODULES, chosen
 from course.graft import Unusable, blanked, functions_of, graft, is_stub, reference_texts, said, stubbed
 from course.judge import Respondent
 from course.reading import unusual
+from hard_concrete import mean_gate
+from salora import SaLoRALinear
 
 COURSE, HARD = ROOT / "course", "hard_concrete.py"
 BLANKS = make_handout.blanks(EXERCISES.values())
@@ -400,12 +404,46 @@ def test_a_version_is_solved_by_its_reference_and_not_by_a_body_of_the_public_on
         assert failed(gap.replace(line, body)) > 0, body
 
 
+@pytest.mark.parametrize("name", ["public", *VERSIONS])
+def test_the_numbers_of_a_versions_answers_are_right_for_its_questions(name):
+    pages = [(COURSE / page).read_text(encoding="utf-8") for page in ("exercises.md", "answers.md")]
+    for number, version in VERSIONS.get(name, {}).items():
+        assert all(old in pages[0] or old in pages[1] for old in version.questions), number
+        pages = [variant.in_section(page, number, version.questions) for page in pages]
+    asked, answers = (page.split("\n## ") for page in pages)
+
+    def given(number, pattern, otherwise=None):
+        found = re.search(pattern, asked[number])
+        return float(found[1]) if found else otherwise
+
+    gates, r = given(1, r"has (\d+) gates"), given(6, r"at r = (\d+)\?")
+    odds = given(1, r"odds of (\d)", 1.0) / given(1, r"odds of \d to (\d)", 1.0)
+    assert f"{gates:.0f} x 11/12" in answers[1] and f"are open: {round(gates * 11 / 12, 2):g}. " in answers[1]
+    assert f"or {math.log(odds / 11):.3f}. 1:" in answers[1]
+    assert f"1: {165_888 * r:,.0f} and {72 * r:,.0f}. 1:" in answers[6]
+    if name != "public":  # where a fresh gate is asked for, and fractions are the answer
+        theta = math.exp(given(2, r"`log_theta` = (-?\d) exactly"))
+        assert f"u up to {1 / (1 + 11 * theta):.4f} and from {11 / (11 + theta):.4f} on" in answers[2]
+    log_theta = given(3, r"`log_theta` = (-[\d.]+)\?")
+    assert f"`mean_gate({log_theta:g})` is {mean_gate(torch.tensor(log_theta)):.6f}" in answers[3]
+    lagrangian, layers = Lagrangian(given(8, r"b = ([\d.]+)"), lr=0.05), [SaLoRALinear(nn.Linear(4, 4), 8, 16)]
+    layers[0].gate.release()
+    optimizer, C = torch.optim.Adam([layers[0].gate.log_theta], lr=0.05), []
+    for _ in range(200):
+        lagrangian(expected_density(layers)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        lagrangian.ascend()
+        C.append(expected_density(layers).item())
+    assert f"1: {C[99]:.3f} and {C[199]:.3f}." in answers[8]
+
+
 def test_all_texts_of_a_variant_name_what_its_students_write(tmp_path):
     assert variant.versions_for("2031") == variant.versions_for("2031") != variant.versions_for("2032")
     variant.write(tmp_path, "2031")
     exercises = runpy.run_path(str(tmp_path / "course/exercises.py"))["EXERCISES"]
     hidden = runpy.run_path(str(tmp_path / "course/hidden.py"))["CASES"]
-    page = (tmp_path / "course/exercises.md").read_text(encoding="utf-8")
+    page, answers = ((tmp_path / f"course/{name}.md").read_text(encoding="utf-8") for name in ("exercises", "answers"))
     for number, version in variant.versions_for("2031").items():
         [names] = exercises[number].targets.values()
         checks = runpy.run_path(str(tmp_path / f"course/checks/exercise_{number}.py"))
@@ -414,7 +452,8 @@ def test_all_texts_of_a_variant_name_what_its_students_write(tmp_path):
         assert set(EXERCISES[number].targets[version.file]) - blamed == {version.old}
         assert set(names) <= functions_of((tmp_path / version.file).read_text(encoding="utf-8")).keys()
         section = page.split(f"\n## {number}. ")[1].split("\n## ")[0]
-        assert f"    def {version.new.split('.')[-1]}(" in section and f"The tests call `{version.old}`." in section
+        assert f"    {version.signature}\n\n{version.doc}\nThe tests call `{version.old}`.\n" in section
+        assert all(new in section or new in answers for new in version.questions.values())
 
 
 @pytest.mark.slow

@@ -444,6 +444,8 @@ TABLE = [
     ("course/variant.py versions_for", "all_texts_of_a_variant_name", ("random.Random(seed)", "random.Random(0)")),
     ("course/variant.py write", "all_texts_of_a_variant_name",
      ('        change("course/hidden.py", blaming, version)\n', "")),
+    ("course/variant.py in_section", "all_texts_of_a_variant_name",
+     ("        section = section.replace(old, new)\n", "        section = section.replace(old, old)\n")),
     ("course/written.py beside_rubric", "a_class_in_every_state", ("answers.get(exercise.number)", "None")),
     ("experiments/arms.py Arm.allocator", "an_arm_has_the_allocator_recipe_and_budget_of", (", **self.options}", "}")),
     ("experiments/arms.py nearest", "an_arm_that_is_not_in_a_table_takes_the_nearest_of_its_family_or_of_its_kind",

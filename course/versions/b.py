@@ -143,3 +143,37 @@ def penalty_terms(layers, schedule, step, lagrangian, beta):
 def after_backward(layers, schedule, step, lagrangian, beta):
     """After the loss's backward pass: add the gradients of all penalty_terms."""
     sum(penalty_terms(layers, schedule, step, lagrangian, beta)).backward()
+
+
+QUESTIONS = {  # exercise: {text of exercises.md or answers.md: what stands there instead}
+    1: {
+        "A fresh layer has 8 gates": "A fresh layer has 16 gates",
+        "gives even odds?": "gives odds of 1 to 3 for an open gate?",
+        "11/12 of 8 gates are open: 7.33. The odds are even where the argument of the sigmoid is 0: `log_theta` =\n"
+        "tau log(-gamma / zeta) = -log 11 = -2.398. `prob_open(torch.tensor([0., -2.3979]))` is (0.9167, 0.5000).":
+        "11/12 of 16 gates are open: 14.67. The odds are 1 to 3 where the argument of the sigmoid is -log 3:\n"
+        "`log_theta` = -log 3 - log 11 = -3.497.",
+        "7.33 gates, or 8 x 11/12. 1: -log 11, or -2.398.":
+        "14.67 gates, or 16 x 11/12. 1: -log 3 - log 11, or -3.497.",
+    },
+    2: {
+        "a fresh gate exactly 0": "a gate with\n`log_theta` = -1 exactly 0",
+        "With `log_theta` = 0 the sample is 1.2 u - 0.1, so g = 0 for u <= 1/12 and g = 1 for u >= 11/12.":
+        "g = 0 where the sigmoid is at most 1/12: u <= 1 / (1 + 11 / e) = 0.1982. g = 1 where it is at least 11/12:\n"
+        "u >= 11 / (11 + 1 / e) = 0.9676.",
+        "u up to 1/12 and from 11/12 on": "u up to 0.1982 and from 0.9676 on",
+    },
+    3: {"-10": "-12", "0.000085": "0.000012", "0.0005": "0.00007", "100,000": "1,000,000"},
+    6: {
+        "at r = 8?": "at r = 16?",
+        "x 8 = 1,327,104 parameters, the paper's 1.33 M, and 12 x 6 x 8 = 576 gates":
+        "x 16 = 2,654,208 parameters, and 12 x 6 x 16 = 1,152 gates",
+        "1: 1,327,104 and 576": "1: 2,654,208 and 1,152",
+    },
+    8: {
+        "0.145 after 100\nsteps, 0.126 after 200, 0.125 after 300":
+        "0.126 after 100\nsteps, 0.091 after 200, 0.083 after 300",
+        "0.145 and 0.126": "0.126 and 0.091",
+        "0.125": "0.08",
+    },
+}  # fmt: skip

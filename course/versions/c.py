@@ -144,3 +144,37 @@ def after_backward_in(layers, phase, lagrangian, beta):
 def after_backward(layers, schedule, step, lagrangian, beta):
     """After the loss's backward pass: add the gradient of beta R_orth and, in the window, of lambda (C - b)^2."""
     after_backward_in(layers, schedule.phase(step), lagrangian, beta)
+
+
+QUESTIONS = {  # exercise: {text of exercises.md or answers.md: what stands there instead}
+    1: {
+        "A fresh layer has 8 gates": "A fresh layer has 24 gates",
+        "gives even odds?": "gives odds of 9 to 1 for an open gate?",
+        "11/12 of 8 gates are open: 7.33. The odds are even where the argument of the sigmoid is 0: `log_theta` =\n"
+        "tau log(-gamma / zeta) = -log 11 = -2.398. `prob_open(torch.tensor([0., -2.3979]))` is (0.9167, 0.5000).":
+        "11/12 of 24 gates are open: 22. The odds are 9 to 1 where the argument of the sigmoid is log 9:\n"
+        "`log_theta` = log 9 - log 11 = -0.201.",
+        "7.33 gates, or 8 x 11/12. 1: -log 11, or -2.398.":
+        "22 gates, or 24 x 11/12. 1: log 9 - log 11, or -0.201.",
+    },
+    2: {
+        "a fresh gate exactly 0": "a gate with\n`log_theta` = 2 exactly 0",
+        "With `log_theta` = 0 the sample is 1.2 u - 0.1, so g = 0 for u <= 1/12 and g = 1 for u >= 11/12.":
+        "g = 0 where the sigmoid is at most 1/12: u <= 1 / (1 + 11 e^2) = 0.0122. g = 1 where it is at least 11/12:\n"
+        "u >= 11 / (11 + e^2) = 0.5982.",
+        "u up to 1/12 and from 11/12 on": "u up to 0.0122 and from 0.5982 on",
+    },
+    3: {"-10": "-10.5", "0.000085": "0.000052", "0.0005": "0.0003"},
+    6: {
+        "at r = 8?": "at r = 12?",
+        "x 8 = 1,327,104 parameters, the paper's 1.33 M, and 12 x 6 x 8 = 576 gates":
+        "x 12 = 1,990,656 parameters, and 12 x 6 x 12 = 864 gates",
+        "1: 1,327,104 and 576": "1: 1,990,656 and 864",
+    },
+    8: {
+        "0.145 after 100\nsteps, 0.126 after 200, 0.125 after 300":
+        "0.158 after 100\nsteps, 0.150 after 200, 0.150 after 300",
+        "0.145 and 0.126": "0.158 and 0.150",
+        "0.125": "0.15",
+    },
+}  # fmt: skip
