@@ -41,6 +41,7 @@ from course import (
 )
 from course.exercises import EXERCISES, FILES, MODULES, chosen
 from course.graft import Unusable, blanked, functions_of, graft, is_stub, reference_texts, said, stubbed
+from course.intake import submissions_in
 from course.judge import Respondent
 from course.reading import unusual
 from hard_concrete import mean_gate
@@ -516,6 +517,9 @@ def classroom(tmp_path):
         "wrong/hard_concrete.py": changed(1, *WRONG[3][3:]),
         "words/hard_concrete.py": "def prob_open(*_):\n    raise ValueError('\\ud800 \\x1b[31m')\n",
         "breaks/hard_concrete.py": "def (\n",
+        "zoe_17_901_hard_concrete.py": text,
+        "zoe_17_902_answers.md": f"{written.page([EXERCISES[1]])}\n11/12 each.\n",
+        "yan_late_18_903_hard_concrete-1.py": changed(1, *WRONG[3][3:]),
         "essay.pdf": "%PDF",
         "empty/notes.txt": "hello",
     }.items():
@@ -530,7 +534,9 @@ def classroom(tmp_path):
     os.mkdir(os.fsencode(root) + b"/\xff\xfe")
     blank = dict.fromkeys(["essay.pdf", "empty", "broken.zip", "dangling", "??"])
     right = ["flat", "deep", "renamed", "prefixed", "functions", "exported", "single.py", "book.ipynb", "packed.zip"]
-    return root, blank | dict.fromkeys(right, 7) | {"keyboard": 0, "wrong": 6, "words": 0, "breaks": 0}
+    blank["zoe_17"] = 7
+    wrong = {"keyboard": 0, "wrong": 6, "words": 0, "breaks": 0, "yan_late_18": 6}
+    return root, blank | dict.fromkeys(right, 7) | wrong
 
 
 def test_a_class_in_every_state_gets_a_row_and_a_page_each(classroom, tmp_path):
@@ -545,6 +551,7 @@ def test_a_class_in_every_state_gets_a_row_and_a_page_each(classroom, tmp_path):
     assert rows["wrong"]["percent"] == "85.7" and rows.pop("ghost")["notes"] == "nothing was handed in"
     words = (pages / "flat.txt").read_text(encoding="utf-8")
     assert "question 1: 7.33 gates, [31mI think.\n    points: 1: 7.33 gates, or 8 x 11/12." in words
+    assert "question 1: 11/12 each.\n" in (pages / "zoe_17.txt").read_text(encoding="utf-8")
     assert "question 1: no answer" in (pages / "deep.txt").read_text(encoding="utf-8")
     scores = {name: "not written" if score is None else str(score) for name, score in points.items()}
     assert {name: row["exercise_1"] for name, row in rows.items()} == scores
@@ -558,6 +565,27 @@ def test_a_class_in_every_state_gets_a_row_and_a_page_each(classroom, tmp_path):
     assert "line 2: ValueError: ? [31m" in (pages / "words.txt").read_text(encoding="utf-8"), (
         "no escapes reach a screen"
     )
+
+
+def test_of_files_that_lie_side_by_side_the_name_and_the_first_id_say_whose_they_are(tmp_path):
+    root, folder = tmp_path / "class", tmp_path / "sorted"
+    root.mkdir()
+    folder.mkdir()
+    whose = {
+        "ada_1_11_budget.py": "ada_1/budget.py",
+        "ada_1_12_bare_loop (1).py": "ada_1/bare_loop (1).py",
+        "ada_1_13_answers.md": "ada_1/answers.md",
+        "ada_2_14_budget.py": "ada_2/budget.py",
+        "ada_late_3_budget.py": "ada_late_3/budget.py",
+        "team_1_ada_4_15_salora-2.py": "team_1_ada_4/salora-2.py",
+    }
+    alone = {"ada_budget.py", "budget.py", "ada_5_16_essay.pdf", "ada_6_17_handout.zip"}
+    for name in whose.keys() | alone:
+        (root / name).write_text("", encoding="utf-8")
+    places = submissions_in(root, folder)
+    assert {path.name for path in places if path.parent == root} == alone
+    assert {path.name for path in places if path.parent == folder} == {file.split("/")[0] for file in whose.values()}
+    assert {path.relative_to(folder).as_posix() for path in folder.glob("*/*")} == set(whose.values())
 
 
 def test_a_table_that_was_interrupted_goes_on_where_it_was(classroom, tmp_path, monkeypatch, capsys):

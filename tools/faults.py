@@ -427,6 +427,7 @@ TABLE = [
     ("course/graft.py _insert", "a_function_runs_for_all_who_call_it_and_its", ("setattr(theirs, key, value)", "pass")),
     ("course/graft.py blanked", "the_references_own_answer_is_gone", ("dict.fromkeys(names, exercise.stub)", "{}")),
     ("course/hidden.py _test", "hidden_tests_pass", ("_agree(question(*args), expected, ", "str(")),
+    ("course/intake.py _student_and_file", "of_files_that_lie_side_by_side", ("(_\\d+)?_\"", "_\"")),
     ("course/intake.py source_of", "a_class_in_every_state", (" if isinstance(node, KEPT)", "")),
     ("course/intake.py printable", "a_class_in_every_state", (" or c.isprintable()", " or c.isascii()")),
     ("course/judge.py _run_tests", "a_right_solution_may_be_slow", ("            break\n", "")),
