@@ -2,7 +2,7 @@
 
     python course/make_handout.py ../handout                       all exercises
     python course/make_handout.py ../handout --exercises 1-4       these; all else stays as it is
-    python course/make_handout.py ../handout --variant SEED        other functions, for which public solutions do not do
+    python course/make_handout.py ../handout --variant SEED        a variant, which public solutions do not solve
 
 Functions that would give an answer away are blanked, too. course/reference.zip holds the complete files, because the
 tests of one exercise need the functions of the others; it is not a secret, and exercises.md says so. The folder appears
