@@ -37,8 +37,9 @@ def build_parser():
     add("--limit", type=float, default=LIMIT, metavar="S", help="seconds of computing per question (default: 10)")
     if (COURSE / "hidden.py").exists():  # the teacher's
         add("--hidden", metavar="SEED", help="more tests, with other numbers and shapes; SEED is any word")
+        add("--variant", metavar="SEED", help="the SEED of make_handout.py --variant, if the handout was made with one")
     else:
-        parser.set_defaults(hidden=None)
+        parser.set_defaults(hidden=None, variant=None)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print the marks as JSON")
     output.add_argument("--gradescope", action="store_true", help="print them as Gradescope's results.json")
@@ -71,6 +72,10 @@ def main(argv=None):
     for path in filter(None, (args.out, args.feedback)):
         if path.resolve().is_relative_to(args.submission.resolve()):
             parser.error(f"{path} lies among the submissions: name a place outside {args.submission}")
+    if args.variant is not None:
+        from course import variant  # a handout has none
+
+        return variant.run(args.variant, "grade.py", argv)
     hint = "the same command goes on" if args.out else "nothing is left behind"
     with ending_in_a_line("grade.py", hint):
         from course import judge  # only here: the processes that answer import this file, and nothing of the judge's

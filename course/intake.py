@@ -9,6 +9,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -27,6 +28,34 @@ KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)  
 
 class Unreadable(Exception):
     """What stands in the way of reading a file, for the student."""
+
+
+def submissions_in(root, folder):
+    """The paths of a class's submissions, sorted by their names.
+
+    Files that lie in root beside those of other students are copied into `folder`, where each student gets a folder.
+    """
+    places = set()
+    for place in sorted(root.iterdir()):
+        student, name = _student_and_file(place.name)
+        if student and not place.is_symlink() and place.is_file() and place.stat().st_size <= LARGEST:
+            (folder / student).mkdir(exist_ok=True)
+            shutil.copyfile(place, folder / student / name)
+            place = folder / student
+        if not place.name.startswith((".", "__")):
+            places.add(place)
+    return sorted(places, key=lambda place: place.name)
+
+
+def _student_and_file(name):
+    """("name_id", "budget.py") of name_id_budget.py or, by Canvas, name_id_id_budget.py; of others (None, name)."""
+    for file in (*FILES, PAGE):
+        if _called(name, file):
+            start = name.rindex(Path(file).stem)
+            numbered = re.fullmatch(r"(.+?_\d+)(_\d+)?_", name[:start])
+            if numbered:
+                return numbered[1], name[start:]
+    return None, name
 
 
 def collect(place):

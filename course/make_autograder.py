@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
 from course.ending import ending_in_a_line
 from course.exercises import MODULES, ROOT, chosen
+from course.variant import run
 
 PACKED = (*MODULES, "course/*.py", "course/checks/*.py", "course/exercises.md", "tests/conftest.py", "requirements.txt")
 SETUP = """#!/usr/bin/env bash
@@ -59,7 +60,10 @@ def main(argv=None):
     parser.add_argument("out", type=Path, help="a zip file that does not exist yet")
     parser.add_argument("--exercises", metavar="1-4", help="default: all")
     parser.add_argument("--hidden", metavar="SEED", help="more tests, with other numbers and shapes; SEED is any word")
+    parser.add_argument("--variant", metavar="SEED", help="the SEED of make_handout.py --variant")
     args = parser.parse_args(argv)
+    if args.variant is not None:
+        return run(args.variant, "make_autograder.py", argv)
     flags = [f"--{name}={value}" for name in ("exercises", "hidden") if (value := getattr(args, name)) is not None]
     with ending_in_a_line("make_autograder.py"):
         if args.exercises:

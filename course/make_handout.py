@@ -2,6 +2,7 @@
 
     python course/make_handout.py ../handout                       all exercises
     python course/make_handout.py ../handout --exercises 1-4       these; all else stays as it is
+    python course/make_handout.py ../handout --variant SEED        a variant, which public solutions do not solve
 
 Functions that would give an answer away are blanked, too. course/reference.zip holds the complete files, because the
 tests of one exercise need the functions of the others; it is not a secret, and exercises.md says so. The folder appears
@@ -10,7 +11,6 @@ once it has been checked: its files import, every exercise is blank, and with th
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,12 +24,11 @@ from course.ending import ending_in_a_line
 from course.exercises import EXERCISES, MODULES, NOT_WRITTEN, ROOT, chosen
 from course.graft import reference_texts, stubbed
 from course.intake import PAGE
+from course.variant import copy_of, run, versions_for
 from course.written import page
 
-COPIED = ("*.txt", "*.toml", "*.py", "LICENSE", "assets", "cli", "course", "experiments", "glue", "hub", "peers",
-          "tests/conftest.py")  # fmt: skip
-LEFT_OUT = ("answers.md", "teaching.md", "slides.md", "make_handout.py", "make_autograder.py", "hidden.py", ".*",
-            "__pycache__")  # fmt: skip
+LEFT_OUT = ("answers.md", "teaching.md", "slides.md", "make_handout.py", "make_autograder.py", "hidden.py",
+            "variant.py", "versions")  # fmt: skip
 README = """# Exercises on SaLoRA
 
 Start with `course/exercises.md`. Set up once, with Python 3.11 or later, then see how far you are:
@@ -50,13 +49,7 @@ def make_handout(out, exercises):
     readme = README.replace("FLAGS", flags if len(exercises) < len(EXERCISES) else "")
     (out / "README.md").write_text(readme, encoding="utf-8")
     (out / PAGE).write_text(page(exercises), encoding="utf-8")
-    for source in [path for pattern in COPIED for path in ROOT.glob(pattern)]:
-        copy = out / source.relative_to(ROOT)
-        if source.is_dir():
-            shutil.copytree(source, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
-        else:
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copy(source, copy)
+    copy_of(out, LEFT_OUT)
     for file, words in blanks(exercises).items():
         (out / file).write_text(stubbed(texts[file], words), encoding="utf-8")
     with zipfile.ZipFile(out / "course" / "reference.zip", "w", zipfile.ZIP_DEFLATED) as packed:
@@ -100,6 +93,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="a folder that does not exist yet")
     parser.add_argument("--exercises", type=chosen, default=EXERCISES.values(), metavar="1-4", help="default: all")
+    parser.add_argument("--variant", metavar="SEED", help="a variant of the course; SEED is any word")
     args = parser.parse_args(argv)
     if os.path.lexists(args.out):
         parser.error(f"{args.out} exists: name a new folder")
@@ -107,6 +101,9 @@ def main(argv=None):
         parser.error(f"{args.out} lies inside the repository: name a folder outside it")
     if not args.out.parent.is_dir():
         parser.error(f"{args.out}: there is no folder {args.out.parent}")
+    if args.variant is not None:
+        print(f"Variant {args.variant}: {', '.join(version.new for version in versions_for(args.variant).values())}")
+        return run(args.variant, "make_handout.py", argv)
     with ending_in_a_line("make_handout.py"), tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
         folder = Path(folder) / args.out.name
         make_handout(folder, args.exercises)

@@ -5,10 +5,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from course.exercises import FILES, NOT_WRITTEN
 from course.graft import reference_texts
-from course.intake import KINDS, answers_in, collect, printable
+from course.intake import KINDS, answers_in, collect, printable, submissions_in
 from course.judge import Respondent, grade, nothing, tests_of, totals
 from course.reading import pairs, solution
 from course.report import report_of
@@ -27,27 +28,28 @@ def write_table(root, exercises, out=None, jobs=1, feedback=None, joined=(), **h
     """
     columns, known = _joined(joined)
     head = [*COLUMNS, *columns, *(f"exercise_{exercise.number}" for exercise in exercises), "notes", "look"]
-    places = sorted(place for place in Path(root).iterdir() if not place.name.startswith((".", "__")))
     done = _names_in(out, head)
-    waiting = [place for place in places if printable(place.name) not in done]
-    alike = _alike(places, exercises)
     if feedback:
         feedback.mkdir(parents=True, exist_ok=True)
-    with open(out, "a", newline="", encoding="utf-8") if out else nullcontext(sys.stdout) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if not done:
-            writer.writerow(head)
-        for marks in _in_threads(lambda place: _marks_of(place, exercises, how), waiting, jobs):
-            marks["look"] += alike[marks["submission"]]
-            if feedback:
-                text = report_of(marks, all_failures=True) + "\n" + beside_rubric(marks["answers"], exercises)
-                (feedback / f"{marks['submission']}.txt").write_text(text + "\n", encoding="utf-8")
-            writer.writerow(_row(marks, known, columns))
-            file.flush()
-        there = {name for place in places for name in (printable(place.name), Path(printable(place.name)).stem)}
-        for name in known.keys() - there - done:
-            marks = _blank(name, "nothing was handed in", exercises, how)
-            writer.writerow(_row(marks, known, columns))
+    with TemporaryDirectory(prefix="class-") as folder:
+        places = submissions_in(Path(root), Path(folder))
+        waiting = [place for place in places if printable(place.name) not in done]
+        alike = _alike(places, exercises)
+        with open(out, "a", newline="", encoding="utf-8") if out else nullcontext(sys.stdout) as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if not done:
+                writer.writerow(head)
+            for marks in _in_threads(lambda place: _marks_of(place, exercises, how), waiting, jobs):
+                marks["look"] += alike[marks["submission"]]
+                if feedback:
+                    text = report_of(marks, all_failures=True) + "\n" + beside_rubric(marks["answers"], exercises)
+                    (feedback / f"{marks['submission']}.txt").write_text(text + "\n", encoding="utf-8")
+                writer.writerow(_row(marks, known, columns))
+                file.flush()
+            there = {name for place in places for name in (printable(place.name), Path(printable(place.name)).stem)}
+            for name in known.keys() - there - done:
+                marks = _blank(name, "nothing was handed in", exercises, how)
+                writer.writerow(_row(marks, known, columns))
 
 
 def _in_threads(function, items, jobs):

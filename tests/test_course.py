@@ -6,6 +6,7 @@ import doctest
 import functools
 import importlib
 import json
+import math
 import os
 import re
 import runpy
@@ -23,6 +24,7 @@ from course_faults import HOSTILE, OPEN, PATIENT, RIGHT, WRONG, hostile
 from torch import nn
 
 import train_glue_mini  # noqa: F401  before a test puts other modules in place of those that it imports
+from budget import Lagrangian, expected_density
 from course import (
     checking,
     explore_gate,
@@ -34,16 +36,21 @@ from course import (
     make_handout,
     run,
     table,
+    variant,
     written,
 )
 from course.exercises import EXERCISES, FILES, MODULES, chosen
 from course.graft import Unusable, blanked, functions_of, graft, is_stub, reference_texts, said, stubbed
+from course.intake import submissions_in
 from course.judge import Respondent
 from course.reading import unusual
+from hard_concrete import mean_gate
+from salora import SaLoRALinear
 
 COURSE, HARD = ROOT / "course", "hard_concrete.py"
 BLANKS = make_handout.blanks(EXERCISES.values())
 COMPILE = functools.cache(compile)  # most texts are the same in every test
+VERSIONS = {path.stem: variant.versions_in(path) for path in sorted(variant.VERSIONS.glob("*.py"))}
 HALF = "def prob_open(log_theta, *rest):\n    return {}\n"
 
 
@@ -84,6 +91,10 @@ def grafted(number, files):
 def failures(number, files):
     """Runs the checks of an exercise in this process. Yields what a student reads about those that fail."""
     grafted(number, files)
+    yield from failing(number, files)
+
+
+def failing(number, files):
     checks = runpy.run_path(str(EXERCISES[number].checks))
     for name in EXERCISES[number].tests():
         try:
@@ -365,6 +376,109 @@ def test_hidden_tests_pass_whatever_is_right_and_fail_what_was_made_for_the_publ
     assert found["points"] == 7 and list(found["failed"]) == ["hidden_prob_open"]
 
 
+def body_of(text, name):
+    """The lines of a function after its docstring."""
+    node = functions_of(text)[name]
+    return "".join(text.splitlines(keepends=True)[node.body[0].end_lineno : node.end_lineno])
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+@pytest.mark.parametrize("number", EXERCISES)
+def test_a_version_is_solved_by_its_reference_and_not_by_a_body_of_the_public_one_or_of_another(name, number, student):
+    public, version = reference_texts(), VERSIONS[name][number]
+    text = variant.with_version(public[version.file], version)
+    names = [version.new if old == version.old else old for old in EXERCISES[number].targets[version.file]]
+    blank = public | {version.file: stubbed(text, dict.fromkeys(names, "blank"))}
+
+    def failed(solution):
+        files = student(number, solution)
+        graft(blank, {version.file: names}, files)
+        return len(list(failing(number, files)))
+
+    assert failed(text) == 0
+    assert failed(blank[version.file]) == len(EXERCISES[number].tests())
+    others = [versions[number] for key, versions in VERSIONS.items() if key != name]
+    bodies = [body_of(variant.with_version(public[version.file], other), other.new) for other in others]
+    for body in [body_of(public[version.file], version.old), *bodies]:
+        gap = stubbed(text, {version.new: "here"})
+        line = next(line for line in gap.splitlines(keepends=True) if '("here")' in line)
+        assert failed(gap.replace(line, body)) > 0, body
+
+
+@pytest.mark.parametrize("name", ["public", *VERSIONS])
+def test_the_numbers_of_a_versions_answers_are_right_for_its_questions(name):
+    pages = [(COURSE / page).read_text(encoding="utf-8") for page in ("exercises.md", "answers.md")]
+    for number, version in VERSIONS.get(name, {}).items():
+        assert all(old in pages[0] or old in pages[1] for old in version.questions), number
+        pages = [variant.in_section(page, number, version.questions) for page in pages]
+    asked, answers = (page.split("\n## ") for page in pages)
+
+    def given(number, pattern, otherwise=None):
+        found = re.search(pattern, asked[number])
+        return float(found[1]) if found else otherwise
+
+    gates, r = given(1, r"has (\d+) gates"), given(6, r"at r = (\d+)\?")
+    odds = given(1, r"odds of (\d)", 1.0) / given(1, r"odds of \d to (\d)", 1.0)
+    assert f"{gates:.0f} x 11/12" in answers[1] and f"are open: {round(gates * 11 / 12, 2):g}. " in answers[1]
+    assert f"or {math.log(odds / 11):.3f}. 1:" in answers[1]
+    assert f"1: {165_888 * r:,.0f} and {72 * r:,.0f}. 1:" in answers[6]
+    if name != "public":  # where a fresh gate is asked for, and fractions are the answer
+        theta = math.exp(given(2, r"`log_theta` = (-?\d) exactly"))
+        assert f"u up to {1 / (1 + 11 * theta):.4f} and from {11 / (11 + theta):.4f} on" in answers[2]
+    log_theta = given(3, r"`log_theta` = (-[\d.]+)\?")
+    assert f"`mean_gate({log_theta:g})` is {mean_gate(torch.tensor(log_theta)):.6f}" in answers[3]
+    lagrangian, layers = Lagrangian(given(8, r"b = ([\d.]+)"), lr=0.05), [SaLoRALinear(nn.Linear(4, 4), 8, 16)]
+    layers[0].gate.release()
+    optimizer, C = torch.optim.Adam([layers[0].gate.log_theta], lr=0.05), []
+    for _ in range(200):
+        lagrangian(expected_density(layers)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        lagrangian.ascend()
+        C.append(expected_density(layers).item())
+    assert f"1: {C[99]:.3f} and {C[199]:.3f}." in answers[8]
+
+
+def test_all_texts_of_a_variant_name_what_its_students_write(tmp_path):
+    assert variant.versions_for("2031") == variant.versions_for("2031") != variant.versions_for("2032")
+    variant.write(tmp_path, "2031")
+    exercises = runpy.run_path(str(tmp_path / "course/exercises.py"))["EXERCISES"]
+    hidden = runpy.run_path(str(tmp_path / "course/hidden.py"))["CASES"]
+    page, answers = ((tmp_path / f"course/{name}.md").read_text(encoding="utf-8") for name in ("exercises", "answers"))
+    for number, version in variant.versions_for("2031").items():
+        [names] = exercises[number].targets.values()
+        checks = runpy.run_path(str(tmp_path / f"course/checks/exercise_{number}.py"))
+        blamed = {checks[name].about[0] for name in EXERCISES[number].tests()}
+        assert set(names) == blamed == {function for function, *_ in hidden[number]}
+        assert set(EXERCISES[number].targets[version.file]) - blamed == {version.old}
+        assert set(names) <= functions_of((tmp_path / version.file).read_text(encoding="utf-8")).keys()
+        section = page.split(f"\n## {number}. ")[1].split("\n## ")[0]
+        assert f"    {version.signature}\n\n{version.doc}\nThe tests call `{version.old}`.\n" in section
+        assert all(new in section or new in answers for new in version.questions.values())
+
+
+@pytest.mark.slow
+def test_solutions_of_another_variant_fail_in_that_of_a_handout(tmp_path, capsys):
+    handout, folder = tmp_path / "handout", tmp_path / "class"
+    flags = ["--exercises", "1-3", "--variant"]
+    subprocess.run([sys.executable, str(COURSE / "make_handout.py"), str(handout), *flags, "2026"], check=True)
+    for seed in ("2026", "2027"):
+        variant.write(tmp_path / seed, seed)
+        (folder / seed).mkdir(parents=True)
+        (tmp_path / seed / HARD).rename(folder / seed / HARD)
+    (folder / "public").mkdir()
+    (folder / "public" / HARD).write_text(reference_texts()[HARD], encoding="utf-8")
+    command = [sys.executable, str(COURSE / "grade.py"), str(folder), "--all", *flags, "2026"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = {row["submission"]: row for row in csv.DictReader(done.stdout.splitlines())}
+    assert {name: row["points"] for name, row in rows.items()} == {"2026": "23", "2027": "8", "public": "0"}
+    command = [sys.executable, str(handout / "course/grade.py"), str(folder / "2026"), "--exercises", "1-3", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["points"] == 23
+    done = subprocess.run([*command[:3], "--variant", "2026"], capture_output=True, text=True)
+    assert done.returncode == 2 and "unrecognized arguments" in done.stderr, "the flag is the teacher's"
+
+
 @pytest.mark.slow
 def test_gradescope_gets_a_zip_file_whose_script_writes_its_results(tmp_path):
     make_autograder.main([str(tmp_path / "autograder.zip"), "--hidden", "a word", "--exercises", "1-2"])
@@ -403,6 +517,9 @@ def classroom(tmp_path):
         "wrong/hard_concrete.py": changed(1, *WRONG[3][3:]),
         "words/hard_concrete.py": "def prob_open(*_):\n    raise ValueError('\\ud800 \\x1b[31m')\n",
         "breaks/hard_concrete.py": "def (\n",
+        "zoe_17_901_hard_concrete.py": text,
+        "zoe_17_902_answers.md": f"{written.page([EXERCISES[1]])}\n11/12 each.\n",
+        "yan_late_18_903_hard_concrete-1.py": changed(1, *WRONG[3][3:]),
         "essay.pdf": "%PDF",
         "empty/notes.txt": "hello",
     }.items():
@@ -417,7 +534,9 @@ def classroom(tmp_path):
     os.mkdir(os.fsencode(root) + b"/\xff\xfe")
     blank = dict.fromkeys(["essay.pdf", "empty", "broken.zip", "dangling", "??"])
     right = ["flat", "deep", "renamed", "prefixed", "functions", "exported", "single.py", "book.ipynb", "packed.zip"]
-    return root, blank | dict.fromkeys(right, 7) | {"keyboard": 0, "wrong": 6, "words": 0, "breaks": 0}
+    blank["zoe_17"] = 7
+    wrong = {"keyboard": 0, "wrong": 6, "words": 0, "breaks": 0, "yan_late_18": 6}
+    return root, blank | dict.fromkeys(right, 7) | wrong
 
 
 def test_a_class_in_every_state_gets_a_row_and_a_page_each(classroom, tmp_path):
@@ -432,6 +551,7 @@ def test_a_class_in_every_state_gets_a_row_and_a_page_each(classroom, tmp_path):
     assert rows["wrong"]["percent"] == "85.7" and rows.pop("ghost")["notes"] == "nothing was handed in"
     words = (pages / "flat.txt").read_text(encoding="utf-8")
     assert "question 1: 7.33 gates, [31mI think.\n    points: 1: 7.33 gates, or 8 x 11/12." in words
+    assert "question 1: 11/12 each.\n" in (pages / "zoe_17.txt").read_text(encoding="utf-8")
     assert "question 1: no answer" in (pages / "deep.txt").read_text(encoding="utf-8")
     scores = {name: "not written" if score is None else str(score) for name, score in points.items()}
     assert {name: row["exercise_1"] for name, row in rows.items()} == scores
@@ -445,6 +565,27 @@ def test_a_class_in_every_state_gets_a_row_and_a_page_each(classroom, tmp_path):
     assert "line 2: ValueError: ? [31m" in (pages / "words.txt").read_text(encoding="utf-8"), (
         "no escapes reach a screen"
     )
+
+
+def test_of_files_that_lie_side_by_side_the_name_and_the_first_id_say_whose_they_are(tmp_path):
+    root, folder = tmp_path / "class", tmp_path / "sorted"
+    root.mkdir()
+    folder.mkdir()
+    whose = {
+        "ada_1_11_budget.py": "ada_1/budget.py",
+        "ada_1_12_bare_loop (1).py": "ada_1/bare_loop (1).py",
+        "ada_1_13_answers.md": "ada_1/answers.md",
+        "ada_2_14_budget.py": "ada_2/budget.py",
+        "ada_late_3_budget.py": "ada_late_3/budget.py",
+        "team_1_ada_4_15_salora-2.py": "team_1_ada_4/salora-2.py",
+    }
+    alone = {"ada_budget.py", "budget.py", "ada_5_16_essay.pdf", "ada_6_17_handout.zip"}
+    for name in whose.keys() | alone:
+        (root / name).write_text("", encoding="utf-8")
+    places = submissions_in(root, folder)
+    assert {path.name for path in places if path.parent == root} == alone
+    assert {path.name for path in places if path.parent == folder} == {file.split("/")[0] for file in whose.values()}
+    assert {path.relative_to(folder).as_posix() for path in folder.glob("*/*")} == set(whose.values())
 
 
 def test_a_table_that_was_interrupted_goes_on_where_it_was(classroom, tmp_path, monkeypatch, capsys):
