@@ -85,7 +85,7 @@ class SaLoRALinear(nn.Module):
         return self.scale * (self.B * self.gate.settled().to(self.B.dtype)) @ self.A
 
     def keep(self, kept):
-        """Keep only the triplets with these indices. A and B stay the same Parameters, so optimizers still hold them."""
+        """Keep only the triplets with these indices. A and B stay the same Parameters: optimizers still hold them."""
         for p, axis in ((self.A, 0), (self.B, 1)):
             grad = p.grad
             set_data(p, p.data.index_select(axis, kept))

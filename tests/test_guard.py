@@ -309,7 +309,9 @@ def test_a_state_of_other_decisions_or_of_another_phase_is_refused(step):
     state = Run().train(stop=step).allocator.state_dict()
     for other in ({"budget": 0.25}, {"recipe": Recipe.paper()}, {"recipe": Recipe(window=(0.2, 0.6))}):
         run = Run(**other)
-        assert_refused(run, lambda: run.allocator.load_state_dict(state), r"the saved run had .* \(now .*\): a run goes on")
+        match = r"the saved run had .* \(now .*\): a run goes on"
+        assert_refused(run, lambda: run.allocator.load_state_dict(state), match)
     for at in {2, T_START + 2, T_END + 2} - {step}:
         run = Run().train(stop=at)
-        assert_refused(run, lambda: run.allocator.load_state_dict(state), "gates must be .*, but those|of different steps")
+        match = "gates must be .*, but those|of different steps"
+        assert_refused(run, lambda: run.allocator.load_state_dict(state), match)
