@@ -245,8 +245,8 @@ class RankAllocator:
             if self.recipe.canonical:
                 try:
                     canonicalize(layer)
-                except torch.linalg.LinAlgError:
-                    raise FloatingPointError(f"{name} is not finite at T_start: training has diverged") from None
+                except torch.linalg.LinAlgError as error:
+                    raise FloatingPointError(f"{error}; at T_start, for {name}: has training diverged?") from None
                 for p in (layer.A, layer.B):
                     self.optimizer.state.pop(p, None)  # these moments were those of other triplets
         if self.recipe.spread:

@@ -7,6 +7,7 @@
 import importlib.util
 import inspect
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job's programs would ignore the tests' Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--exercise"):
         from course import lesson
 

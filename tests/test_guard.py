@@ -221,7 +221,7 @@ def test_a_schedule_that_runs_past_the_last_step_is_refused_rather_than_followed
 def test_training_that_diverged_before_the_window_is_named():
     run = Run().train(stop=T_START)
     run.layers[1].A.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="2 is not finite at T_start: training has diverged"):
+    with pytest.raises(FloatingPointError, match="at T_start, for 2: has training diverged"):
         run.do("B")
 
 
