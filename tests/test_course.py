@@ -54,6 +54,15 @@ VERSIONS = {path.stem: variant.versions_in(path) for path in sorted(variant.VERS
 HALF = "def prob_open(log_theta, *rest):\n    return {}\n"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """The judge prepares the environment of its processes; other tests start theirs without that."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="module")
 def handout(tmp_path_factory):
     """All exercises blank; not yet checked."""
