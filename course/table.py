@@ -54,6 +54,7 @@ def write_table(root, exercises, out=None, jobs=1, feedback=None, joined=(), **h
 
 def _in_threads(function, items, jobs):
     """Yields function(item) for all items, in order. An interruption ends everything that is still at work."""
+    Respondent.stopped = False  # by an earlier interruption
     pool = ThreadPoolExecutor(jobs)
     try:
         yield from pool.map(function, items)

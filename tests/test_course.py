@@ -42,7 +42,6 @@ from course import (
 from course.exercises import EXERCISES, FILES, MODULES, chosen
 from course.graft import Unusable, blanked, functions_of, graft, is_stub, reference_texts, said, stubbed
 from course.intake import submissions_in
-from course.judge import Respondent
 from course.reading import unusual
 from hard_concrete import mean_gate
 from salora import SaLoRALinear
@@ -615,7 +614,6 @@ def test_a_table_that_was_interrupted_goes_on_where_it_was(classroom, tmp_path, 
     assert "the same command goes on" in capsys.readouterr().err
     kept = out.read_text(encoding="utf-8")
     assert kept.count("\n") == 4
-    monkeypatch.setattr(Respondent, "stopped", False)
     out.write_text(f"{kept}flat,7,", encoding="utf-8")  # as after a full disk
     grade.main([str(root), *flags])
     lines = out.read_text(encoding="utf-8").splitlines()
