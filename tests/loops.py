@@ -107,7 +107,8 @@ def assert_refused(run, call, match, errors=(RuntimeError, ValueError)):
 
 
 def assert_finished(allocator, model, call, budget):
-    """C was b at T_end, what is kept fits b, and merging changes no output."""
+    """C was b at T_end, what is kept fits b, nothing waits for the allocator, and merging changes no output."""
+    assert not any(layer.allocating for layer in allocator.layers.values())
     assert abs(allocator.C_end - budget) <= 1e-5, f"C is {allocator.C_end}, but should be {budget}"
     assert kept_density(allocator.layers) <= budget
     outputs = call(model.eval()).detach()
