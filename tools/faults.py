@@ -288,8 +288,6 @@ TABLE = [
      ("if not self.hooks:", "if not self.hooks and self.step == self.schedule.T_start:")),
     ("rank_allocator.py RankAllocator.load_state_dict", "two_processes_of_every_kind_find_what_one_finds",
      ("requires_grad_(False)", "requires_grad_(layer.gate.fixed is None)")),
-    ("salora.py SaLoRALinear._load_from_state_dict", "two_processes_of_every_kind_find_what_one_finds",
-     ("if r != self.r:", "if True:")),
     ("salora.py SaLoRALinear.__getstate__", "a_loop_may_stop_early_once_ranks_are_decided",
      (' and self.gate.state != "fixed"', "")),
     ("salora.py disabled", "models_of_others_train_prune", ("if forward is not None:", "if False:")),
