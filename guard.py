@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from budget import affordable, check_budget, kept_density, total_parameters
-from salora import salora_layers
+from salora import is_sharded, salora_layers
 
 TRAVEL = 14  # how far log_theta must be able to go: from P(g > 0) = 11/12 to 1e-5
 FEW_STEPS = 50  # of a window: in fewer, log theta moves by more than 14 / 50 per step, and ranks are chance
@@ -83,17 +83,21 @@ class Guard:
 
     def after_backward(self):
         """What a step needs, after the gradients of all processes have been reduced."""
-        layers = [layer for layer in self.allocator.layers.values() if layer.r > 0]
-        if layers and all(layer.B.grad is None for layer in layers):
+        if self.without_gradients():
             raise RuntimeError("no gradient has reached an adapter: call after_backward after loss.backward(), and see "
                                "that the model calls the adapted layers")  # fmt: skip
         self.unreached = [name for name in self.unreached if self.allocator.layers[name].B.grad is None]
         if self.allocator.phase == "window":
-            if not all(layer.training for layer in layers):
+            if not all(layer.training for layer in self.allocator.layers.values()):
                 raise RuntimeError("the model is in eval mode, in which gates have no noise: call model.train() first")
             if not self.allocator.gate_gradients:
                 raise RuntimeError("no gradient has reached log_theta: leave its requires_grad to the allocator")
         self.due = "after_step"
+
+    def without_gradients(self):
+        """Whether no layer that has triplets has a gradient."""
+        layers = [layer for layer in self.allocator.layers.values() if layer.r > 0]
+        return bool(layers) and all(layer.B.grad is None for layer in layers)
 
     def before_optimizer_step(self, optimizer, args, kwargs):
         """Called by the optimizer before each of its steps. What it is called with decides which hook sees the step."""
@@ -115,8 +119,7 @@ class Guard:
         self.expect("after_step", "optimizer.step()")
         if self.stepped:
             raise RuntimeError(f"optimizer.step() was called twice at step {self.allocator.step}")
-        layers = [layer for layer in self.allocator.layers.values() if layer.r > 0]
-        if layers and all(layer.B.grad is None for layer in layers):
+        if self.without_gradients():
             raise RuntimeError("the gradients are gone: call zero_grad after after_step")
         self.stepped = True
 
@@ -142,7 +145,7 @@ class Guard:
             handle.remove()
 
     def load_state_dict(self, state):
-        """Returns the state of the gates, "held", "free" or "fixed", at the step of a saved run."""
+        """The state of a saved run, before anything of it is taken over."""
         if self.due == "nothing more":
             raise RuntimeError("load_state_dict was called after finish(): make a new RankAllocator")
         saved, now = state["decisions"], self.allocator.decisions()
@@ -154,7 +157,6 @@ class Guard:
         if gates != "free":
             self.check_kept(state["kept_end"])
         self.due = "before_step"  # whatever a step that was interrupted left behind
-        return gates
 
     # What the allocator works with
 
@@ -210,9 +212,9 @@ class Guard:
         if world_size() > 1 and self.allocator.reduce is None:
             raise ValueError('several processes: pass reduce="mean", so that after_backward averages their gradients, '
                              'or "sum"')  # fmt: skip
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = {id(p) for p in parameters_of(optimizer)}
         for name, layer in layers.items():
-            if any(hasattr(p, "full_tensor") for p in (layer.A, layer.B, layer.gate.log_theta)):  # a DTensor
+            if any(is_sharded(p) for p in (layer.A, layer.B, layer.gate.log_theta)):
                 raise ValueError(f"the adapter of {name} is sharded: give fully_shard its A, B and gate.log_theta as "
                                  "ignored_params")  # fmt: skip
             if layer.r == 0 and not {id(layer.A), id(layer.B)} <= held:
@@ -241,8 +243,7 @@ class Guard:
         """Weights that differ between processes would get ranks that differ."""
         if world_size() == 1:
             return
-        groups = self.allocator.optimizer.param_groups
-        trained = [p for group in groups for p in group["params"] if not hasattr(p, "full_tensor")]  # a DTensor has one
+        trained = [p for p in parameters_of(self.allocator.optimizer) if not is_sharded(p)]
         sums = [p.detach().double().sum() for p in (*trained, *self.allocator.log_thetas)]
         ends = torch.stack(sums + [-value for value in sums])
         dist.all_reduce(ends, dist.ReduceOp.MAX)  # the greatest of each, and the smallest with its sign changed
@@ -278,6 +279,11 @@ class Guard:
                         kept = f"{type(optimizer).__name__} keeps {key} of shape {tuple(value.shape)}"
                         raise RuntimeError(f"{kept} for a matrix of shape {tuple(p.shape)}: use AdamW or SGD, whose "
                                            "moments have the shape of their parameter")  # fmt: skip
+
+
+def parameters_of(optimizer):
+    """All parameters that an optimizer holds, a list."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def world_size():

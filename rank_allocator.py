@@ -24,8 +24,8 @@ from budget import (
     resample,
     start_gates,
 )
-from guard import TRAVEL, Guard, unwrapped, world_size
-from salora import canonicalize, layer_list, orthogonality, prune, salora_layers
+from guard import TRAVEL, Guard, parameters_of, unwrapped, world_size
+from salora import canonicalize, is_sharded, layer_list, orthogonality, prune, salora_layers
 
 CONTROLLERS = ("quadratic", "sgd", "projection")
 RANGES = {"gate_lr": (1e-9, 1e9), "beta": (0, 1e9), "spread": (0, 1e3), "warmup": (0, 1), "dropout": (0, 0.99)}
@@ -360,8 +360,8 @@ def reduce_gradients(optimizer, how, more=()):
     Of all that the optimizer trains, and of `more`; a missing gradient counts as 0. What is sharded is left out, since
     FSDP reduces its gradients.
     """
-    held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    parameters = [p for p in (*held, *more) if not hasattr(p, "full_tensor")]  # a DTensor has one
+    held = [p for p in parameters_of(optimizer) if p.requires_grad]
+    parameters = [p for p in (*held, *more) if not is_sharded(p)]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)

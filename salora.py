@@ -219,6 +219,11 @@ def finished_layers(model):
     return layers
 
 
+def is_sharded(tensor):
+    """Whether a tensor is a DTensor, of which every process holds a part."""
+    return hasattr(tensor, "full_tensor")
+
+
 def layer_list(layers):
     """A list of SaLoRALinear, from any iterable of them or from the dict that `salora_layers` returns."""
     return list(layers.values() if isinstance(layers, dict) else layers)
@@ -294,7 +299,7 @@ def merge(model):
         if type(layer.base) is not nn.Linear:
             raise ValueError(f"{name} is a {kind}, whose weight cannot be added to: make it an nn.Linear first, in "
                              "transformers with model.dequantize(), or keep the adapter apart")  # fmt: skip
-        if hasattr(layer.base.weight, "full_tensor"):  # a DTensor
+        if is_sharded(layer.base.weight):
             raise ValueError(f"the weight of {name} is sharded: load the saved adapter into a whole model, merge that")
     for layer in layers.values():
         W = layer.base.weight

@@ -9,6 +9,7 @@ from cli import report
 from cli.files import digest_of
 from cli.runs import CHECKPOINT
 from cli.workers import worker
+from guard import parameters_of
 from hub.adapters import adapter_state
 from hub.checkpoints import write_atomically
 
@@ -100,7 +101,7 @@ class Journal:
         if not math.isfinite(mean):
             raise FloatingPointError(f"the loss is {mean} at step {done}, not finite: try a smaller --lr")
         if done == self.total_steps:
-            check_finite([p for group in optimizer.param_groups for p in group["params"]], done)
+            check_finite(parameters_of(optimizer), done)
         self.rows.append({"step": done, "loss": mean, "lr": optimizer.param_groups[0]["lr"], **allocator.status()})
         if self.tracing:
             self.trace += trace_of(done, allocator.layers)

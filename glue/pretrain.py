@@ -53,10 +53,7 @@ def trained_once(kind, recipe, train, folder="runs"):
         part.mkdir(parents=True, exist_ok=True)  # if that is impossible, then better now than after training
         try:
             model = train()
-            try:
-                save_pretrained(model, part)
-            except RuntimeError as error:  # torch.save meets a full disk with one
-                raise OSError(f"{part} cannot be written: {error}") from None
+            save_pretrained(model, part)
             with suppress(OSError):  # another run was faster
                 part.rename(path)
         finally:

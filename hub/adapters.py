@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hub.checkpoints import read_torch, write_atomically
-from salora import SaLoRALinear, finished_layers, replace_modules, salora_layers, why_not
+from salora import SaLoRALinear, finished_layers, is_sharded, replace_modules, salora_layers, why_not
 
 FORMAT = "salora-1"
 RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -56,7 +56,7 @@ def adapter_state(model):
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours}
     running = {name: b for name, b in model.named_buffers() if name.rsplit(".", 1)[-1] in RUNNING_STATISTICS}
     for name, p in trained.items():
-        if hasattr(p, "full_tensor"):  # a DTensor
+        if is_sharded(p):
             raise ValueError(f"{name} trains and is sharded: give it to fully_shard as one of its ignored_params")
     return {
         "format": FORMAT,
