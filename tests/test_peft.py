@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import sys
+from collections import OrderedDict
 from functools import partial
 
 import pytest
@@ -170,6 +171,10 @@ def test_what_peft_has_no_words_for_is_not_exported_and_nothing_is_written(tmp_p
     model = adapt(parts, ["a_b"], r=2)
     model["a"].requires_grad_(True)
     refused(model, "a.b trains, and PEFT would take a_b for it")
+    head = nn.Sequential(OrderedDict(original_module=nn.Linear(4, 2), act=nn.Tanh()))
+    model = adapt(nn.ModuleDict({"layer": nn.Linear(4, 4), "head": head}), ["layer"], r=2)
+    head.requires_grad_(True)
+    refused(model, "head trains, and PEFT would take head.original_module for it or for a part of it")
     model = adapt(Twins(), ["down"], r=2)
     model.block.up = torch.compile(model.block.up)
     refused(model, "a part of the model is compiled, which changes names")
