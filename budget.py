@@ -175,9 +175,9 @@ class GateSchedule:
         return "window" if step < self.T_end else "after"
 
     def target_at(self, step, budget):
-        """The C to aim at: from C_START down to the budget during the window's first half (not in the paper)."""
+        """The C to aim at: it falls in the window, evenly, from C_START to the budget (not in the paper)."""
         progress = (step + 1 - self.T_start) / self.window
-        return budget + max(0.0, 1 - 2 * progress) * max(0.0, C_START - budget)
+        return budget + (1 - progress) * max(0.0, C_START - budget)
 
 
 class Lagrangian(nn.Module):

@@ -56,10 +56,10 @@ class Recipe:
     rule: str = "budget"
     # What the gate of a kept triplet becomes. "one": 1, a plain LoRA triplet; "median": its median.
     survivors: str = "one"
-    # The learning rate rises over this share of all steps: at the start, at T_start, where the moments of rotated
-    # triplets are dropped, and at T_end. The loop applies it, as `lr_factor`.
+    # The learning rate rises over this share of all steps, and from there falls to 0. The loop applies it, as
+    # `lr_factor`.
     warmup: float = 0.05
-    # At T_end the learning rate returns to its top, and from there falls to 0. This, too, is `lr_factor`'s.
+    # At T_end the learning rate begins anew, with its warm-up. This, too, is `lr_factor`'s.
     restart: bool = True
     # The encoder's dropout while adapters train; None: what the checkpoint says. Adapters underfit, so 0 does better.
     # Whoever loads the encoder applies it; an allocator warns of other rates.
@@ -162,16 +162,16 @@ class RankAllocator:
         return self.schedule.phase(self.step)
 
     def lr_factor(self, step):
-        """The learning rate of a step as a fraction of its peak, by the recipe's warm-ups and restart.
+        """The learning rate of a step as a fraction of its peak, by the recipe's warm-up and restart.
 
         Raises RuntimeError beyond total_steps, where it would be negative.
         """
         if step > self.total_steps:
             raise RuntimeError(f"lr_factor({step}), but there are {self.total_steps} steps: a schedule steps once per "
                                "step of the optimizer, but accelerate's once per process")  # fmt: skip
-        T_start, T_end = self.schedule.T_start, self.schedule.T_end
-        falls_from = T_end if self.recipe.restart and step >= T_end else 0
-        return lr_factor(step, self.total_steps, self.recipe.warmup, (0, T_start, T_end), falls_from)
+        T_end = self.schedule.T_end
+        start = T_end if self.recipe.restart and step >= T_end else 0
+        return lr_factor(step, self.total_steps, self.recipe.warmup, start)
 
     def before_step(self, step):
         """At T_start the gates are released, in the window noise is drawn, at T_end the gates are fixed and pruned."""
@@ -371,15 +371,13 @@ def reduce_gradients(optimizer, how, more=()):
         p.grad = grad.view_as(p).to(p.dtype)
 
 
-def lr_factor(step, total_steps, warmup=0.0, rises=(0,), falls_from=0):
+def lr_factor(step, total_steps, warmup=0.0, start=0):
     """The learning rate of a step as a fraction of its peak.
 
-    Linear decay from 1 at step `falls_from` to 0 at total_steps, times a linear warm-up over warmup x total_steps after
-    each of `rises`.
+    Linear decay from 1 at step `start` to 0 at total_steps, times a linear warm-up over warmup x total_steps.
     """
-    since = step - max(start for start in rises if start <= step)
-    fall = (total_steps - step) / max(1, total_steps - falls_from)
-    return fall * min(1, (since + 1) / (warmup * total_steps + 1))
+    fall = (total_steps - step) / max(1, total_steps - start)
+    return fall * min(1, (step - start + 1) / (warmup * total_steps + 1))
 
 
 def status_of(layers, phase, lam):

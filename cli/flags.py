@@ -173,8 +173,8 @@ def build_parser():
     g.add_argument("--lr", type=above_zero, help="learning rate of A, B and the head (default by method)")
     g.add_argument(
         "--warmup", type=share, metavar="F",
-        help="the learning rate rises from 0 over this share of all steps: at the start, and at both ends of "
-        "the window (default 0.05; paper: 0)",
+        help="the learning rate rises from 0 over this share of all steps, at the start and where it restarts "
+        "(default 0.05; paper: 0)",
     )
     g.add_argument(
         "--dropout", type=share, nargs="+", metavar="P",
