@@ -58,8 +58,12 @@ def resample(layers, generator=None):
     layers = layer_list(layers)
     device = generator.device if generator is not None else "cpu"
     u = torch.rand(sum(layer.r for layer in layers), generator=generator, device=device).clamp(EPS, 1 - EPS)
-    for layer, part in zip(layers, u.split([layer.r for layer in layers])):
-        layer.gate.u.copy_(part)
+    hand_out(u.to(layers[0].gate.u.device), [layer.gate.u for layer in layers])
+
+
+def hand_out(values, tensors):
+    """Fill the tensors, in place, with the parts of a vector as long as all of them. A GPU does it at once."""
+    torch._foreach_copy_(tensors, values.split([len(tensor) for tensor in tensors]))
 
 
 @torch.no_grad()
@@ -85,7 +89,7 @@ def project(layers, density):
     """
     layers = layer_list(layers)
     log_theta = torch.cat([layer.gate.log_theta for layer in layers])  # (n,)
-    cost = torch.cat([torch.full_like(layer.gate.log_theta, layer.triplet_size) for layer in layers])  # (n,)
+    cost = log_theta.new_tensor([layer.triplet_size for layer in layers for _ in range(layer.r)])  # (n,)
     low, high = -log_theta.max() - 30, -log_theta.min() + 30  # all closed, all open: sigmoid(-30) is 1e-13
     grid = torch.linspace(0, 1, GRID, device=log_theta.device)
     for _ in range(5):
@@ -93,8 +97,7 @@ def project(layers, density):
         C = prob_open(log_theta + shifts[:, None]) @ (cost / cost.sum())  # (GRID,)  Eq. (11)
         right = (C < density).sum().clamp(1, GRID - 1)
         low, high = shifts.take(right - 1), shifts.take(right)
-    for layer in layers:
-        layer.gate.log_theta += (low + high) / 2
+    hand_out(log_theta + (low + high) / 2, [layer.gate.log_theta for layer in layers])
 
 
 @torch.no_grad()

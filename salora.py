@@ -13,6 +13,7 @@ and files (hub/adapters.py).
 """
 
 import re
+from collections import defaultdict
 from contextlib import contextmanager
 from itertools import chain
 from math import isfinite
@@ -231,10 +232,15 @@ def layer_list(layers):
 
 def orthogonality(layers):
     """Eq. (9): the sum over layers of ||B^T B - I||^2_F + ||A A^T - I||^2_F. A scalar with gradient."""
-    total = 0.0
+    alike = defaultdict(list)  # {shape and dtype: matrices (r, n)}: what is alike is multiplied at once
     for layer in layer_list(layers):
-        I = torch.eye(layer.r, dtype=layer.A.dtype, device=layer.A.device)
-        total = total + (layer.B.T @ layer.B - I).square().sum() + (layer.A @ layer.A.T - I).square().sum()
+        for rows in (layer.B.T, layer.A):
+            alike[rows.shape, rows.dtype].append(rows)
+    total = 0.0
+    for matrices in alike.values():
+        rows = torch.stack(matrices)  # (matrices, r, n)
+        I = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+        total = total + (rows @ rows.mT - I).square().sum()
     return total
 
 

@@ -18,7 +18,7 @@ import shlex
 import sys
 import warnings
 from contextlib import nullcontext, redirect_stdout
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from cli.setup import fingerprint, prepare, seed_of
 from cli.workers import add_up, one_at_a_time, share_of, start_workers, worker
 from glue.tokens import batch_of, batches_of
 from hub.adapters import load_adapter_state
+from hub.recorded import Recorded, eagerly
 from peers import allocator_for
 from peers.alora import hold_out
 
@@ -46,14 +47,21 @@ def task_loss(outputs, labels):
 
 
 def fine_tune(model, rows, optimizer, allocator, *, lr, batch_size, seed=0, accumulate=1, autocast=nullcontext(),
-              journal=None, batch_of=batch_of):  # fmt: skip
+              recorded=False, journal=None, batch_of=batch_of):  # fmt: skip
     """Train the model in place on encoded rows, for the allocator's number of steps: Algorithm 1.
 
     allocator: a RankAllocator, or any object with the same hooks. lr: the top of the learning rate. accumulate: the
-    number of parts in which a batch is processed, to save memory. journal: keeps the log and the checkpoints.
-    batch_of(rows, model, device) -> (model inputs, labels). Resumed at step k, it draws what an uninterrupted run
-    draws from there on.
+    number of parts in which a batch is processed, to save memory. recorded: as CUDA graphs (hub/recorded.py). journal:
+    keeps the log and the checkpoints. batch_of(rows, model, device) -> (model inputs, labels). Resumed at step k, it
+    draws what an uninterrupted run draws from there on.
     """
+
+    def loss_of(share, labels, *inputs):
+        with autocast:
+            outputs = model(*inputs)
+        return share * task_loss(outputs.float(), labels)
+
+    add_gradients = Recorded(model, loss_of) if recorded else partial(eagerly, loss_of)
     device = next(model.parameters()).device
     journal = journal or Journal(allocator.total_steps)
     steps_per_epoch = -(-len(rows) // batch_size)
@@ -76,11 +84,7 @@ def fine_tune(model, rows, optimizer, allocator, *, lr, batch_size, seed=0, accu
         loss = torch.zeros((), device=device)
         for part in share_of(batch, accumulate):
             inputs, labels = batch_of(part, model, device)
-            with autocast:
-                outputs = model(*inputs)
-            part_loss = task_loss(outputs.float(), labels) * (len(part) / len(batch))
-            part_loss.backward()
-            loss = loss + part_loss.detach()
+            loss = loss + add_gradients(len(part) / len(batch), labels, *inputs)
 
         # ... of which the allocator makes one, and adds that of beta R_orth + lambda (C - b)^2
         allocator.after_backward()
@@ -125,7 +129,8 @@ def run(settings, folder, model, train, dev, saved=None):
         train, held_out = hold_out(train, settings.batch_size)
         score = lambda: -loss_of(model, held_out)  # noqa: E731
     total_steps = settings.steps or settings.epochs * -(-len(train) // settings.batch_size)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.lr)
+    cuda = torch.device(settings.device).type == "cuda"
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.lr, fused=cuda)
     allocator = allocator_for(settings.method, model, optimizer, total_steps, recipe=settings.decisions,
                               budget=settings.budget, warmup=settings.warmup, seed=seed_of(settings.seed, "gates"),
                               sparse_lambda=settings.sparse_lambda, score=score, losses=losses,
@@ -136,11 +141,9 @@ def run(settings, folder, model, train, dev, saved=None):
     report.announce(settings, folder, model, train, dev, allocator)
 
     bf16 = torch.autocast(torch.device(settings.device).type, torch.bfloat16)
-    if settings.compile:
-        model.compile()
     fine_tune(model, train, optimizer, allocator, lr=settings.lr, batch_size=settings.batch_size, seed=settings.seed,
               accumulate=settings.accumulate, autocast=bf16 if settings.precision == "bf16" else nullcontext(),
-              journal=journal)  # fmt: skip
+              recorded=cuda and not (settings.eager or settings.recompute), journal=journal)  # fmt: skip
     if worker() > 0:
         return None
     return report.finish_run(settings, folder, model, allocator, journal, predict(model, dev, settings.device), dev)

@@ -204,9 +204,12 @@ def build_parser():
     g.add_argument(
         "--recompute", action="store_true", default=None,
         help="activation checkpointing: compute the activations of a block again for its gradient instead of "
-        "keeping them, for memory",
+        "keeping them, for memory; implies --eager",
     )
-    g.add_argument("--compile", action="store_true", default=None, help="torch.compile the model")
+    g.add_argument(
+        "--eager", action="store_true", default=None,
+        help="on CUDA, run steps kernel by kernel, for a debugger, instead of recording them as CUDA graphs",
+    )
     g.add_argument(
         "--deterministic", action="store_true", default=None,
         help="let torch use deterministic algorithms only: on CUDA, too, equal seeds then give equal bits, "

@@ -84,12 +84,13 @@ def measure(args, task, arm, seed, trial):
     if arm.method == "sora":
         options["sparse_lambda"] = lambda_of(REACH[arm.family]["tasks"], arm, lr, args.steps)
     trained, journal = shift.parameters_of(model), Journal(args.steps)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    cuda = torch.device(settings.device).type == "cuda"
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, fused=cuda)
     allocator = arm.allocator(model, optimizer, args.steps, seed_of(seed, "gates"), **options)
     bf16 = torch.autocast(torch.device(settings.device).type, torch.bfloat16)
     with redirect_stdout(None):
         fine_tune(model, train, optimizer, allocator, lr=lr, batch_size=settings.batch_size, seed=seed, journal=journal,
-                  autocast=bf16 if args.precision == "bf16" else nullcontext())  # fmt: skip
+                  autocast=bf16 if args.precision == "bf16" else nullcontext(), recorded=cuda)  # fmt: skip
     ms = 1000 * journal.seconds / args.steps
     score = metric(predict(model, encode(scored), settings.device), [row[2] for row in scored])
     return {"score": score, "trained": trained, "final": shift.parameters_of(model), "ms": ms}

@@ -50,9 +50,12 @@ def tokenizer_for(folder, config, mini):
     return tokenizer
 
 
-def collate(rows, pad):
-    """Encoded rows -> input_ids, attention_mask, token_type_ids, each (batch, longest) int64, and labels (batch,)."""
-    longest = max(len(ids) for ids, _, _ in rows)
+def collate(rows, pad, longest=None):
+    """Encoded rows -> input_ids, attention_mask, token_type_ids, each (batch, longest) int64, and labels (batch,).
+
+    longest: how long rows become by padding; by default the length of the longest.
+    """
+    longest = longest or max(len(ids) for ids, _, _ in rows)
     ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _, _ in rows])
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _, _ in rows])
     types = torch.tensor([types + [0] * (longest - len(types)) for _, types, _ in rows])
@@ -61,11 +64,15 @@ def collate(rows, pad):
 
 def batch_of(rows, model, device):
     """Encoded rows -> (the model's inputs, labels), on the device."""
-    tensors = collate(rows, model.encoder.config.pad_token_id)
-    if torch.device(device).type == "cuda":
+    config, cuda = model.encoder.config, torch.device(device).type == "cuda"
+    longest = max(len(ids) for ids, _, _ in rows)
+    if cuda:
+        longest = min(-(-longest // 8) * 8, config.max_length)  # few lengths, so that few shapes are recorded
+    tensors = collate(rows, config.pad_token_id, longest)
+    if cuda:
         tensors = [x.pin_memory() for x in tensors]  # so that the copy need not wait
     ids, mask, types, labels = (x.to(device, non_blocking=True) for x in tensors)
-    return (ids, mask, types if model.encoder.config.type_vocab_size > 1 else None), labels
+    return (ids, mask, types if config.type_vocab_size > 1 else None), labels
 
 
 def batches_of(rows, size, seed):

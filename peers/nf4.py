@@ -25,7 +25,7 @@ BLOCK_2 = 256  # values of c that share one scale
 
 
 @cache
-def nf4_levels():
+def nf4_levels(device="cpu"):
     """The 16 levels (16,), ascending: 7 below 0, 0 itself, 8 above.
 
     Sixteen equal steps of probability would have no level at 0, which many weights are near to. So the negative half
@@ -36,11 +36,11 @@ def nf4_levels():
     negative = torch.linspace(edge, 0.5, 8, dtype=torch.float64)  # probabilities
     positive = torch.linspace(0.5, 1 - edge, 9, dtype=torch.float64)
     levels = torch.special.ndtri(torch.cat([negative, positive[1:]]))  # their quantiles: 7 negative, 0, 8 positive
-    return (levels / levels[-1]).float()
+    return (levels / levels[-1]).float().to(device)
 
 
 @cache
-def dynamic_levels():
+def dynamic_levels(device="cpu"):
     """The 256 levels (256,), ascending, that the values of c are kept in: an 8-bit float that is finest where it is
     needed. On both sides of 0 there are 64 levels between .1 and 1, 32 between .01 and .1, and so on; then 0 and 1."""
     positive = []
@@ -48,7 +48,7 @@ def dynamic_levels():
         edges = torch.linspace(0.1, 1, 2**exponent + 1)
         positive.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6))
     positive = torch.cat(positive)  # (127,)
-    return torch.cat([-positive.flip(0), torch.zeros(1), positive, torch.ones(1)])
+    return torch.cat([-positive.flip(0), torch.zeros(1), positive, torch.ones(1)]).to(device)
 
 
 def quantize(x, levels, size):
@@ -58,14 +58,14 @@ def quantize(x, levels, size):
     c = blocks.abs().amax(1)  # (blocks,)
     scaled = blocks / c.where(c > 0, 1)[:, None]  # in [-1, 1]
     between = (levels[1:] + levels[:-1]) / 2
-    codes = torch.bucketize(scaled, between.to(x.device)).to(torch.uint8)
+    codes = torch.bucketize(scaled, between).to(torch.uint8)
     return codes.flatten()[: len(x)], c
 
 
 def dequantize(codes, c, levels, size):
     """The way back: levels[codes], times c block by block. (n,) float32."""
-    values = levels.to(c.device)[codes.int()]  # (n,)
-    return values * c.repeat_interleave(size)[: len(codes)]
+    values = levels[codes.int()]  # (n,)
+    return values * c[:, None].expand(-1, size).flatten()[: len(codes)]
 
 
 def pack(codes):
@@ -85,9 +85,10 @@ class NF4Linear(nn.Module):
     def __init__(self, linear):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
-        codes, c = quantize(linear.weight, nf4_levels(), BLOCK)
+        device = linear.weight.device
+        codes, c = quantize(linear.weight, nf4_levels(device), BLOCK)
         mean = c.mean()  # without it c would be positive, and half of its levels would never be used
-        c_codes, c_scales = quantize(c - mean, dynamic_levels(), BLOCK_2)
+        c_codes, c_scales = quantize(c - mean, dynamic_levels(device), BLOCK_2)
         parts = {"codes": pack(codes), "c_codes": c_codes, "c_scales": c_scales, "c_mean": mean}
         for name, value in parts.items():
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
@@ -96,9 +97,10 @@ class NF4Linear(nn.Module):
     @property
     def weight(self):
         """W (d, k), float32."""
-        c = dequantize(self.c_codes, self.c_scales, dynamic_levels(), BLOCK_2) + self.c_mean
+        device = self.codes.device
+        c = dequantize(self.c_codes, self.c_scales, dynamic_levels(device), BLOCK_2) + self.c_mean
         n = self.out_features * self.in_features
-        W = dequantize(unpack(self.codes, n), c, nf4_levels(), BLOCK)
+        W = dequantize(unpack(self.codes, n), c, nf4_levels(device), BLOCK)
         return W.view(self.out_features, self.in_features)
 
     def forward(self, x):

@@ -427,15 +427,6 @@ def test_recomputing_activations_changes_nothing(go, tmp_path):
     assert adapter_of(tmp_path / "one") == adapter_of(tmp_path / "again")
 
 
-def test_compiling_changes_rounding_only(tmp_path, calm, alone, monkeypatch):
-    """With the eager backend: the traced graphs are run as they are, which needs no compiler."""
-    compile_ = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compile_(model, backend="eager"))
-    run, flags = tmp_path / "plain", ["--steps", 2, "--window", 0, 0.5, "--rank", 2]
-    compiled = main_job(*flags, "--compile", "--out", tmp_path / "compiled", weights=calm)
-    assert_like((run, main_job(*flags, "--out", run, weights=calm)), tmp_path / "compiled", compiled)
-
-
 def test_deterministic_algorithms_are_used_where_they_are_asked_for(go):
     for flags, expected in ((["--deterministic"], True), ([], False)):
         go(*flags, "--steps", 1)
@@ -474,7 +465,7 @@ def test_every_flag_changes_the_run(tiny_weights, tmp_path):
 
 def test_every_flag_has_help_and_is_either_tried_above_or_must_not_change_the_numbers():
     files = {"--data", "--weights", "--out", "--resume", "--evaluate", "--export", "--predict"}
-    hardware = {"--device", "--accumulate", "--recompute", "--compile", "--deterministic", "--trace"}
+    hardware = {"--device", "--accumulate", "--recompute", "--eager", "--deterministic", "--trace"}
     elsewhere = {*files, *hardware, "--canonical", "--restart", "--help", "--sparse-lambda"}  # SoRA's: test_peers.py
     actions = build_parser()._actions
     assert all(action.help for action in actions)

@@ -1,0 +1,94 @@
+"""Forward pass, loss and backward pass as a CUDA graph: recorded once, then replayed.
+
+In a small step a GPU waits for Python, which asks for its kernels one by one: some 1,500 for LoRA in RoBERTa-base. A
+CUDA graph asks for all of them at once. They are the same kernels, so the numbers are the same; and since they read and
+write the same addresses,
+
+- inputs are copied to where they were when they were recorded; inputs of another shape get a recording of their own
+- no parameter or buffer may move. Where one has moved, as when gates change their state or triplets go, all recordings
+  are dropped, and made again
+- gradients are handed over as by a backward pass: added to those that are there, with the hooks of their parameters
+
+    add_gradients = Recorded(model, loss_of)     # loss_of(*inputs) -> the loss, a scalar
+    loss = add_gradients(*inputs)                # in the place of loss = loss_of(*inputs) and loss.backward()
+
+The first call with inputs of a new shape runs eagerly, since libraries may set themselves up in it; the second is
+recorded. Left out: the optimizer; one model on several GPUs; activation checkpointing, which saves the state of a
+random generator; whatever else reads values back.
+"""
+
+from itertools import chain
+
+import torch
+
+
+def eagerly(loss_of, *inputs):
+    """Add the gradients of a loss to those of the parameters. Returns the loss."""
+    loss = loss_of(*inputs)
+    loss.backward()
+    return loss.detach()
+
+
+def cuda_graph(work, pool):
+    """Record what work() asks the GPU for, without doing it. Returns a function that has it done.
+
+    pool: where the memory for it comes from; recordings that have one pool must not keep anything there.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        work()
+    return graph.replay
+
+
+class Recorded:
+    """`eagerly` for one model and one loss, but recorded.
+
+    loss_of(*inputs): a scalar; what it does must depend on its inputs and on the parameters and buffers of the model
+    alone. An input that is no tensor is a constant of the recording. record: `cuda_graph`, or what stands in for it.
+    """
+
+    def __init__(self, model, loss_of, record=cuda_graph):
+        self.model, self.loss_of, self.record = model, loss_of, record
+        self.addresses = None
+
+    def __call__(self, *inputs):
+        """Add the gradients to those of the parameters. Returns the loss."""
+        addresses = [x.data_ptr() for x in chain(self.model.parameters(), self.model.buffers())]
+        if addresses != self.addresses:
+            self.addresses, self.replays, self.gradients = addresses, {}, {}
+            self.pool = torch.cuda.graph_pool_handle() if self.record is cuda_graph else None
+        key = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in inputs)
+        if key not in self.replays:
+            self.replays[key] = None
+            return eagerly(self.loss_of, *inputs)
+        if self.replays[key] is None:
+            self.replays[key] = self.recording(inputs)
+        return self.replays[key](inputs)
+
+    def recording(self, inputs):
+        """Record the work on inputs of these shapes. Returns a function of such inputs that replays it."""
+        read = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        for p in trained:  # all recordings write to the same place, which is not in their pool
+            self.gradients.setdefault(p, torch.empty_like(p))
+        loss, reached = torch.empty((), device=trained[0].device), []
+
+        def work():
+            result = self.loss_of(*read)
+            loss.copy_(result.detach())
+            found = dict(zip(trained, torch.autograd.grad(result, trained, allow_unused=True)))
+            reached[:] = [p for p in trained if found[p] is not None]
+            for p in reached:
+                self.gradients[p].copy_(found[p])
+
+        again = self.record(work, self.pool)
+
+        def replay(inputs):
+            for x, new in zip(read, inputs):
+                if isinstance(x, torch.Tensor):
+                    x.copy_(new)
+            again()
+            torch.autograd.backward(reached, [self.gradients[p] for p in reached])
+            return loss.clone()
+
+        return replay
