@@ -16,7 +16,7 @@ FAMILIES = {  # arms whatever their size: label, color, marker, line
     "lora-restart": ("LoRA, restarted", GRAY, "D", "--"),
     "salora-8": ("SaLoRA from r=8", GREEN, "X", "-"),
     "salora-16": ("SaLoRA from r=16", BLUE, "o", "-"),
-    "salora-32": ("SaLoRA from r=32", SKY, "P", "-"),
+    "adalora-8": ("AdaLoRA from r=8", SKY, "P", "-"),
     "svd-16": ("SVD cut, no gates", ORANGE, "^", "--"),
     "salora-8-paper": ("SaLoRA, published", PINK, "<", ":"),
     "salora-8-paper-scaled": ("the same, eta_c scaled", RED, "v", ":"),
