@@ -58,7 +58,13 @@ def resample(layers, generator=None):
     layers = layer_list(layers)
     device = generator.device if generator is not None else "cpu"
     u = torch.rand(sum(layer.r for layer in layers), generator=generator, device=device).clamp(EPS, 1 - EPS)
-    hand_out(u.to(layers[0].gate.u.device), [layer.gate.u for layer in layers])
+    hand_out(on_device(u, layers[0].gate.u.device), [layer.gate.u for layer in layers])
+
+
+def on_device(values, device):
+    """A tensor of the CPU on another device; a GPU is not waited for."""
+    pinned = values.device.type == "cpu" and torch.device(device).type == "cuda"
+    return (values.pin_memory() if pinned else values).to(device, non_blocking=True)
 
 
 def hand_out(values, tensors):
@@ -89,7 +95,8 @@ def project(layers, density):
     """
     layers = layer_list(layers)
     log_theta = torch.cat([layer.gate.log_theta for layer in layers])  # (n,)
-    cost = log_theta.new_tensor([layer.triplet_size for layer in layers for _ in range(layer.r)])  # (n,)
+    sizes = torch.tensor([layer.triplet_size for layer in layers for _ in range(layer.r)])  # (n,)
+    cost = on_device(sizes.to(log_theta.dtype), log_theta.device)
     low, high = -log_theta.max() - 30, -log_theta.min() + 30  # all closed, all open: sigmoid(-30) is 1e-13
     grid = torch.linspace(0, 1, GRID, device=log_theta.device)
     for _ in range(5):

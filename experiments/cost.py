@@ -44,7 +44,7 @@ from cli.program import Parser, errors_as_lines
 from cli.table import append, has_row, read_table
 from experiments.study import AGAIN
 from experiments.tables import in_columns
-from hub.recorded import Recorded, eagerly
+from hub.recorded import Recorded, cuda_graph, eagerly
 from rank_allocator import Recipe
 from tiny_transformer import SequenceClassifier, TinyTransformer, TransformerConfig
 
@@ -62,7 +62,7 @@ COLUMNS = ["shape", "batch_size", "device", "precision", "arm", "rounds", "ms", 
 class Stepper:
     """One arm with its batch: each call is one training step."""
 
-    def __init__(self, arm, shape, batch_size, device, precision):
+    def __init__(self, arm, shape, batch_size, device, precision="fp32", record=cuda_graph):
         torch.manual_seed(0)
         d, layers, heads = SHAPES[shape]
         config = TransformerConfig(vocab_size=WORDS, hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads,
@@ -90,13 +90,15 @@ class Stepper:
         self.ids = torch.randint(5, WORDS, (batch_size, LENGTH), device=device)
         self.labels = torch.randint(0, 2, (batch_size,), device=device)
 
+        model = self.model
+
         def loss_of(ids, labels):
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
-                outputs = self.model(ids)
+                outputs = model(ids)
             return F.cross_entropy(outputs.float(), labels)
 
         recorded = cuda and arm not in PEFT and phase != "eager"
-        self.add_gradients = Recorded(self.model, loss_of) if recorded else partial(eagerly, loss_of)
+        self.add_gradients = Recorded(model, loss_of, record) if recorded else partial(eagerly, loss_of)
 
     def __call__(self):
         self.allocator.before_step(self.step)
@@ -110,8 +112,11 @@ class Stepper:
 
 def times_of(names, shape, batch_size, rounds, device, precision):
     """[median seconds per step] of the arms, from rounds in turn after three that do not count."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    steppers = [Stepper(name, shape, batch_size, device, precision) for name in names]
+    cuda = device.startswith("cuda")
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    pool = torch.cuda.graph_pool_handle() if cuda else None  # one for all arms, which never run at the same time
+    steppers = [Stepper(name, shape, batch_size, device, precision, lambda work, _: cuda_graph(work, pool))
+                for name in names]  # fmt: skip
     times = [[] for _ in names]
     for _ in range(rounds + 3):
         for step, found in zip(steppers, times):

@@ -7,7 +7,7 @@ write the same addresses,
 - inputs are copied to where they were when they were recorded; inputs of another shape get a recording of their own
 - no parameter or buffer may move. Where one has moved, as when gates change their state or triplets go, all recordings
   are dropped, and made again
-- gradients are handed over as by a backward pass: added to those that are there, with the hooks of their parameters
+- gradients are handed over as by a backward pass: added to those that are there, with post-accumulate hooks
 
     add_gradients = Recorded(model, loss_of)     # loss_of(*inputs) -> the loss, a scalar
     loss = add_gradients(*inputs)                # in the place of loss = loss_of(*inputs) and loss.backward()
@@ -59,8 +59,9 @@ class Recorded:
             self.pool = torch.cuda.graph_pool_handle() if self.record is cuda_graph else None
         key = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in inputs)
         if key not in self.replays:
+            loss = eagerly(self.loss_of, *inputs)
             self.replays[key] = None
-            return eagerly(self.loss_of, *inputs)
+            return loss
         if self.replays[key] is None:
             self.replays[key] = self.recording(inputs)
         return self.replays[key](inputs)
@@ -69,8 +70,8 @@ class Recorded:
         """Record the work on inputs of these shapes. Returns a function of such inputs that replays it."""
         read = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        for p in trained:  # all recordings write to the same place, which is not in their pool
-            self.gradients.setdefault(p, torch.empty_like(p))
+        gradients = self.gradients  # to which all recordings write: no part of their pool
+        gradients.update({p: torch.empty_like(p) for p in trained if p not in gradients})
         loss, reached = torch.empty((), device=trained[0].device), []
 
         def work():
@@ -79,16 +80,17 @@ class Recorded:
             found = dict(zip(trained, torch.autograd.grad(result, trained, allow_unused=True)))
             reached[:] = [p for p in trained if found[p] is not None]
             for p in reached:
-                self.gradients[p].copy_(found[p])
+                gradients[p].copy_(found[p])
 
-        again = self.record(work, self.pool)
+        with torch.cuda.device_of(loss):
+            again = self.record(work, self.pool)
 
         def replay(inputs):
             for x, new in zip(read, inputs):
                 if isinstance(x, torch.Tensor):
                     x.copy_(new)
             again()
-            torch.autograd.backward(reached, [self.gradients[p] for p in reached])
+            torch.autograd.backward(reached, [gradients[p] for p in reached])
             return loss.clone()
 
-        return replay
+        return replay  # without self in it: a graph must be gone with its Recorded, before another is recorded

@@ -118,7 +118,7 @@ def test_a_whole_run_weighs_the_phases_by_their_share_of_the_steps():
 @pytest.mark.parametrize("recipe", cost.RECIPES)
 def test_what_is_measured_is_in_its_phase(recipe):
     for phase, r, state in (("before", 8, "held"), ("window", 8, "free"), ("after", 4, "fixed")):
-        step = cost.Stepper(f"{recipe} {phase}", "tiny", 2, "cpu", "fp32")
+        step = cost.Stepper(f"{recipe} {phase}", "tiny", 2, "cpu")
         step()
         assert {(layer.r, layer.gate.state) for layer in salora_layers(step.model).values()} == {(r, state)}, phase
 

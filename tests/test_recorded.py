@@ -4,6 +4,8 @@ Where there is no GPU, a trace stands in for a CUDA graph: torch's own operation
 were recorded. No Python of the model runs when it is replayed, so a recording that is out of date gives wrong numbers.
 """
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -129,6 +131,21 @@ def test_the_loss_that_is_returned_is_nobodys_memory():
     step = recorded(net)
     losses = [step(1, *batch(4, seed)) for seed in range(5)]
     assert len({loss.item() for loss in losses}) == 5
+
+
+def test_recordings_are_gone_with_what_made_them_without_a_garbage_collection():
+    """A CUDA graph that is destroyed while another is recorded would break that."""
+    step = recorded(Net())
+    for _ in range(3):
+        step(1, *batch(4, 0))
+    [replay] = step.replays.values()
+    gone = weakref.ref(replay)
+    gc.disable()
+    try:
+        del step, replay
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_hooks_of_parameters_see_their_gradients():
