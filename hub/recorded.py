@@ -1,10 +1,10 @@
 """Forward pass, loss and backward pass as a CUDA graph: recorded once, then replayed.
 
-In a small step a GPU waits for Python, which asks for its kernels one by one: some 1,500 for LoRA in RoBERTa-base. A
-CUDA graph asks for all of them at once. They are the same kernels, so the numbers are the same; and since they read and
-write the same addresses,
+In a small training step the GPU waits for Python, which launches the kernels one by one: some 1,500 for LoRA in
+RoBERTa-base. A CUDA graph launches them all at once. They are the same kernels, so the numbers should be the same; this
+is checked with a stand-in on a CPU, but has not been run on a GPU. They read and write fixed addresses, so
 
-- inputs are copied to where they were when they were recorded; inputs of another shape get a recording of their own
+- inputs are copied into the buffers of the recording; another shape, dtype or constant gets a recording of its own
 - no parameter or buffer may move. Where one has moved, as when gates change their state or triplets go, all recordings
   are dropped, and made again
 - gradients are handed over as by a backward pass: added to those that are there, with post-accumulate hooks
@@ -12,8 +12,8 @@ write the same addresses,
     add_gradients = Recorded(model, loss_of)     # loss_of(*inputs) -> the loss, a scalar
     loss = add_gradients(*inputs)                # in the place of loss = loss_of(*inputs) and loss.backward()
 
-The first call with inputs of a new shape runs eagerly, since libraries may set themselves up in it; the second is
-recorded. Left out: the optimizer; one model on several GPUs; activation checkpointing, which saves the state of a
+The first call with inputs of a new shape runs eagerly, because libraries may initialize themselves then; the second
+records. Left out: the optimizer; one model on several GPUs; activation checkpointing, which saves the state of a
 random generator; whatever else reads values back.
 """
 
@@ -30,9 +30,9 @@ def eagerly(loss_of, *inputs):
 
 
 def cuda_graph(work, pool):
-    """Record what work() asks the GPU for, without doing it. Returns a function that has it done.
+    """Record the kernels of work() without running them. Returns a function that runs them.
 
-    pool: where the memory for it comes from; recordings that have one pool must not keep anything there.
+    pool: where their memory comes from; recordings that share a pool must not keep results in it.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
@@ -43,8 +43,8 @@ def cuda_graph(work, pool):
 class Recorded:
     """`eagerly` for one model and one loss, but recorded.
 
-    loss_of(*inputs): a scalar; what it does must depend on its inputs and on the parameters and buffers of the model
-    alone. An input that is no tensor is a constant of the recording. record: `cuda_graph`, or what stands in for it.
+    loss_of(*inputs): a scalar; it must depend only on its inputs and on the model's parameters and buffers. An input
+    that is not a tensor is a constant of the recording. record: `cuda_graph`, or what stands in for it.
     """
 
     def __init__(self, model, loss_of, record=cuda_graph):
@@ -70,7 +70,7 @@ class Recorded:
         """Record the work on inputs of these shapes. Returns a function of such inputs that replays it."""
         read = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        gradients = self.gradients  # to which all recordings write: no part of their pool
+        gradients = self.gradients  # all recordings write to these, so they are outside of the pool
         gradients.update({p: torch.empty_like(p) for p in trained if p not in gradients})
         loss, reached = torch.empty((), device=trained[0].device), []
 
@@ -93,4 +93,4 @@ class Recorded:
             torch.autograd.backward(reached, [gradients[p] for p in reached])
             return loss.clone()
 
-        return replay  # without self in it: a graph must be gone with its Recorded, before another is recorded
+        return replay  # it must not hold self: a graph is freed with its Recorded, before another is recorded
