@@ -69,10 +69,6 @@ TABLE = [
     ("hard_concrete.py HardConcreteGate.forward", "a_free_gate", ("sample_gate(self.log_theta, self.u)  # Eq. (7)",
      "sample_gate(self.log_theta, torch.rand_like(self.u).clamp(1e-6, 1 - 1e-6))"),
      ("sample_gate(self.log_theta, self.u)  # Eq. (7)", "(sample_gate(self.log_theta, self.u) > 0).float()")),
-    ("hard_concrete.py set_data", "gradients_of_the_main_loop_are_those_of_alg_1_with_one_mask_per_step",
-     ("    p.data = torch.empty(0, dtype=torch.float16 if p.dtype != torch.float16 else torch.float32, "
-      "device=p.device)\n",
-     "")),
     ("salora.py SaLoRALinear.__init__", "a_fresh_layer_changes_nothing_and_a_is_drawn_so", ("/ k**0.5", "/ r**0.5"),
      ("nn.Parameter(torch.zeros(d, r, **kind))", "nn.Parameter(torch.randn(d, r) / k**0.5)")),
     ("salora.py SaLoRALinear.__init__", "only_triplets_and_gates_have", ("base.requires_grad_(False)", "base")),
