@@ -56,12 +56,12 @@ def fine_tune(model, rows, optimizer, allocator, *, lr, batch_size, seed=0, accu
     draws what an uninterrupted run draws from there on.
     """
 
-    def loss_of(share, labels, *inputs):
+    def part_loss(share, labels, *inputs):
         with autocast:
             outputs = model(*inputs)
         return share * task_loss(outputs.float(), labels)
 
-    add_gradients = Recorded(model, loss_of) if recorded else partial(eagerly, loss_of)
+    add_gradients = Recorded(model, part_loss) if recorded else partial(eagerly, part_loss)
     device = next(model.parameters()).device
     journal = journal or Journal(allocator.total_steps)
     steps_per_epoch = -(-len(rows) // batch_size)

@@ -8,6 +8,7 @@ import random
 
 import torch
 
+from budget import on_device
 from glue import mini
 from hub.tokenizers import load_tokenizer
 
@@ -64,14 +65,10 @@ def collate(rows, pad, longest=None):
 
 def batch_of(rows, model, device):
     """Encoded rows -> (the model's inputs, labels), on the device."""
-    config, cuda = model.encoder.config, torch.device(device).type == "cuda"
-    longest = max(len(ids) for ids, _, _ in rows)
-    if cuda:
+    config, longest = model.encoder.config, max(len(ids) for ids, _, _ in rows)
+    if torch.device(device).type == "cuda":
         longest = min(-(-longest // 8) * 8, config.max_length)  # few lengths, so that few shapes are recorded
-    tensors = collate(rows, config.pad_token_id, longest)
-    if cuda:
-        tensors = [x.pin_memory() for x in tensors]  # so that the copy need not wait
-    ids, mask, types, labels = (x.to(device, non_blocking=True) for x in tensors)
+    ids, mask, types, labels = (on_device(x, device) for x in collate(rows, config.pad_token_id, longest))
     return (ids, mask, types if config.type_vocab_size > 1 else None), labels
 
 

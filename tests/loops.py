@@ -1,4 +1,4 @@
-"""Training loops that are not the main job's, and stand-ins for what is refused: for test_allocator and test_guard."""
+"""Training loops that are not the main job's, and stand-ins for what is refused: for tests of allocators."""
 
 import copy
 
@@ -85,6 +85,22 @@ class Run:
         flags = [[p.requires_grad for p in parameters], [layer.allocating for layer in self.layers]]
         tensors = [self.model.state_dict(), self.optimizer.state_dict(), [p.grad for p in parameters]]
         return tree_leaves(copy.deepcopy([state, flags, tensors]))
+
+
+def parts_of_steps(loop, loss_of):
+    """Train loop.model up to loop.steps. Yields the name of each part of a step once it is done."""
+    for step in range(loop.allocator.step, loop.steps):
+        loop.allocator.before_step(step)
+        yield "before_step"
+        loss_of(loop.model).backward()
+        yield "backward"
+        loop.allocator.after_backward()
+        yield "after_backward"
+        loop.optimizer.step()
+        yield "step"
+        loop.allocator.after_step()
+        yield "after_step"
+        loop.optimizer.zero_grad()
 
 
 def prepared(parameters, lr):

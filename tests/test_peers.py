@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loops import parts_of_steps
 from strategies import assert_close, generator, installed_parameters, row, seeds
 from test_tiny_transformer import small_encoder
 from torch import nn
@@ -77,18 +78,7 @@ class Loop:
         self.layers = list(self.allocator.layers.values())
 
     def __iter__(self):
-        for step in range(self.allocator.step, self.steps):
-            self.allocator.before_step(step)
-            yield "before_step"
-            loss_of(self.model).backward()
-            yield "backward"
-            self.allocator.after_backward()
-            yield "after_backward"
-            self.optimizer.step()
-            yield "step"
-            self.allocator.after_step()
-            yield "after_step"
-            self.optimizer.zero_grad()
+        return parts_of_steps(self, loss_of)
 
     def train(self):
         for _ in self:

@@ -62,7 +62,7 @@ def train(net, add_gradients, steps=8):
     torch.manual_seed(1)
     for step in range(steps):
         for part in range(2):
-            found.append(add_gradients(0.5, *batch(4 + step % 2, (step, part).__hash__() % 1000)))
+            found.append(add_gradients(0.5, *batch(4 + step % 2, 2 * step + part)))
         found += [p.grad if p.grad is None else p.grad.clone() for p in net.parameters()]
         optimizer.step()
         optimizer.zero_grad()
@@ -73,13 +73,17 @@ def same(a, b):
     return all(x is y is None or torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def recorded(net, calls=None):
-    """A Recorded that notes its recordings."""
+def noting(recordings):
+    """`traced`, which adds to a list what it is to record."""
 
     def record(work, pool):
-        (calls if calls is not None else []).append(work)
+        recordings.append(work)
         return traced(work)
 
+    return record
+
+
+def recorded(net, record=traced):
     return Recorded(net, loss_by(net), record)
 
 
@@ -87,7 +91,7 @@ def test_replays_equal_eager_steps_to_the_bit_and_inputs_of_a_shape_are_recorded
     """With dropout, with parameters that no gradient reaches, and with gradients that add up over two parts."""
     plain, net, calls = Net(), Net(), []
     expected = train(plain, partial(eagerly, loss_by(plain)))
-    assert same(train(net, recorded(net, calls)), expected)
+    assert same(train(net, recorded(net, noting(calls))), expected)
     assert len(calls) == 2, "two shapes"
     assert net.spare.weight.grad is None
 
@@ -106,7 +110,7 @@ def test_two_models_and_two_constants_have_recordings_of_their_own():
 
 def test_what_moves_is_recorded_again():
     net, calls = Net(), []
-    step = recorded(net, calls)
+    step = recorded(net, noting(calls))
     for change, recordings in ((lambda _: None, 1), (change_in_place, 1), (move, 2), (move, 3)):
         change(net.head.weight)
         for _ in range(3):
@@ -159,8 +163,8 @@ def test_hooks_of_parameters_see_their_gradients():
 
 
 def test_after_an_error_the_next_call_begins_anew():
-    net, calls = Net(), []
-    step = recorded(net, calls)
+    net = Net()
+    step = recorded(net)
     step(1, *batch(4, 0))
     loss_of, step.loss_of = step.loss_of, lambda *inputs: 1 / 0
     with pytest.raises(ZeroDivisionError):
@@ -187,12 +191,7 @@ def of_one_length(rows, model, device):
 ])  # fmt: skip
 def test_every_method_of_the_main_job_learns_the_same_from_replayed_steps(go, tmp_path, monkeypatch, flags):
     folders, recordings = [], []
-
-    def record(work, pool):
-        recordings.append(work)
-        return traced(work)
-
-    monkeypatch.setattr(train_glue_mini, "Recorded", partial(Recorded, record=record))
+    monkeypatch.setattr(train_glue_mini, "Recorded", partial(Recorded, record=noting(recordings)))
     for replays in (False, True):
         here = {"recorded": replays, "batch_of": of_one_length}
         monkeypatch.setattr(train_glue_mini, "fine_tune", lambda *args, **rest: fine_tune(*args, **{**rest, **here}))
