@@ -3,7 +3,7 @@
     python experiments/cost.py                                       two shapes, on a CPU
     python experiments/cost.py --device cuda --precision bf16 --batches 32 256 --shapes tiny minilm roberta-base
 
-Random weights, random tokens, sequences of 64. Every arm starts at rank 8 in all six matrices:
+Random weights, random tokens, sequences of 64, no dropout. Every arm starts at rank 8 in all six matrices:
 
     frozen                 only the head trains, so nothing goes back through the encoder
     full                   all weights train
@@ -66,7 +66,8 @@ class Stepper:
         torch.manual_seed(0)
         d, layers, heads = SHAPES[shape]
         config = TransformerConfig(vocab_size=WORDS, hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads,
-                                   intermediate_size=4 * d)  # fmt: skip
+                                   intermediate_size=4 * d, hidden_dropout_prob=0,
+                                   attention_probs_dropout_prob=0)  # fmt: skip
         self.model, self.step = SequenceClassifier(TinyTransformer(config), 2), 0
         recipe, _, phase = arm.partition(" ")
         cuda = torch.device(device).type == "cuda"
