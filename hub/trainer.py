@@ -24,7 +24,7 @@ class RankCallback(TrainerCallback):
     """Calls the hooks of an allocator, and keeps its state in every checkpoint folder, so that a run can be resumed.
 
     resume_from: the folder given to train(resume_from_checkpoint=...), if it does not lie in output_dir; AdapterTrainer
-    passes it on by itself. Raises ValueError for load_best_model_at_end.
+    passes it on by itself. Raises ValueError for load_best_model_at_end, and for a checkpoint of the last step.
     """
 
     def __init__(self, allocator, resume_from=None):
@@ -35,6 +35,8 @@ class RankCallback(TrainerCallback):
             raise ValueError("load_best_model_at_end could bring back weights from before T_end, with other ranks")
         if state.global_step > 0:  # resumed
             folder = Path(self.resume_from or self.folder(args, state))
+            if state.global_step >= self.allocator.total_steps:  # Trainer would take another step
+                raise ValueError(f"{folder} has all {self.allocator.total_steps} steps: nothing is left to train")
             self.allocator.load_state_dict(read_torch(folder / "allocator.pt"))
 
     def on_step_begin(self, args, state, control, **kwargs):

@@ -78,6 +78,8 @@ def test_trainer_gives_a_llama_its_budget_and_resumes_from_small_checkpoints_equ
         resumed = processes.trainer(elsewhere, 0.1, 0.1, save_strategy="no")
         resumed.train(resume_from_checkpoint=str(folder))
         assert_equal(states(resumed.model), expected)
+    with pytest.raises(ValueError, match="checkpoint-20 has all 20 steps: nothing is left to train"):
+        processes.trainer(tmp_path, 0.1, 0.1).train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
     best = dict(load_best_model_at_end=True, eval_strategy="steps", eval_steps=7)
     with pytest.raises(ValueError, match="load_best_model_at_end could bring back weights"):
         processes.trainer(tmp_path, **best).train()

@@ -655,6 +655,8 @@ TABLE = [
     ("hub/plain_tokenizers.py template", "random_folders_are_tokenized", ("$B:1 [SEP]:1", "$B:0 [SEP]:0")),
     ("hub/trainer.py RankCallback.on_train_begin", "trainer_gives_a_llama_its_budget",
      ("state.global_step > 0", "False")),
+    ("hub/trainer.py RankCallback.on_train_begin", "trainer_gives_a_llama_its_budget",
+     ("state.global_step >= self", "state.global_step > self")),
     ("salora.py merge", "pruned_and_merged_layers_equal_the_masked_one_whatever", (", requires_grad=False", "")),
     ("guard.py Guard.without_gradients", "a_layer_that_no_gradient", ("all(layer.B.grad", "any(layer.B.grad")),
     ("peers/__init__.py allocator_for", "a_method_starts_as_its_paper_says_trains_what_the", ("warmup=warmup, ", "")),
