@@ -9,6 +9,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from loops import Run
 from strategies import assert_close, row
 
 from budget import kept_density
@@ -103,6 +104,27 @@ def test_trainer_may_stop_early_after_t_end_and_not_before(tmp_path):
         else:
             with pytest.raises(RuntimeError, match="ranks are decided after 10"):
                 trainer.train()
+
+
+def test_accelerate_resumes_from_its_checkpoints_equal_to_the_bit(tmp_path):
+    """Also where a layer has lost all its triplets: safetensors would leave its empty tensors out."""
+    accelerate = pytest.importorskip("accelerate")
+
+    def prepared():
+        run, accelerator = Run(budget=0.1), accelerate.Accelerator(cpu=True)
+        run.model, run.optimizer = accelerator.prepare(run.model, run.optimizer)
+        accelerator.register_for_checkpointing(run.allocator, run.scheduler)
+        return run, accelerator
+
+    for stop in (7, 14):
+        run, accelerator = prepared()
+        run.train(stop=stop)
+        accelerator.save_state(tmp_path / f"{stop}", safe_serialization=False)
+        expected = states(run.train(stop).model)
+        resumed, accelerator = prepared()
+        accelerator.load_state(tmp_path / f"{stop}")
+        assert_equal(states(resumed.train(stop).model), expected)
+    assert min(layer.r for layer in run.layers) == 0
 
 
 def test_lightning_resumes_from_its_checkpoints_equal_to_the_bit(tmp_path):
