@@ -21,7 +21,7 @@ FAMILIES = {  # arms whatever their size: label, color, marker, line
     "salora-8-paper": ("SaLoRA, published", PINK, "<", ":"),
     "salora-8-paper-scaled": ("the same, eta_c scaled", RED, "v", ":"),
 }
-METHODS = {  # arms whatever their ranks: label, color, marker
+METHODS = {  # of style_of: arms whatever their ranks: label, color, marker
     "lora": ("LoRA", BLACK, "s"),
     "salora": ("SaLoRA", BLUE, "o"),
     "salora-paper-scaled": ("SaLoRA as published, eta_c scaled", RED, "v"),
@@ -32,6 +32,11 @@ LOSS = "masked-word loss (nats)"
 def method(arm):
     """salora-16-to-4-paper-scaled -> salora-paper-scaled"""
     return re.sub(r"-(to-)?[\d.]+", "", arm)
+
+
+def style_of(method):
+    """(label, color, marker); matplotlib chooses the color of a method that is not in METHODS."""
+    return METHODS.get(method, (method, None, "^"))
 
 
 def panels(rows, columns, width, height):
@@ -85,7 +90,7 @@ def curves(rows, x_of, label):
         losses = mean_and_bars([float(row["loss"]) for row in some])
         lines[method(arm)].append((mean(map(x_of, some)), *losses))
     for name, points in lines.items():
-        line(axis, points, *METHODS[name])
+        line(axis, points, *style_of(name))
     on_log_scale(axis, label)
     axis.set_ylabel(LOSS)
     axis.legend()
@@ -103,7 +108,7 @@ def ranks(rows):
         columns = [f"{block}: {mean(some):.1f}" for block, some in zip(blocks, zip(*grid))]
         names = [f"{matrix}: {mean(some):.1f}" for matrix, some in zip(matrices, grid)]
         heat_map(axis, grid, columns, names, 8, "{:.1f}".format)
-        axis.set(title=f"mean rank, {METHODS[method(arm)][0]}", xlabel="block")
+        axis.set(title=f"mean rank, {style_of(method(arm))[0]}", xlabel="block")
     return figure
 
 

@@ -14,8 +14,8 @@ from salora import salora_layers
 ITEMS = {  # some arms of every item that trains
     "fig1": ["lora-8-in-query", "lora-8-in-block-1", "lora-2"],
     "fig4": ["lora-2", "salora-4-to-2", "salora-4-to-2-paper-scaled"],
-    "fig5": ["lora-1", "salora-8-to-1", "salora-8-to-1-paper-scaled"],
-    "fig7": ["salora-8-to-4", "salora-8-to-4-paper-scaled"],
+    "fig5": ["lora-1", "salora-8-to-1", "salora-8-to-1-paper-scaled", "svd-8-to-1"],  # the last without a style
+    "fig7": ["salora-8-to-4", "salora-8-to-4-quadratic"],
     "table3": [f"salora-8-to-4-paper-scaled{change}" for change in ("", "-lambda-0", "-beta-0")],
 }
 
