@@ -32,6 +32,7 @@ VARIANTS = {  # of SaLoRA, "" being the default recipe
     "-paper-scaled": Recipe.paper_scaled(),
     "-quadratic": Recipe.ours(controller="quadratic"),
     "-window-.2-.5": Recipe.ours(window=(0.2, 0.5)),
+    "-no-restart": Recipe.ours(restart=False),
 }
 SVD = Recipe.svd()
 RESTART = replace(SVD, canonical=False, spread=0.0)  # with a budget of 1 nothing is cut

@@ -37,7 +37,7 @@ CHANGES = {  # to the paper's recipe with a scaled eta_c, in this order
     "warm-up": dict(warmup=0.05),
 }
 NEXT = ["salora-8-to-4-window-.2-.5", "salora-8-to-4", "salora-16-to-4"]  # restart, then the late window, then rank 16
-ALTERNATIVES = ["salora-16-to-4-window-.2-.5", "salora-16-to-4-quadratic", "svd-16-to-4"]
+ALTERNATIVES = [f"salora-16-to-4-{change}" for change in ("window-.2-.5", "quadratic", "no-restart")] + ["svd-16-to-4"]
 
 
 def rungs():

@@ -94,7 +94,7 @@ def measure(args, task, arm, seed, trial):
     budget = sum(planted) / (MAPS * RANK)
 
     def batch_of(rows, model, device):
-        x = torch.stack([row for row, in rows])  # a row of data is (its input,)
+        x = torch.stack([row for (row,) in rows])  # a row of data is (its input,)
         with torch.no_grad():
             y = teacher.eval()(x)
         return (x,), y + NOISE[task] * torch.randn(y.shape, generator=generator)
