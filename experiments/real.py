@@ -37,8 +37,7 @@ from hub.roberta import load_pretrained, read_config
 from tiny_transformer import SequenceClassifier
 
 SPLIT = {"sst2": (2000, 10_000), "cola": (1000, 3000), "mrpc": (500, 1000)}  # rows to tune on, rows to score
-WINDOW = "salora-8-to-4-window-.2-.5"
-ARMS = ["lora-8", "lora-4", "lora-4-restart", WINDOW, "salora-8-to-4", "salora-16-to-4", "svd-16-to-4", "lora-4-found",
+ARMS = ["lora-8", "lora-4", "lora-4-restart", "salora-8-to-4", "salora-16-to-4", "svd-16-to-4", "lora-4-found",
         "lora-4-shuffled"]  # fmt: skip
 BATCH, SCALE, LONGEST = 32, 2, 128
 POOL = 8 * BATCH  # rows of similar length within a pool share a batch, which halves the padding
@@ -87,8 +86,8 @@ def measure(args, task, arm, seed, trial):
 
 
 def rivals(name, names):
-    """LoRA, and the arms that show what gates, window and ranks are worth."""
-    found = ["lora-8", "lora-4", "lora-4-restart", "lora-4-shuffled", "svd-16-to-4", WINDOW]
+    """LoRA, and the arms that show what gates and ranks are worth."""
+    found = ["lora-8", "lora-4", "lora-4-restart", "lora-4-shuffled", "svd-16-to-4"]
     return [other for other in found if other in names and other != name]
 
 
