@@ -1,18 +1,24 @@
 """Device discipline without a device: training steps under fake tensors on the meta device, where a tensor made on the
 wrong device, or a value read back in the middle of a step, is an error. With CUDA: the same numbers as on the CPU."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from strategies import generator, make_layer
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import train_glue_mini
 from budget import Lagrangian, expected_density, resample
 from cli.journal import Journal
 from glue.mini import examples
 from glue.tokens import MiniTokenizer
-from peers import TARGETS
-from rank_allocator import RankAllocator, Recipe
-from salora import adapt, canonicalize, orthogonality, prune
+from hub.recorded import eagerly
+from peers import METHODS, allocator_for, install
+from rank_allocator import Recipe
+from salora import canonicalize, orthogonality, prune
 from tiny_transformer import SequenceClassifier, TinyTransformer, TransformerConfig
 from train_glue_mini import fine_tune
 
@@ -23,28 +29,62 @@ class Done(Exception):
     pass
 
 
-@pytest.mark.parametrize("controller", ["projection", "quadratic"])
-def test_steps_stay_on_their_device_and_read_nothing_back(monkeypatch, controller):
-    """`fine_tune` itself runs three steps on fake tensors: one before the window, two in it."""
-    phases = []
+class OnTheCPU(TorchDispatchMode):
+    """Notes the operations with a tensor on the CPU: in a CUDA graph it would be read once, when that is recorded."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        self.found += [operation for x in tensors if x.device.type == "cpu"]
+        return result
+
+
+def three_steps(monkeypatch, method, total_steps, **options):
+    """`fine_tune` itself on fake tensors. Returns the allocator, and what the second and the third step did on the CPU
+    in the part that CUDA graphs record; the first may fill caches."""
+    steps, on_the_cpu = [], OnTheCPU()
 
     def add(self, step, loss, optimizer, allocator, batch_size):
-        """Note the phase instead of reading values back, and end the run before gates are decided."""
-        phases.append(allocator.schedule.phase(step))
-        if len(phases) == 3:
+        """Read nothing back, and end the run."""
+        steps.append(step)
+        if len(steps) == 3:
             raise Done
 
+    def watched(loss_of, *inputs):
+        with on_the_cpu if steps else nullcontext():
+            return eagerly(loss_of, *inputs)
+
     monkeypatch.setattr(Journal, "add", add)
+    monkeypatch.setattr(train_glue_mini, "eagerly", watched)
     rows = MiniTokenizer().encode(examples("mini-mnli", 40))
     model = SequenceClassifier(TinyTransformer(TransformerConfig(**SMALL, type_vocab_size=2)), 3)
-    adapt(model, TARGETS).classifier.requires_grad_(True)
+    install(model, method, 4)
+    model.classifier.requires_grad_(True)
     model.to("meta")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    recipe = Recipe((0.3, 1), controller, beta=0.1, canonical=False)
-    allocator = RankAllocator(model, optimizer, 3, recipe=recipe)
+    allocator = allocator_for(method, model, optimizer, total_steps, **options)
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(Done):
         fine_tune(model, rows, optimizer, allocator, lr=1e-3, batch_size=4)
-    assert phases == ["before", "window", "window"]
+    return allocator, on_the_cpu.found
+
+
+@pytest.mark.parametrize("controller", ["projection", "quadratic"])
+def test_steps_stay_on_their_device_and_read_nothing_back(monkeypatch, controller):
+    """One step before the window, two in it."""
+    recipe = Recipe((0.3, 1), controller, beta=0.1, canonical=False)
+    allocator, on_the_cpu = three_steps(monkeypatch, "salora", 3, recipe=recipe)
+    assert [allocator.schedule.phase(step) for step in range(3)] == ["before", "window", "window"]
+    assert on_the_cpu == []
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "salora"])
+def test_what_is_recorded_of_a_competing_method_stays_on_its_device(monkeypatch, method):
+    options = {"child-tuning": {"losses": lambda: []}, "alora": {"score": lambda: 0.0}}
+    assert three_steps(monkeypatch, method, 100, **options.get(method, {}))[1] == []
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
