@@ -208,7 +208,8 @@ def build_parser():
     )
     g.add_argument(
         "--eager", action="store_true", default=None,
-        help="on CUDA, run steps kernel by kernel, for a debugger, instead of recording them as CUDA graphs",
+        help="on CUDA, run steps kernel by kernel, for a debugger or to save memory, instead of recording them as CUDA "
+        "graphs",
     )
     g.add_argument(
         "--deterministic", action="store_true", default=None,

@@ -41,14 +41,26 @@ def is_avoidable(error):
     """Whether other flags avoid a RuntimeError of torch: an SVD without convergence, or too little memory."""
     import torch
 
-    kinds = (torch.linalg.LinAlgError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, torch.linalg.LinAlgError) or memory_error(error) is not None
+
+
+def memory_error(error):
+    """The error that says that memory was too small: this one or what led to it, since the recording of a CUDA graph
+    ends with an error of its own then. None if there is none."""
+    import torch
+
+    while error is not None:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            return error
+        error = error.__context__
 
 
 def line_about(error):
     if isinstance(error, BrokenPipeError):
         return "standard output was closed"
-    return str(error) or "not enough memory"
+    if (memory := memory_error(error)) is not None:
+        return f"too little memory: take smaller batches, or what else saves it (see --help). {memory}".rstrip()
+    return str(error)
 
 
 def flush():

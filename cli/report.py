@@ -161,5 +161,3 @@ def score_table(summaries):
         means.append(mean(scores))
         lines.append(f"{task:<12}{runs[0]['metric']:<10}{means[-1]:>8.4f}{spread:>8}{kept:>8}{seconds:>9.1f}")
     return "\n".join([*lines, f"{'average':<22}{mean(means):>8.4f}"])
-
-

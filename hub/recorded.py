@@ -13,8 +13,8 @@ is checked with a stand-in on a CPU, but has not been run on a GPU. They read an
     loss = add_gradients(*inputs)                # in the place of loss = loss_of(*inputs) and loss.backward()
 
 The first call with inputs of a new shape runs eagerly, because libraries may initialize themselves then; the second
-records. Left out: the optimizer; one model on several GPUs; activation checkpointing, which saves the state of a
-random generator; whatever else reads values back.
+records. Recordings share their memory, but an eager call needs its own beside it. Left out: the optimizer; one model on
+several GPUs; activation checkpointing, which saves the state of a random generator; whatever else reads values back.
 """
 
 from itertools import chain
