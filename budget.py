@@ -18,13 +18,14 @@ from hard_concrete import median_gate, prob_open
 from salora import layer_list
 
 C_START = 11 / 12  # C of fresh gates: Eq. (8) at log_theta = 0
+TRAVEL = 14  # how far log_theta must be able to go: from P(g > 0) = 11/12 to 1e-5
 EPS = 1e-6  # noise stays in [EPS, 1 - EPS]: float32 could draw an exact 0, whose logit is -inf
 GRID = 64  # points at which `project` tries C: 63^5 intervals are more than float32 can tell apart
 RULES, SURVIVORS = ("budget", "median"), ("one", "median")  # of freeze_gates
 
 
 def expected_density(layers):
-    """Eq. (11): C, a scalar in [0, 1] with a gradient for log_theta. A fixed gate counts as the 0 or 1 it is."""
+    """Eq. (11): C, a scalar in [0, 1] with a gradient for log_theta. A fixed gate counts 1 if open, else 0."""
     layers = _nonempty(layers)
     spent = sum(layer.gate.open_probability().sum() * layer.triplet_size for layer in layers)
     return spent / total_parameters(layers)
@@ -74,14 +75,14 @@ def hand_out(values, tensors):
 
 @torch.no_grad()
 def start_gates(layers, spread):
-    """Give gates better odds where triplets are worth more (not in the paper): log_theta = spread log(s) + constant.
+    """Give gates better odds where triplets do more (not in the paper): log_theta = spread log(s) + constant.
 
-    s = |B[:, i]| |A[i, :]| / sqrt(d + k), at least 1e-6: in canonical layers, s^2 is the energy per parameter.
-    The constant makes C = 11/12, its value in the paper, where all gates start at log_theta = 0.
+    s = (alpha / r0) |B[:, i]| |A[i, :]| / sqrt(d + k), at least 1e-6: s^2 is the energy of a triplet's update, its
+    squared Frobenius norm, per parameter. The constant makes C = 11/12, as in the paper, where log_theta starts at 0.
     """
     layers = layer_list(layers)
     for layer in layers:
-        s = layer.B.norm(dim=0) * layer.A.norm(dim=1) / layer.triplet_size**0.5
+        s = layer.scale * layer.B.norm(dim=0) * layer.A.norm(dim=1) / layer.triplet_size**0.5
         layer.gate.log_theta.copy_(spread * torch.log(s.clamp_min(1e-6)))
     project(layers, C_START)
 
@@ -97,7 +98,7 @@ def project(layers, density):
     log_theta = torch.cat([layer.gate.log_theta for layer in layers])  # (n,)
     sizes = torch.tensor([layer.triplet_size for layer in layers for _ in range(layer.r)])  # (n,)
     cost = on_device(sizes.to(log_theta.dtype), log_theta.device)
-    low, high = -log_theta.max() - 30, -log_theta.min() + 30  # all closed, all open: sigmoid(-30) is 1e-13
+    low, high = -log_theta.max() - 30, -log_theta.min() + 30  # all closed, all open: P(g > 0) is 1e-12 at -30
     grid = torch.linspace(0, 1, GRID, device=log_theta.device)
     for _ in range(5):
         shifts = low + (high - low) * grid  # (GRID,)
@@ -176,7 +177,7 @@ class GateSchedule:
         if not 0 <= start <= end <= 1:
             raise ValueError(f"the gates' window needs 0 <= start <= end <= 1, got start={start}, end={end}")
         self.T_start, self.T_end = round(start * total_steps), round(end * total_steps)
-        self.window = self.T_end - self.T_start  # how many steps the gates train
+        self.window_steps = self.T_end - self.T_start  # how many steps the gates train
 
     def phase(self, step):
         """'before', 'window' or 'after'."""
@@ -185,15 +186,15 @@ class GateSchedule:
         return "window" if step < self.T_end else "after"
 
     def target_at(self, step, budget):
-        """The C to aim at: it falls in the window, evenly, from C_START to the budget (not in the paper)."""
-        progress = (step + 1 - self.T_start) / self.window
+        """The C to aim at: it falls linearly over the window, from C_START to the budget (not in the paper)."""
+        progress = (step + 1 - self.T_start) / self.window_steps
         return budget + (1 - progress) * max(0.0, C_START - budget)
 
 
 class Lagrangian(nn.Module):
     """The last term of Eq. (12) with its multiplier: call it on C, backpropagate, then `ascend`.
 
-    target: b in (0, 1]. lr: eta_c, the length of an ascent step. lam (1,) starts at 0 and is never negative.
+    target: b in (0, 1]. lr: eta_c, the step size of the ascent. lam (1,) starts at 0.
     Raises ValueError for a target outside (0, 1].
     """
 
@@ -209,7 +210,10 @@ class Lagrangian(nn.Module):
         return self.lam[0] * (C - self.target) ** 2
 
     def ascend(self):
-        """One step up along the gradient for the multiplier, projected onto lam >= 0."""
+        """One step of gradient ascent for lam, then the constraint lam >= 0.
+
+        The gradient, (C - b)^2, is never negative, so lam only grows: the constraint would bind for other penalties.
+        """
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():

@@ -12,11 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from budget import affordable, check_budget, kept_density, total_parameters
+from budget import TRAVEL, affordable, check_budget, kept_density, total_parameters
 from salora import is_sharded, salora_layers
 
-TRAVEL = 14  # how far log_theta must be able to go: from P(g > 0) = 11/12 to 1e-5
-FEW_STEPS = 50  # of a window: in fewer, log theta moves by more than 14 / 50 per step, and ranks are chance
+FEW_STEPS = 50  # of a window: in fewer, log theta moves by more than TRAVEL / FEW_STEPS per step, and ranks are chance
 
 NO_SCALER = "a GradScaler scales the loss but not the penalty: use bf16, which needs none"
 ORDER = ("each step is before_step, loss.backward, after_backward, optimizer.step, after_step, zero_grad; "
@@ -115,7 +114,7 @@ class Guard:
             self.see_step()
 
     def see_step(self):
-        """The optimizer steps, or has just done so with a closure, which has called after_backward."""
+        """A step is about to happen or, with a closure that has called after_backward, has just happened."""
         self.expect("after_step", "optimizer.step()")
         if self.stepped:
             raise RuntimeError(f"optimizer.step() was called twice at step {self.allocator.step}")
@@ -126,7 +125,8 @@ class Guard:
     def after_step(self):
         self.expect("after_step")
         if not self.stepped:
-            raise RuntimeError(f"after_step was called where optimizer.step() is due at step {self.allocator.step}")
+            raise RuntimeError(f"after_step was called where optimizer.step() is due at step {self.allocator.step}: is "
+                               "another optimizer stepped than the allocator was given?")  # fmt: skip
         if self.allocator.step == 0:
             self.check_moments()
         self.due = "before_step"
@@ -179,21 +179,27 @@ class Guard:
 
     def warnings(self):
         """What works, but is probably not meant: a list of texts."""
-        model, recipe, window = self.allocator.model, self.allocator.recipe, self.allocator.schedule.window
+        model, recipe = self.allocator.model, self.allocator.recipe
+        steps = self.allocator.schedule.window_steps
         found = []
         rates = {m.p for m in model.modules() if isinstance(m, nn.Dropout)} - {recipe.dropout}
         if rates and recipe.dropout is not None:
             found.append(f"the recipe has dropout {recipe.dropout:g} while adapters train, but the model has "
                          f"nn.Dropout with p = {max(rates):g}: set p, or dropout=None in the recipe")  # fmt: skip
         start, end = recipe.window
-        if window < FEW_STEPS and start < end:
-            found.append(f"gates train for {window} of {self.allocator.total_steps} steps; in fewer than {FEW_STEPS} "
+        if steps < FEW_STEPS and start < end:
+            found.append(f"gates train for {steps} of {self.allocator.total_steps} steps; in fewer than {FEW_STEPS} "
                          "ranks mean little: take more steps or a wider window")  # fmt: skip
-        way = self.allocator.gate_lr * window
-        if 0 < way < 0.99 * TRAVEL and recipe.controller != "projection":
-            found.append(f"in {window} steps of {self.allocator.gate_lr:g} log_theta moves by at most {way:.3g}, and "
+        reach = self.allocator.gate_lr * steps
+        if 0 < reach < 0.99 * TRAVEL and recipe.controller != "projection":
+            found.append(f"in {steps} steps of {self.allocator.gate_lr:g} log_theta moves by at most {reach:.3g}, and "
                          f"needs about {TRAVEL} to close a gate: the budget may be missed; raise gate_lr or take more "
                          "steps")  # fmt: skip
+        held = {id(p) for p in (*parameters_of(self.allocator.optimizer), *self.allocator.log_thetas)}
+        missed = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+        if missed:
+            found.append(f"{missed[0]} requires a gradient, but the optimizer does not hold it: make the optimizer "
+                         "after unfreezing what is to train")  # fmt: skip
         return found
 
     def check_parts(self):
@@ -218,8 +224,8 @@ class Guard:
                 raise ValueError(f"the adapter of {name} is sharded: give fully_shard its A, B and gate.log_theta as "
                                  "ignored_params")  # fmt: skip
             if layer.r == 0 and not {id(layer.A), id(layer.B)} <= held:
-                raise ValueError(f"the optimizer does not hold A and B of {name}, which has lost all triplets: make it "
-                                 "before the model's state is loaded")  # fmt: skip
+                raise ValueError(f"the optimizer does not hold A and B of {name}, which has lost all triplets: make "
+                                 "it before the model's state is loaded; a new run needs a fresh model")  # fmt: skip
             if id(layer.A) not in held or id(layer.B) not in held:
                 raise ValueError(f"the optimizer does not hold A and B of {name}: make it after adapt()")
             if layer.r > 0 and not (layer.A.requires_grad and layer.B.requires_grad):

@@ -61,7 +61,7 @@ class HardConcreteGate(nn.Module):
 
     log_theta  (r,) parameter, 0 at the start, where P(g > 0) = 11/12: the paper's Fig. 6 starts there
     u          (r,) noise in (0, 1), the same until `budget.resample` draws it anew; 1/2 (the median) until then
-    held       (r,) ones while the gates are held, otherwise None
+    held       (r,) ones while the gates are held, otherwise None: a tensor, since a state dict keeps nothing else
     fixed      (r,) the constants once the gates are fixed, otherwise None
     """
 
@@ -100,7 +100,7 @@ class HardConcreteGate(nn.Module):
         """The gates (r,) without noise: what evaluation, pruning and merging use in either mode."""
         if self.state == "free":
             return median_gate(self.log_theta)
-        return self.held if self.fixed is None else self.fixed
+        return self.held if self.state == "held" else self.fixed
 
     def open_probability(self):
         """P(g > 0) of every gate (r,): Eq. (8) where it is free, and 0 or 1 where it is a constant."""
@@ -143,7 +143,7 @@ class HardConcreteGate(nn.Module):
 def set_data(p, data):
     """Give a Parameter data of another shape, and no gradient. It stays the same object for all who hold it.
 
-    One that is left without entries trains no more: DistributedDataParallel would wait for its gradient.
+    An empty one stops requiring a gradient, for which DistributedDataParallel would wait.
     """
     p.grad = None
     # Autograd remembers a Parameter's shape while any graph through it lives, that of the last loss for instance.

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from budget import (
     RULES,
     SURVIVORS,
+    TRAVEL,
     GateSchedule,
     Lagrangian,
     expected_density,
@@ -24,7 +25,7 @@ from budget import (
     resample,
     start_gates,
 )
-from guard import TRAVEL, Guard, parameters_of, unwrapped, world_size
+from guard import Guard, parameters_of, unwrapped, world_size
 from salora import canonicalize, is_sharded, layer_list, orthogonality, prune, salora_layers
 
 CONTROLLERS = ("quadratic", "sgd", "projection")
@@ -42,7 +43,7 @@ class Recipe:
     # they hardly move log_theta.
     controller: str = "projection"
     # eta_c, the step size of log_theta and lambda; None: max(0.01, TRAVEL / steps of the window). Adam moves log_theta
-    # by about eta_c per step, so that any gate can close, however short the window is.
+    # by about eta_c per step, so that a gate that starts at 0, as in the paper, can close in a window of any length.
     gate_lr: float | None = None
     # Weight of Eq. (9). App. B has 0.1, which holds the norm of every column of B and every row of A at 1.
     beta: float = 0.0
@@ -56,7 +57,7 @@ class Recipe:
     rule: str = "budget"
     # What the gate of a kept triplet becomes. "one": 1, a plain LoRA triplet; "median": its median.
     survivors: str = "one"
-    # The learning rate rises over this share of all steps, and from there falls to 0. The loop applies it, as
+    # The learning rate is multiplied by a ramp from 0 to 1 over this share of all steps. The loop applies it, as
     # `lr_factor`.
     warmup: float = 0.05
     # At T_end the learning rate begins anew, with its warm-up. This, too, is `lr_factor`'s.
@@ -72,11 +73,12 @@ class Recipe:
 
     @classmethod
     def paper(cls, **changes):
-        """The published algorithm, with all of App. B's values. Where the paper can be read in two ways:
+        """The published algorithm, with all of App. B's values. Where the paper leaves a choice, this is what we chose:
 
         - Theta is stepped as log_theta, by Adam, since plain gradient steps hardly move it; lambda likewise
-        - Eq. (12) has the loss of the task and Eq. (9), without the gate term of Eq. (10), where lambda is 0
-        - Eq. (9) is in the loss in all phases; eta_c is constant; triplets are pruned at T_end
+        - the loss is Eq. (12): the task's, beta R_orth and lambda (C - b)^2. Eq. (10), in which lambda weighs the
+          number of open gates itself, is left out
+        - beta R_orth is in the loss in all phases; eta_c is constant; triplets are pruned at T_end
         - a survivor keeps its median gate for the rest of training; weight decay is the optimizer's own
         """
         published = dict(window=(0.2, 0.5), controller="quadratic", gate_lr=0.01, beta=0.1, canonical=False, spread=0.0)
@@ -136,19 +138,23 @@ class RankAllocator:
     """
 
     def __init__(self, model, optimizer, total_steps, budget=0.5, recipe=None, seed=0, reduce=None):
-        self.model, self.layers, self.optimizer = model, salora_layers(model), unwrapped(optimizer)
-        self.total_steps, self.budget, self.recipe, self.reduce = total_steps, budget, recipe or Recipe.ours(), reduce
+        self.model, self.layers = model, salora_layers(model)
+        self.optimizer = unwrapped(optimizer)
+        self.total_steps, self.budget = total_steps, budget
+        self.recipe, self.reduce = recipe or Recipe.ours(), reduce
         self.guard = Guard(self, optimizer)
         self.schedule = GateSchedule(total_steps, *self.recipe.window)
         self.step = 0  # the step in progress, or the next one
         self.C_end = self.kept_end = None  # C just before the decision at T_end, and the density that it kept
 
-        self.gate_lr = self.recipe.gate_lr or max(0.01, TRAVEL / max(1, self.schedule.window))  # eta_c
+        self.gate_lr = self.recipe.gate_lr or max(0.01, TRAVEL / max(1, self.schedule.window_steps))  # eta_c
         Optimizer = torch.optim.SGD if self.recipe.controller == "sgd" else torch.optim.Adam
         self.log_thetas = [layer.gate.log_theta for layer in self.layers.values()]
         self.gate_optimizer = Optimizer(self.log_thetas, lr=self.gate_lr)
-        self.gate_gradients = {}  # {log_theta: its gradient}, of this step so far
-        self.hooks = []  # through which autograd hands them over
+        # Until after_step the gradients of log_theta are here, {log_theta: its gradient}, and not in .grad, so that a
+        # loop that clips or clears the gradients of model.parameters() does not touch them.
+        self.gate_gradients = {}
+        self.gradient_hooks = []  # autograd calls them with each log_theta that has got a gradient
         self.lagrangian = Lagrangian(budget, self.gate_lr, Optimizer, self.log_thetas[0].device)
         self.noise = torch.Generator().manual_seed(seed)
         for layer in self.layers.values():
@@ -162,7 +168,7 @@ class RankAllocator:
         return self.schedule.phase(self.step)
 
     def lr_factor(self, step):
-        """The learning rate of a step as a fraction of its peak, by the recipe's warm-up and restart.
+        """What to multiply the learning rate by at a step, by the recipe's warm-up and restart.
 
         Raises RuntimeError beyond total_steps, where it would be negative.
         """
@@ -179,8 +185,8 @@ class RankAllocator:
         self.gate_gradients = {}
         self._enter_phase()
         if self.phase == "window":
-            if not self.hooks:
-                self._take_gate_gradients()
+            if not self.gradient_hooks:  # at T_start, or later where a run was resumed
+                self._divert_gradients()
             resample(self.layers, self.noise)  # one draw per optimizer step
 
     def penalty(self):
@@ -211,7 +217,7 @@ class RankAllocator:
         """In the window: log_theta goes down its gradient, then lambda up, or C onto its target."""
         self.guard.after_step()
         if self.phase == "window":
-            self._show_gate_gradients()
+            self._restore_gradients()
             self.gate_optimizer.step()  # down: log_theta
             self.gate_optimizer.zero_grad()
             if self.recipe.controller == "projection":
@@ -226,13 +232,14 @@ class RankAllocator:
         self.guard.finish()
         self._enter_phase()
         self._prune()
+        self._stop_diverting()
         for layer in self.layers.values():
             layer.allocating = False
 
     def _enter_phase(self):
         if self.step == 0:
             for layer in self.layers.values():
-                layer.gate.hold_open()
+                layer.gate.hold_open()  # they were fixed, if these are the adapters of a finished run that kept all
         if self.step == self.schedule.T_start:
             self._release()
         if self.step == self.schedule.T_end:
@@ -241,7 +248,6 @@ class RankAllocator:
     def _release(self):
         """T_start: the gates become random."""
         for name, layer in self.layers.items():
-            layer.gate.release()
             if self.recipe.canonical:
                 try:
                     canonicalize(layer)
@@ -249,26 +255,32 @@ class RankAllocator:
                     raise FloatingPointError(f"{error}; at T_start, for {name}: has training diverged?") from None
                 for p in (layer.A, layer.B):
                     self.optimizer.state.pop(p, None)  # these moments were those of other triplets
+            layer.gate.release()
         if self.recipe.spread:
             start_gates(self.layers, self.recipe.spread)
 
-    def _take_gate_gradients(self):
+    def _divert_gradients(self):
         """From here on autograd adds the gradients of log_theta to gate_gradients, and leaves log_theta.grad empty."""
         for p in self.log_thetas:
             p.requires_grad_(True)
-        self.hooks = [p.register_post_accumulate_grad_hook(self._take) for p in self.log_thetas]
+        self.gradient_hooks = [p.register_post_accumulate_grad_hook(self._divert) for p in self.log_thetas]
 
-    def _take(self, log_theta):
+    def _stop_diverting(self):
+        for hook in self.gradient_hooks:
+            hook.remove()
+        self.gradient_hooks = []
+
+    def _divert(self, log_theta):
         self.gate_gradients[log_theta] = self.gate_gradients.get(log_theta, 0) + log_theta.grad
         log_theta.grad = None
 
-    def _show_gate_gradients(self):
+    def _restore_gradients(self):
         for log_theta, gradient in self.gate_gradients.items():
             log_theta.grad = gradient
 
     def _reduce_gradients(self):
         gates = [p for p in self.log_thetas if p.requires_grad]
-        self._show_gate_gradients()
+        self._restore_gradients()
         reduce_gradients(self.optimizer, self.reduce, gates)
         for p in gates:
             self.gate_gradients[p], p.grad = p.grad, None
@@ -344,9 +356,7 @@ class RankAllocator:
         self.guard.load_state_dict(state)
         for layer in self.layers.values():
             layer.gate.log_theta.requires_grad_(False)  # until before_step: DistributedDataParallel must not see it
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks = []
+        self._stop_diverting()
         self.step, self.C_end, self.kept_end = state["step"], state["C_end"], state["kept_end"]
         self.gate_optimizer.load_state_dict(state["gate_optimizer"])
         self.lagrangian.lam.data.copy_(state["lam"])
@@ -372,7 +382,7 @@ def reduce_gradients(optimizer, how, more=()):
 
 
 def lr_factor(step, total_steps, warmup=0.0, start=0):
-    """The learning rate of a step as a fraction of its peak.
+    """What to multiply the learning rate by at a step.
 
     Linear decay from 1 at step `start` to 0 at total_steps, times a linear warm-up over warmup x total_steps.
     """

@@ -34,7 +34,7 @@ class SaLoRALinear(nn.Module):
     base: an nn.Linear, or any other module with in_features, out_features and a linear forward, such as one with
     weights in 4 bits. dropout: the share of the adapter's inputs, not those of the base, that training zeroes.
     A (r, k) starts as N(0, 1/k), so that E[A A^T] = I; B (d, r) starts at 0, so that at first nothing changes. Both
-    have the dtype of the base's weight, or float32 over a quantized one, and are cast to the input's in forward.
+    are float32, or float64 where the base is, since half precision is too coarse to train in; forward casts them.
     `r0` stays the rank at creation, and with it the scale, when pruning makes `r` smaller.
     Raises ValueError for a base that cannot be adapted, and for a rank, alpha or dropout that makes no sense.
     """
@@ -44,7 +44,8 @@ class SaLoRALinear(nn.Module):
         check(base, r, alpha, dropout)
         d, k = base.out_features, base.in_features
         weight = next(chain(base.parameters(), base.buffers()))
-        kind = dict(device=weight.device, dtype=weight.dtype if weight.is_floating_point() else torch.float32)
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        kind = dict(device=weight.device, dtype=dtype)
         self.base = base.requires_grad_(False)
         self.A = nn.Parameter(torch.randn(r, k).to(**kind) / k**0.5)  # drawn on the CPU: one A per seed, anywhere
         self.B = nn.Parameter(torch.zeros(d, r, **kind))
@@ -76,8 +77,7 @@ class SaLoRALinear(nn.Module):
         """x (..., k) -> (..., d)."""
         if self.r == 0:
             return self.base(x)
-        kept = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        h = F.linear(kept, self.A.to(x.dtype))  # (..., r)  A x
+        h = F.linear(F.dropout(x, self.dropout, self.training), self.A.to(x.dtype))  # (..., r)  A x
         h = h * (self.scale * self.gate()).to(h.dtype)  # (..., r)  times the gate and alpha / r0
         return self.base(x) + F.linear(h, self.B.to(h.dtype))  # (..., d)  Eq. (5)
 
@@ -97,7 +97,7 @@ class SaLoRALinear(nn.Module):
         return f"r={self.r}, r0={self.r0}, alpha={self.alpha}"
 
     def __getstate__(self):
-        """A copy that is made once the gates are fixed, such as an average of the weights, is not an allocator's."""
+        """No allocator is at work on a copy that is made after T_end, such as an average of the weights."""
         return {**self.__dict__, "allocating": self.allocating and self.gate.state != "fixed"}
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
@@ -248,18 +248,21 @@ def orthogonality(layers):
 def canonicalize(layer):
     """Rotate the triplets of one layer, in place, into the singular basis of B A, largest first (not in the paper).
 
-    B <- U S^1/2 and A <- S^1/2 V^T with U S V^T = B A, so the product is unchanged while columns of B and rows of A
+    B <- U S^1/2 and A <- S^1/2 V^T, where U S V^T = B A, so the product is unchanged while columns of B and rows of A
     become orthogonal: a gate then decides about one singular direction. Gates are ignored: call it where they are 1.
     A layer with B = 0 has no such basis and stays as it is.
     """
     if not layer.B.any():
         return
     B, A = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in (layer.B, layer.A))  # no QR in half precision
-    (Qb, Rb), (Qa, Ra) = torch.linalg.qr(B), torch.linalg.qr(A.T)  # B = Qb Rb, A^T = Qa Ra
-    U, S, Vt = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)  # the r x r core of B A = Qb (Rb Ra^T) Qa^T
+    Q_B, R_B = torch.linalg.qr(B)  # B = Q_B R_B
+    Q_A, R_A = torch.linalg.qr(A.T)  # A^T = Q_A R_A, so that B A = Q_B (R_B R_A^T) Q_A^T
+    U, S, Vt = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)  # of the small matrix in the middle
     n = len(S)  # min(r, d, k): triplets beyond it add nothing
-    layer.B.zero_()[:, :n] = Qb @ U * S.sqrt()  # (d, n)
-    layer.A.zero_()[:n] = S.sqrt()[:, None] * (Vt @ Qa.T)  # (n, k)
+    layer.B.zero_()
+    layer.A.zero_()
+    layer.B[:, :n] = Q_B @ U * S.sqrt()  # (d, n)
+    layer.A[:n] = S.sqrt()[:, None] * (Vt @ Q_A.T)  # (n, k)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ import sys
 import warnings
 from contextlib import nullcontext, redirect_stdout
 from functools import cache, partial
+from math import ceil
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ from cli.setup import fingerprint, prepare, seed_of
 from cli.workers import add_up, one_at_a_time, share_of, start_workers, worker
 from glue.tokens import batch_of, batches_of
 from hub.adapters import load_adapter_state
-from hub.recorded import Recorded, eagerly
+from hub.recorded import Recorded, forward_backward
 from peers import allocator_for
 from peers.alora import hold_out
 
@@ -50,10 +51,10 @@ def fine_tune(model, rows, optimizer, allocator, *, lr, batch_size, seed=0, accu
               recorded=False, journal=None, batch_of=batch_of):  # fmt: skip
     """Train the model in place on encoded rows, for the allocator's number of steps: Algorithm 1.
 
-    allocator: a RankAllocator, or any object with the same hooks. lr: the top of the learning rate. accumulate: the
-    number of parts in which a batch is processed, to save memory. recorded: as CUDA graphs (hub/recorded.py). journal:
-    keeps the log and the checkpoints. batch_of(rows, model, device) -> (model inputs, labels). Resumed at step k, it
-    draws what an uninterrupted run draws from there on.
+    allocator: a RankAllocator, or any object with the same hooks. lr: the learning rate, before the allocator's
+    lr_factor. accumulate: the number of parts in which a batch is processed, to save memory. recorded: as CUDA graphs
+    (hub/recorded.py). journal: keeps the log and the checkpoints. batch_of(rows, model, device) -> (model inputs,
+    labels). Resumed at step k, it draws what an uninterrupted run draws from there on.
     """
 
     def part_loss(share, labels, *inputs):
@@ -61,10 +62,10 @@ def fine_tune(model, rows, optimizer, allocator, *, lr, batch_size, seed=0, accu
             outputs = model(*inputs)
         return share * task_loss(outputs.float(), labels)
 
-    add_gradients = Recorded(model, part_loss) if recorded else partial(eagerly, part_loss)
+    add_gradients = Recorded(model, part_loss) if recorded else partial(forward_backward, part_loss)
     device = next(model.parameters()).device
     journal = journal or Journal(allocator.total_steps)
-    steps_per_epoch = -(-len(rows) // batch_size)
+    steps_per_epoch = ceil(len(rows) / batch_size)
     model.train()
     for step in range(allocator.step, allocator.total_steps):
         # Sample a mini-batch from D
@@ -80,7 +81,7 @@ def fine_tune(model, rows, optimizer, allocator, *, lr, batch_size, seed=0, accu
         for group in optimizer.param_groups:
             group["lr"] = lr * allocator.lr_factor(step)
 
-        # Compute the gradient of the task's loss, in as many parts as there are workers and micro-batches
+        # Forward and backward pass: the gradient of the task's loss, in a part for every worker and micro-batch
         loss = torch.zeros((), device=device)
         for part in share_of(batch, accumulate):
             inputs, labels = batch_of(part, model, device)
@@ -115,6 +116,19 @@ def losses_of(model, rows, batch_size):
         yield task_loss(model(*inputs).float(), labels)
 
 
+def data_for(method, model, rows, batch_size):
+    """(rows to train on, what the method's allocator is told of the data), the latter a dict of options.
+
+    ALoRA scores ranks on rows that it holds out; Child-Tuning looks at the gradients of all rows before it starts.
+    """
+    if method == "alora":
+        rows, held_out = hold_out(rows, batch_size)
+        return rows, {"score": lambda: -loss_of(model, held_out)}
+    if method == "child-tuning":
+        return rows, {"losses": lambda: losses_of(model, rows, batch_size)}
+    return rows, {}
+
+
 def run(settings, folder, model, train, dev, saved=None):
     """Train, score and write the run's files. Returns the summary, or None in all workers but the first.
 
@@ -122,19 +136,13 @@ def run(settings, folder, model, train, dev, saved=None):
     """
     if saved:
         load_adapter_state(model, saved["adapter"])
-    score = losses = None
-    if settings.method == "child-tuning":
-        losses = lambda: losses_of(model, train, settings.batch_size)  # noqa: E731
-    if settings.method == "alora":
-        train, held_out = hold_out(train, settings.batch_size)
-        score = lambda: -loss_of(model, held_out)  # noqa: E731
-    total_steps = settings.steps or settings.epochs * -(-len(train) // settings.batch_size)
+    train, options = data_for(settings.method, model, train, settings.batch_size)
+    total_steps = settings.steps or settings.epochs * ceil(len(train) / settings.batch_size)
     cuda = torch.device(settings.device).type == "cuda"
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.lr, fused=cuda)
     allocator = allocator_for(settings.method, model, optimizer, total_steps, recipe=settings.decisions,
                               budget=settings.budget, warmup=settings.warmup, seed=seed_of(settings.seed, "gates"),
-                              sparse_lambda=settings.sparse_lambda, score=score, losses=losses,
-                              reduce="sum")  # fmt: skip
+                              sparse_lambda=settings.sparse_lambda, reduce="sum", **options)  # fmt: skip
     journal = Journal(total_steps, folder, cache(lambda: fingerprint(settings, model, train)), bool(settings.trace))
     if saved:
         journal.restore(saved, optimizer, allocator)

@@ -60,7 +60,7 @@ def check_free(folder, runs=()):
     found = {path.name.removesuffix(".part") for path in folder.iterdir() if path.name != "checkpoint.pt.part"}
     found -= set(runs)
     if "checkpoint.pt" in found and "summary.json" not in found:
-        raise FileExistsError(f"{folder} holds an interrupted run: --resume it, or choose another --out")
+        raise FileExistsError(f"{folder} holds a run that is not finished: --resume it, or choose another --out")
     if found and not {"settings.json"} <= found <= RUN_FILES:
         raise FileExistsError(f"{folder} is not empty: choose another --out")
 

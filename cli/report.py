@@ -40,7 +40,7 @@ def announce(settings, folder, model, train, dev, allocator):
     if settings.method == "salora":
         schedule = allocator.schedule
         gates = f"gates train from step {schedule.T_start} to {schedule.T_end}"
-        if schedule.window == 0:
+        if schedule.window_steps == 0:
             gates = f"no gates train; triplets are cut at step {schedule.T_end}"
         print(f"{gates} of {allocator.total_steps}, gate lr {allocator.gate_lr:.3g}")
         for warning in allocator.guard.warnings():
@@ -76,13 +76,14 @@ def finish_run(settings, folder, model, allocator, journal, predicted, dev):
     if settings.method == "salora":
         summary["recipe"] = settings.recipe
     save_adapter(model, folder / "adapter.pt")
-    short = settings.method == "salora" and 0 < allocator.schedule.window < FEW_STEPS
+    short = settings.method == "salora" and 0 < allocator.schedule.window_steps < FEW_STEPS
     write_run(folder, journal, summary, settings.rank, short)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     if layers:
         print(rank_table(summary["ranks"]))
-        kept = summary["adapter_params_kept"]
-        print(f"kept {kept:,} of {summary['adapter_params_total']:,} adapter parameters: {summary['density_kept']:.4f}")
+        kept, density, budget = summary["adapter_params_kept"], summary["density_kept"], summary["budget"]
+        above = f", above the budget of {budget}" if density > budget else ""
+        print(f"kept {kept:,} of {summary['adapter_params_total']:,} adapter parameters: {density:.4f}{above}")
     seconds = summary["seconds"]
     print(f"{settings.task}: {scores(task, predicted, gold)} in {seconds:.1f} s; see {folder}", flush=True)
     return summary
@@ -97,15 +98,23 @@ def write_run(folder, journal, summary, rank, short=False):
     log, trace = journal.rows, journal.trace
     write_atomically(folder / "log.csv", lambda path: write_rows(log, COLUMNS, path))
     budget = summary["budget"]
-    write_atomically(folder / "training.png", lambda path: draw_training(log, path, budget, title))
+    picture(folder / "training.png", lambda path: draw_training(log, path, budget, title))
     if trace:
         write_atomically(folder / "trace.csv", lambda path: write_rows(trace, TRACE, path))
-        write_atomically(folder / "trace.png", lambda path: draw_trace(trace, rank, path, title))
+        picture(folder / "trace.png", lambda path: draw_trace(trace, rank, path, title))
     if summary["ranks"]:
         title += "\nwindow too short for ranks to mean anything" if short else ""
-        write_atomically(folder / "ranks.png", lambda path: draw_ranks(summary["ranks"], rank, path, title))
+        picture(folder / "ranks.png", lambda path: draw_ranks(summary["ranks"], rank, path, title))
     text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
     write_atomically(folder / "summary.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def picture(path, draw):
+    """Draw a picture into a file. One that cannot be drawn, say for want of LaTeX, costs a line and not the run."""
+    try:
+        write_atomically(path, draw)
+    except Exception as error:
+        print(f"warning: there is no {path}: {error}")
 
 
 def scores(task, predicted, gold):

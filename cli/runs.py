@@ -46,10 +46,10 @@ def new_folder(args, runs):
 
 def interrupted(args, parser):
     """(settings, folder, checkpoint) of the run that --resume names."""
-    settings, folder = read_run(args, parser, "resume", "device")
+    settings, folder = read_run(args, parser, "resume", "data", "device")
     path = folder / "checkpoint.pt"
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}: the run is finished, or did not get through its first epoch")
+        raise FileNotFoundError(f"no {path}: the run is finished, or left no checkpoint, so it cannot be resumed")
     saved = read_torch(path)
     if not isinstance(saved, dict) or saved.get("format") != CHECKPOINT:
         raise ValueError(f"{path} is not a checkpoint of this program")
@@ -79,5 +79,6 @@ def read_finished(args, parser):
         raise ValueError("--predict needs --evaluate RUN, the finished run whose model is to label the rows")
     settings, folder = read_run(args, parser, flag, *(["predict", "data", "device"] if flag == "evaluate" else []))
     if not (folder / "summary.json").is_file():
-        raise FileNotFoundError(f"the run in {folder} is not finished: go on with --resume {folder}")
+        way = f"go on with --resume {folder}" if (folder / "checkpoint.pt").is_file() else "run it again"
+        raise FileNotFoundError(f"the run in {folder} is not finished: {way}")
     return settings, folder, read_json(folder / "summary.json")

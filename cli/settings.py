@@ -40,6 +40,8 @@ def settle(args):
 
     weights = args.weights or mini_encoder(device=settings.device)  # all that can be refused before has been
     settings.weights = os.path.realpath(weights)  # so that --evaluate and --resume find it from anywhere
+    if args.data is not None:
+        settings.data = os.path.realpath(args.data)
 
     defaults = {"lr": method.lr[official], "warmup": settings.decisions.warmup, "precision": method.precision}
     if not args.steps:

@@ -11,6 +11,7 @@ from cli.settings import used
 from glue.mini import TASKS as MINI_TASKS
 from glue.tasks import load_task, task_of
 from glue.tokens import tokenizer_for
+from hub.adapters import ids_of_adapters
 from hub.roberta import load_pretrained
 from peers import METHODS, install
 from tiny_transformer import SequenceClassifier
@@ -61,11 +62,11 @@ def fingerprint(settings, model, train):
     """
     elsewhere = ("device", "weights", "data", "gate_lr")
     decisive = {name: value for name, value in used(settings).items() if name not in elsewhere}
-    tokens = sum(len(ids) for ids, *_ in train)
-    return {**decisive, "training rows": f"{len(train)} of {tokens} tokens", "frozen weights": frozen_digest(model)}
+    rows = f"{len(train)}, digest {digest_of(repr(train))}"
+    return {**decisive, "training rows": rows, "frozen weights": frozen_digest(model)}
 
 
 def frozen_digest(model):
     """A digest of the weights that came with the checkpoint and do not train."""
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    return digest_of({name: p for name, p in frozen.items() if not name.endswith("log_theta")})
+    ours = ids_of_adapters(model)
+    return digest_of({name: p for name, p in model.named_parameters() if not (p.requires_grad or id(p) in ours)})

@@ -43,10 +43,9 @@ from glue import mini
 from glue.metrics import METRICS
 from glue.tasks import DEV_ROWS, TASKS, TRAIN_ROWS, load_task, task_of
 from peers import METHODS
-from peers.alora import hold_out
 from peers.sora import lambda_at
 from rank_allocator import lr_factor
-from train_glue_mini import fine_tune, loss_of, losses_of
+from train_glue_mini import data_for, fine_tune
 
 ARMS = ["salora-8-to-4", "salora-16-to-4", "lora-8", "lora-4", "adalora-8-to-4", "sora-8", "alora-8-to-4", "rm-lora-4",
         "adapter-h-16", "adapter-p-35", "prefix-8", "prompt-8", "bitfit", "ia3", "full", "head",
@@ -75,12 +74,7 @@ def measure(args, task, arm, seed, trial):
     train, scored = rows_of(task, args.data, seed)
     with redirect_stdout(None):
         model, encode = build(settings)
-    train, options = encode(train[: args.rows]), {}
-    if arm.method == "alora":
-        train, held_out = hold_out(train, settings.batch_size)
-        options["score"] = lambda: -loss_of(model, held_out)
-    if arm.method == "child-tuning":
-        options["losses"] = lambda: losses_of(model, train, settings.batch_size)
+    train, options = data_for(arm.method, model, encode(train[: args.rows]), settings.batch_size)
     if arm.method == "sora":
         options["sparse_lambda"] = lambda_of(REACH[arm.family]["tasks"], arm, lr, args.steps)
     trained, journal = shift.parameters_of(model), Journal(args.steps)

@@ -44,7 +44,7 @@ from cli.program import Parser, errors_as_lines
 from cli.table import append, has_row, read_table
 from experiments.study import AGAIN
 from experiments.tables import in_columns
-from hub.recorded import Recorded, cuda_graph, eagerly
+from hub.recorded import Recorded, cuda_graph, forward_backward
 from rank_allocator import Recipe
 from tiny_transformer import SequenceClassifier, TinyTransformer, TransformerConfig
 
@@ -99,7 +99,7 @@ class Stepper:
             return F.cross_entropy(outputs.float(), labels)
 
         recorded = cuda and arm not in PEFT and phase != "eager"
-        self.add_gradients = Recorded(model, loss_of, record) if recorded else partial(eagerly, loss_of)
+        self.add_gradients = Recorded(model, loss_of, record) if recorded else partial(forward_backward, loss_of)
 
     def __call__(self):
         self.allocator.before_step(self.step)

@@ -20,10 +20,11 @@ tuning, runs that are skipped once they are done, runs that diverge, and reports
     )
     main = STUDY.main
 
-Tuning has a seed of its own, 100, which no report uses. `--tune` runs every arm with each of its trials, into tune.csv;
-a run then takes the trial with the best mean over the tasks there. Every run is a row of NAME.csv, and none is done
-twice, so a study can be interrupted, resumed, and split over processes. A run that diverges gets an infinite score: the
-worst of all trials, named in reports but part of no mean.
+An arm is a method with its size; a trial is a learning rate, and a scale where that is tuned as well. Tuning has seeds
+of its own, which no report uses. `--tune` runs every arm with each of its trials, into tune.csv; a run then takes the
+trial with the best mean over the tasks and seeds there. Every run is a row of NAME.csv, and none is done twice, so a
+study can be interrupted, resumed, and split over processes. A run that diverges gets an infinite score: the worst of
+all trials, named in reports but part of no mean.
 """
 
 import argparse
@@ -102,6 +103,7 @@ class Study:
     steps: int | None = None  # None: there is no --steps
     lowest: bool = True  # whether the lowest score is the best
     trials: Callable = lambda args, task, arm: []  # what --tune tries, if there is anything to tune
+    tune_seeds: tuple = (TUNE_SEED,)
     default: Callable | None = None  # default(args, task, arm) -> the trial of an arm that was not tuned
     by_task: bool = False  # whether every task has a best trial of its own
     arm_of: Callable = arm_of  # name -> arm, or ArgumentTypeError
@@ -122,7 +124,8 @@ class Study:
         parser.add_argument("--seeds", nargs="+", type=whole, metavar="S", help="default "
                             f"{' '.join(map(str, self.seeds))}; a report covers all without it")  # fmt: skip
         mode = parser.add_mutually_exclusive_group()
-        mode.add_argument("--tune", action="store_true", help=f"run every trial of every arm, on seed {TUNE_SEED}")
+        mode.add_argument("--tune", action="store_true", help="run every trial of every arm, on seed "
+                          f"{' '.join(map(str, self.tune_seeds))}")  # fmt: skip
         mode.add_argument("--report", action="store_true", help="no training: report on the runs so far")
         parser.add_argument("--grid", nargs="+", type=trial_of, metavar="LR[:SCALE]", help="trials for --tune")
         if self.steps:
@@ -139,8 +142,8 @@ class Study:
         parser = self.parser()
         with errors_as_lines(parser, hint=AGAIN):
             args = parser.parse_args(argv)
-            if TUNE_SEED in (args.seeds or []):
-                raise ValueError(f"--seeds: {TUNE_SEED} is the seed for tuning")
+            for seed in set(args.seeds or []) & set(self.tune_seeds):
+                raise ValueError(f"--seeds: {seed} is a seed for tuning")
             if args.grid and not args.tune:
                 raise ValueError("--grid is what --tune tries: it needs --tune")
             args.tasks = args.tasks or list(self.default_tasks or self.tasks)
@@ -165,8 +168,9 @@ class Study:
                 for trial in (args.grid or trials) if trials else []:
                     if len(trial) != len(trials[0]):
                         raise ValueError(f"--grid {text_of(trial)}: expected one such as {text_of(trials[0])}")
-                    key = {"task": task, "arm": arm.name, "trial": text_of(trial), "seed": TUNE_SEED}
-                    self.run(args, path, key, task, arm, TUNE_SEED, trial)
+                    for seed in self.tune_seeds:
+                        key = {"task": task, "arm": arm.name, "trial": text_of(trial), "seed": seed}
+                        self.run(args, path, key, task, arm, seed, trial)
         rows = self.rows_of(path)
         if not rows:
             raise ValueError("nothing to tune: none of these arms has trials")
@@ -181,16 +185,17 @@ class Study:
         return rows
 
     def ranking(self, rows, arm, tasks):
-        """[(mean score over the tasks, trial)] of an arm, the best first, and of equal ones that with the lowest rate.
+        """[(mean score, trial)] of an arm, the best first, and of equal ones that with the lowest rate.
 
-        Trials that lack a task are left out.
+        The mean is over the tasks and the seeds for tuning. Trials that lack a run are left out.
         """
-        scores = defaultdict(dict)
+        scores = defaultdict(list)
         for row in rows:
             if row["arm"] == arm and row["task"] in tasks:
-                scores[row["trial"]][row["task"]] = float(row[self.columns[0]])
-        whole = [(mean(found.values()), trial_of(trial)) for trial, found in scores.items() if len(found) == len(tasks)]
-        return sorted(whole, key=lambda pair: (pair[0] if self.lowest else -pair[0], pair[1]))
+                scores[row["trial"]].append(float(row[self.columns[0]]))
+        runs = len(tasks) * len(self.tune_seeds)
+        complete = [(mean(found), trial_of(trial)) for trial, found in scores.items() if len(found) == runs]
+        return sorted(complete, key=lambda pair: (pair[0] if self.lowest else -pair[0], pair[1]))
 
     def trial_for(self, args, task, arm):
         """The best trial of an arm, or its default. Raises ValueError where it has neither."""

@@ -44,6 +44,11 @@ def plain_layers(model):
     return {plain_name(name): layer for name, layer in salora_layers(model).items()}
 
 
+def ids_of_adapters(model):
+    """The ids of all A, B and log_theta: a set. What has lost all triplets requires no gradient, but is no base."""
+    return {id(p) for layer in salora_layers(model).values() for p in (layer.A, layer.B, layer.gate.log_theta)}
+
+
 def adapter_state(model):
     """A snapshot of the triplets by layer, of every other trained weight, and of running statistics (BatchNorm's).
 
@@ -51,8 +56,7 @@ def adapter_state(model):
     model before `adapt`, so a bias that trains inside an adapted layer is found again.
     """
     model = bare(model)
-    layers = plain_layers(model)
-    ours = {id(p) for layer in layers.values() for p in (layer.A, layer.B, layer.gate.log_theta)}
+    layers, ours = plain_layers(model), ids_of_adapters(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours}
     running = {name: b for name, b in model.named_buffers() if name.rsplit(".", 1)[-1] in RUNNING_STATISTICS}
     for name, p in trained.items():
@@ -71,8 +75,8 @@ def trained_state(model):
 
     Unlike `adapter_state` it loads into the same parameters, as resuming with an optimizer needs it.
     """
-    adapters = {id(p) for layer in salora_layers(model).values() for p in (layer.A, layer.B, layer.gate.log_theta)}
-    kept = {id(p) for p in model.parameters() if p.requires_grad} | {id(b) for b in model.buffers()} | adapters
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    kept = trained | {id(b) for b in model.buffers()} | ids_of_adapters(model)
     return {n: t.detach() for n, t in model.state_dict(keep_vars=True).items() if id(t) in kept}
 
 
@@ -191,11 +195,13 @@ def _is_sound(value):
 def save_adapter(model, path):
     """Write the finished adapter to a file, atomically. `base` weights are not in it.
 
-    Save before `merge`, which leaves no adapter. Raises ValueError while a RankAllocator is still at work: a snapshot
-    on the way is `adapter_state`. OSError where the file cannot be written.
+    Raises ValueError where there is nothing to save, as after `merge`, which leaves no adapter, and while a
+    RankAllocator is still at work: a snapshot on the way is `adapter_state`. OSError where the file cannot be written.
     """
     finished_layers(model)
     state = adapter_state(model)
+    if not state["layers"] and not state["others"]:
+        raise ValueError("the model has no adapter, and nothing in it trains: save before merge, which leaves none")
     write_atomically(Path(path), lambda part: torch.save(state, part))
 
 

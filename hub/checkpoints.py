@@ -135,11 +135,19 @@ def write_tensors(tensors, folder, safetensors, other, prefer=True):
     """Write {name: tensor} to a file of the folder: the one called `safetensors` where its package is installed and it
     is preferred, else by torch.save the one called `other`. The file under the other name goes: it is an older one."""
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         prefer = False
+
+    def save(path):
+        try:
+            save_file(tensors, path, {"format": "pt"})
+        except SafetensorError as error:  # a full disk
+            raise OSError(str(error)) from None
+
     if prefer:
-        write_atomically(folder / safetensors, lambda path: save_file(tensors, path, {"format": "pt"}))
+        write_atomically(folder / safetensors, save)
         (folder / other).unlink(missing_ok=True)
     else:
         write_atomically(folder / other, lambda path: torch.save(tensors, path))
@@ -155,8 +163,10 @@ def write_atomically(path, write):
     try:
         write(part)
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save meets a full disk with a RuntimeError
+    except OSError as error:
         raise OSError(f"{path} cannot be written: {error}") from None
+    except RuntimeError as error:  # of torch.save, which says little
+        raise OSError(f"{path} cannot be written: {error}; is the disk full?") from None
     finally:
         with suppress(OSError):
             part.unlink()

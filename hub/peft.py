@@ -8,6 +8,7 @@ Left out: DoRA and other variants, adapters of embeddings, running statistics (B
 import json
 import re
 import reprlib
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -40,8 +41,8 @@ def export_peft(model, folder, rename=str, pad=False, base_model=None, task_type
     task_type:  what PEFT calls its task, "SEQ_CLS" for one; AutoPeftModelFor... needs both
     Weights trained beside the triplets, a classifier head, go along as modules_to_save.
     Raises ValueError, before anything is written, where the adapter is empty, unfinished, or cannot be told in PEFT's
-    terms: a layer under two names, a trained weight outside of all modules or inside an adapted layer, a head whose
-    name PEFT would find in other modules too.
+    terms: a layer or a trained weight under two names, a trained weight outside of all modules or inside an adapted
+    layer, a head whose name PEFT would find in other modules too.
     """
     model = bare(model)
     layers = exportable_layers(model)
@@ -108,12 +109,21 @@ def trained_heads(model, rename, targets):
     A module is saved whole, frozen parameters too, because PEFT looks for all of them.
     """
     layers = salora_layers(model)
-    trained = {name.rpartition(".")[0]: name for name in adapter_state(model)["others"]}  # {module: a parameter of it}
+    weights = list(adapter_state(model)["others"])
+    trained = {name.rpartition(".")[0]: name for name in weights}  # {module: a parameter of it}
     for module, name in trained.items():
         if not module:
             raise ValueError(f"{name} trains, but PEFT saves modules and it has none: freeze it, or put it into one")
         if module in layers:
             raise ValueError(f"{name} trains beside an adapter, which plain LoRA has no place for: freeze it")
+    names_of = defaultdict(list)  # {id of a parameter: its names}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names_of[id(p)].append(name)
+    for name in weights:
+        tied = names_of[id(model.get_parameter(name))]
+        if len(tied) > 1:
+            both = " and ".join(tied)
+            raise ValueError(f"{both} are one weight, which trains, and PEFT would make two of it: freeze it")
     saved, others = {}, [f"{rename(name)}.weight" for name in layers]
     for name, parameter in model.named_parameters():
         module, _, kind = name.rpartition(".")

@@ -22,7 +22,7 @@ from itertools import chain
 import torch
 
 
-def eagerly(loss_of, *inputs):
+def forward_backward(loss_of, *inputs):
     """Add the gradients of a loss to those of the parameters. Returns the loss."""
     loss = loss_of(*inputs)
     loss.backward()
@@ -41,7 +41,7 @@ def cuda_graph(work, pool):
 
 
 class Recorded:
-    """`eagerly` for one model and one loss, but recorded.
+    """`forward_backward` for one model and one loss, but recorded.
 
     loss_of(*inputs): a scalar; it must depend only on its inputs and on the model's parameters and buffers. An input
     that is not a tensor is a constant of the recording. record: `cuda_graph`, or what stands in for it.
@@ -59,7 +59,7 @@ class Recorded:
             self.pool = torch.cuda.graph_pool_handle() if self.record is cuda_graph else None
         key = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in inputs)
         if key not in self.replays:
-            loss = eagerly(self.loss_of, *inputs)
+            loss = forward_backward(self.loss_of, *inputs)
             self.replays[key] = None
             return loss
         if self.replays[key] is None:
@@ -68,28 +68,29 @@ class Recorded:
 
     def recording(self, inputs):
         """Record the work on inputs of these shapes. Returns a function of such inputs that replays it."""
-        read = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+        static_inputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
         trained = [p for p in self.model.parameters() if p.requires_grad]
         gradients = self.gradients  # all recordings write to these, so they are outside of the pool
         gradients.update({p: torch.empty_like(p) for p in trained if p not in gradients})
         loss, reached = torch.empty((), device=trained[0].device), []
 
         def work():
-            result = self.loss_of(*read)
+            result = self.loss_of(*static_inputs)
             loss.copy_(result.detach())
-            found = dict(zip(trained, torch.autograd.grad(result, trained, allow_unused=True)))
-            reached[:] = [p for p in trained if found[p] is not None]
+            gradient_of = dict(zip(trained, torch.autograd.grad(result, trained, allow_unused=True)))
+            reached[:] = [p for p in trained if gradient_of[p] is not None]
             for p in reached:
-                gradients[p].copy_(found[p])
+                gradients[p].copy_(gradient_of[p])
 
         with torch.cuda.device_of(loss):
-            again = self.record(work, self.pool)
+            launch = self.record(work, self.pool)
 
         def replay(inputs):
-            for x, new in zip(read, inputs):
+            for x, new in zip(static_inputs, inputs):
                 if isinstance(x, torch.Tensor):
                     x.copy_(new)
-            again()
+            launch()
+            # A backward pass that begins at the parameters themselves adds to .grad, and calls hooks
             torch.autograd.backward(reached, [gradients[p] for p in reached])
             return loss.clone()
 

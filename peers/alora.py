@@ -61,7 +61,9 @@ class ALoRA(Allocator):
         layers = list(self.layers.values())
         total = affordable(self.budget, sum(layer.r for layer in layers))
         for i, layer in enumerate(layers):
-            open_now = total // len(layers) + (i < total % len(layers))
+            open_now = total // len(layers)
+            if i < total % len(layers):
+                open_now += 1
             layer.gate.fix((torch.arange(layer.r, device=layer.A.device) < open_now).float())
 
     @torch.no_grad()

@@ -74,7 +74,7 @@ EQUATIONS = {  # what stands in @pytest.mark.equation("8") -> the place in the c
     "11": "budget.py, Eq. (11): C = sum_i E||G_i||_0 (d_i + k_i) / sum_i r_i (d_i + k_i)",
     "12": "budget.py, Eq. (12): loss + beta R_orth + lambda (C - b)^2, down for A, B and log theta, up for lambda >= 0",
     "projection": "budget.py, project: one shift of every log theta, the one with which Eq. (11) gives C = b",
-    "first odds": "budget.py, start_gates: log theta = spread log(|B[:, i]| |A[i, :]| / sqrt(d + k)) + c, C = 11/12",
+    "first odds": "budget.py, start_gates: log theta = spread log(scale |B[:, i]| |A[i]| / sqrt(d + k)) + c, C = 11/12",
     "budget rule": "budget.py, freeze_gates: from the largest log theta down, each triplet that still fits b x total",
     "median rule": "budget.py, freeze_gates, section 3.5: the triplets whose median gate is positive",
     # Algorithm 1

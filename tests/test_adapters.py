@@ -9,7 +9,7 @@ from torch import nn
 
 from budget import freeze_gates
 from hub.adapters import adapter_state, load_adapter, load_adapter_state, save_adapter
-from salora import adapt, prune, salora_layers
+from salora import adapt, merge, prune, salora_layers
 
 pytestmark = pytest.mark.equation("adapter file")
 TARGETS = ["shared", r"body\.\d"]
@@ -185,6 +185,17 @@ def test_a_state_that_is_damaged_is_refused_and_leaves_the_model_alone():
     for state in states:
         with row(state), unchanged(net), pytest.raises(ValueError, match="adapter.*(damaged|: no 'format')"):
             load_adapter_state(net, state)
+
+
+def test_a_model_without_an_adapter_is_not_saved(tmp_path):
+    """As after merge. A head that trains alone is worth a file."""
+    net = adapt(Net(), ["shared"])
+    merge(net)
+    with pytest.raises(ValueError, match="has no adapter, and nothing in it trains: save before merge"):
+        save_adapter(net, tmp_path / "a.pt")
+    assert not (tmp_path / "a.pt").exists()
+    net.head.requires_grad_(True)
+    save_adapter(net, tmp_path / "a.pt")
 
 
 def test_an_adapter_that_does_not_fit_is_refused_by_name():

@@ -144,6 +144,15 @@ def test_moments_start_anew_at_t_start_with_canonical_triplets_only():
         assert all(bool(run.optimizer.state[p]) != canonical for layer in run.layers for p in (layer.A, layer.B))
 
 
+def test_a_finished_adapter_that_kept_all_triplets_can_be_allocated_anew():
+    """As one that was loaded or imported: its gates are fixed until the next allocator begins."""
+    run = Run(budget=1.0).train()
+    run.do("F")
+    again = Run(lambda: (run.model, (6,))).train()
+    again.do("F")
+    assert kept_density(again.layers) <= 0.5
+
+
 # Recipes, and any shapes
 
 
@@ -208,7 +217,7 @@ def test_any_recipe_on_any_shapes_has_its_phases_on_time_and_never_overspends(pl
     kept = sum(layer.r * layer.triplet_size for layer in layers)
     assert kept == sum(r * layer.triplet_size * kept_density([layer]) for layer in layers), "what is closed is gone"
     assert kept_density(layers) <= budget
-    if schedule.window == 0:
+    if schedule.window_steps == 0:
         assert abs(allocator.C_end - 11 / 12) <= 1e-5, "decided by the odds that gates start with"
     elif recipe.controller == "projection":
         assert abs(allocator.C_end - budget) <= 1e-5

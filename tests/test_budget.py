@@ -71,8 +71,9 @@ def test_projection_puts_c_on_the_target_by_one_shift_for_all_however_far_away_t
 def test_gates_start_at_odds_that_grow_with_energy_per_parameter_and_c_as_in_the_paper(bank, spread):
     start_gates(iter(bank), spread)
     assert float(expected_density(bank).detach()) == pytest.approx(11 / 12, abs=2e-6)
-    energies = [layer.B.square().sum(0) * layer.A.square().sum(1) / layer.triplet_size for layer in bank]
-    sizes = torch.cat(energies).detach().sqrt()
+    energies = [(layer.scale * torch.outer(b, a)).square().sum() / layer.triplet_size
+                for layer in bank for b, a in zip(layer.B.detach().T, layer.A.detach())]  # fmt: skip
+    sizes = torch.stack(energies).sqrt()
     values = torch.cat([layer.gate.log_theta.detach() for layer in bank])
     assert torch.allclose(values - values[0], spread * (sizes / sizes[0]).log(), atol=1e-3)
     if spread == 0:
@@ -224,7 +225,7 @@ def test_phases_partition_the_steps_in_order(total, a, b):
     assert (papers.T_start, papers.T_end) == (200, 500), "App. B: 0.2 T and 0.5 T"
     phases = [schedule.phase(step) for step in range(total)]
     assert phases == sorted(phases, key=["before", "window", "after"].index)
-    assert phases.count("window") == schedule.window == round(max(a, b) * total) - round(min(a, b) * total)
+    assert phases.count("window") == schedule.window_steps == round(max(a, b) * total) - round(min(a, b) * total)
     assert phases.count("before") == schedule.T_start == round(min(a, b) * total)
 
 

@@ -15,7 +15,7 @@ from budget import Lagrangian, expected_density, resample
 from cli.journal import Journal
 from glue.mini import examples
 from glue.tokens import MiniTokenizer
-from hub.recorded import eagerly
+from hub.recorded import forward_backward
 from peers import METHODS, allocator_for, install
 from rank_allocator import Recipe
 from salora import canonicalize, orthogonality, prune
@@ -56,10 +56,10 @@ def three_steps(monkeypatch, method, total_steps, **options):
 
     def watched(loss_of, *inputs):
         with on_the_cpu if steps else nullcontext():
-            return eagerly(loss_of, *inputs)
+            return forward_backward(loss_of, *inputs)
 
     monkeypatch.setattr(Journal, "add", add)
-    monkeypatch.setattr(train_glue_mini, "eagerly", watched)
+    monkeypatch.setattr(train_glue_mini, "forward_backward", watched)
     rows = MiniTokenizer().encode(examples("mini-mnli", 40))
     model = SequenceClassifier(TinyTransformer(TransformerConfig(**SMALL, type_vocab_size=2)), 3)
     install(model, method, 4)

@@ -161,6 +161,14 @@ def test_short_windows_and_a_dropout_that_the_recipe_does_not_have_are_warned_of
             assert all(re.search(*pair) for pair in zip(expected, [str(warning.message) for warning in found]))
 
 
+def test_a_head_that_trains_but_not_in_the_optimizer_is_warned_of():
+    model = adapt(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), ["0"], r=4)
+    optimizer = sgd(model)
+    model[1].requires_grad_(True)
+    with pytest.warns(UserWarning, match="^1.weight requires a gradient, but the optimizer does not hold it: make the"):
+        RankAllocator(model, optimizer, 1000)
+
+
 def test_a_layer_that_the_model_passes_by_is_warned_of_when_the_window_opens():
     class Bypass(nn.Module):
         def __init__(self):

@@ -175,6 +175,11 @@ def test_what_peft_has_no_words_for_is_not_exported_and_nothing_is_written(tmp_p
     model = adapt(nn.ModuleDict({"layer": nn.Linear(4, 4), "head": head}), ["layer"], r=2)
     head.requires_grad_(True)
     refused(model, "head trains, and PEFT would take head.original_module for it or for a part of it")
+    words, head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+    head.weight = words.weight
+    model = adapt(nn.ModuleDict({"words": words, "body": nn.Linear(4, 4), "head": head}), ["body"], r=2)
+    head.requires_grad_(True)
+    refused(model, "words.weight and head.weight are one weight, which trains, and PEFT would make two of it")
     model = adapt(Twins(), ["down"], r=2)
     model.block.up = torch.compile(model.block.up)
     refused(model, "a part of the model is compiled, which changes names")

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import train_glue_mini
 from glue.tokens import collate
-from hub.recorded import Recorded, cuda_graph, eagerly
+from hub.recorded import Recorded, cuda_graph, forward_backward
 from peers import METHODS
 from rank_allocator import RankAllocator, Recipe
 from salora import adapt, salora_layers
@@ -90,7 +90,7 @@ def recorded(net, record=traced):
 def test_replays_equal_eager_steps_to_the_bit_and_inputs_of_a_shape_are_recorded_once():
     """With dropout, with parameters that no gradient reaches, and with gradients that add up over two parts."""
     plain, net, calls = Net(), Net(), []
-    expected = train(plain, partial(eagerly, loss_by(plain)))
+    expected = train(plain, partial(forward_backward, loss_by(plain)))
     assert same(train(net, recorded(net, noting(calls))), expected)
     assert len(calls) == 2, "two shapes"
     assert net.spare.weight.grad is None
@@ -237,8 +237,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @needs_cuda
 def test_a_cuda_graph_gives_the_numbers_of_eager_steps_to_the_bit():
     nets = Net().cuda(), Net().cuda()
-    on_device = [lambda share, x, y, f=f: f(share, x.cuda(), y.cuda())
-                 for f in (partial(eagerly, loss_by(nets[0])), Recorded(nets[1], loss_by(nets[1])))]  # fmt: skip
+    steps = partial(forward_backward, loss_by(nets[0])), Recorded(nets[1], loss_by(nets[1]))
+    on_device = [lambda share, x, y, step=step: step(share, x.cuda(), y.cuda()) for step in steps]
     assert same(*(train(net, step) for net, step in zip(nets, on_device)))
 
 
@@ -248,7 +248,7 @@ def test_a_whole_run_on_cuda_gives_the_numbers_of_an_eager_one(recipe):
     weights = []
     for record in (None, cuda_graph):
         net = adapt(Net(), ["body", "head"], r=4).cuda()
-        step = partial(eagerly, loss_by(net)) if record is None else Recorded(net, loss_by(net))
+        step = partial(forward_backward, loss_by(net)) if record is None else Recorded(net, loss_by(net))
         optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01, fused=True)
         allocator = RankAllocator(net, optimizer, 40, recipe=recipe)
         for i in range(40):

@@ -78,7 +78,7 @@ REFUSED = [  # flags, and what the line says
     ("--weights nowhere", "nowhere; expected the folder of a RoBERTa or BERT checkpoint"),
     ("--weights=", "argument --weights: expected a path, got an empty text"),
     ("--task cola", "task cola needs --data DIR"),
-    ("--task cola --data nowhere", "no file nowhere/train.tsv"),
+    ("--task cola --data nowhere", "/nowhere/train.tsv"),
     ("--predict test.tsv", "--predict needs --evaluate RUN"),
     ("--resume nowhere", "no settings.json in nowhere; expected the folder of a run"),
     ("--evaluate nowhere", "no settings.json in nowhere; expected the folder of a run"),
@@ -208,7 +208,7 @@ def test_several_runs_of_which_one_ended_before_its_first_checkpoint_start_anew_
 
 def test_a_run_with_a_checkpoint_is_not_begun_anew_by_mistake(go, kept, capsys):
     before = (kept.interrupted / "checkpoint.pt").read_bytes()
-    assert "holds an interrupted run: --resume it, or" in refused(capsys, go, "--out", kept.interrupted)
+    assert "holds a run that is not finished: --resume it, or" in refused(capsys, go, "--out", kept.interrupted)
     assert (kept.interrupted / "checkpoint.pt").read_bytes() == before
 
 
@@ -313,6 +313,44 @@ def test_other_weights_in_the_encoders_folder_and_another_adapter_are_noticed(go
     assert "the interrupted run had frozen weights " in refused(capsys, go, "--resume", tmp_path / "part")
 
 
+def test_matrices_that_lose_all_triplets_are_no_weights_of_the_encoder(go, tmp_path):
+    """Also where the cut comes before the first checkpoint."""
+    flags = ["--window", 0, 0.1, "--budget", 0.02]
+    whole = go(*flags, "--out", tmp_path / "whole")
+    assert 0 in whole["ranks"].values()
+    assert go("--evaluate", tmp_path / "whole")["score"] == whole["score"]
+    interrupt(go, *flags, "--out", tmp_path / "part", after=7)
+    assert go("--resume", tmp_path / "part")["adapter_digest"] == whole["adapter_digest"]
+
+
+def test_a_run_is_resumed_where_its_data_lies_now_but_not_with_other_labels(go, tmp_path, capsys, monkeypatch):
+    def write(folder, labels):
+        folder.mkdir(exist_ok=True)
+        rows = [f"the dog sees a cat .\t{labels[i % 2]}" for i in range(48)]
+        for name in ("train", "dev"):
+            (folder / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *rows]))
+
+    monkeypatch.setattr(setup, "tokenizer_for", lambda *_: MiniTokenizer())
+    write(tmp_path / "here", "01")
+    interrupt(go, "--task", "sst2", "--data", "here", "--out", "run", after=7)
+    write(tmp_path / "here", "10")
+    message = refused(capsys, go, "--resume", "run")
+    assert "the interrupted run had training rows 48, digest " in message
+    (tmp_path / "here").rename(tmp_path / "there")
+    write(tmp_path / "there", "01")
+    monkeypatch.chdir("there")
+    assert f"no file {tmp_path / 'here'}" in refused(capsys, go, "--resume", tmp_path / "run")
+    assert go("--resume", tmp_path / "run", "--data", ".")["steps"] == 20
+
+
+def test_a_picture_that_cannot_be_drawn_costs_a_line_and_not_the_run(go, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "draw_training", Mock(side_effect=RuntimeError("latex could not be found")))
+    summary = go("--out", tmp_path / "run", pictures=True)
+    assert "warning: there is no " in (said := capsys.readouterr().out) and "latex could not be found" in said
+    assert names(tmp_path / "run") == [name for name in FILES if name != "training.png"]
+    assert go("--evaluate", tmp_path / "run")["score"] == summary["score"]
+
+
 def test_equal_digests_mean_equal_content():
     values = [torch.ones(2), torch.ones(2, 1), torch.ones(2).double(), torch.ones(())]
     values += [[1.0, 1.0], (1.0, 1.0), [[1.0], 1.0], "1", 1, {"a": 1}, {"b": 1}]
@@ -388,6 +426,15 @@ def test_a_full_disk_while_an_encoder_is_pre_trained_is_one_line_and_leaves_no_h
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert ("File too large" in message or "cannot be written: " in message) and not list(tmp_path.glob("runs/*"))
+
+
+def test_a_full_disk_during_an_export_is_one_line(go, tmp_path, kept, capsys, monkeypatch):
+    """safetensors has an error of its own for it."""
+    torch_file = pytest.importorskip("safetensors.torch")
+    error = pytest.importorskip("safetensors").SafetensorError("I/O error: No space left on device")
+    monkeypatch.setattr(torch_file, "save_file", Mock(side_effect=error))
+    message = refused(capsys, go, "--export", copy_of(kept.finished, tmp_path / "run"))
+    assert "cannot be written: I/O error: No space left on device" in message
 
 
 def test_closed_standard_output_is_one_line(go, capsys, monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from main_job import spoiled_update
 from strategies import installed_parameters
 
+import train_glue_mini
 from cli.files import digest_of
 from experiments import arms, compare, ladder, plots, shift
 from experiments.arms import PLACEMENTS, arm_of, shuffled
@@ -268,7 +269,7 @@ def test_a_run_trains_on_as_many_rows_as_asked_for_and_alora_holds_out_an_eighth
         compare.measure(args, "mini-rte", arm_of(name), 0, (0.01,))
     (rows, _), (kept, allocator) = seen
     assert len(rows) == 32 and kept == rows[:28]
-    monkeypatch.setattr(compare, "loss_of", lambda model, some: len(some) / 10 if some == rows[28:] else 99)
+    monkeypatch.setattr(train_glue_mini, "loss_of", lambda model, some: len(some) / 10 if some == rows[28:] else 99)
     assert allocator.score() == -0.4, "the negative loss of the others"
 
 

@@ -91,6 +91,20 @@ def test_tuning_has_a_seed_of_its_own_and_runs_take_the_best_mean_over_its_tasks
     assert {trial for _, _, seed, trial in runs.asked if seed == 3} == {0.1}, "where the highest score is the best"
 
 
+def test_trials_are_ranked_by_the_mean_over_all_seeds_for_tuning(study, tmp_path):
+    losses = {(0.1, 100): 0.0, (0.1, 101): 1.0, (0.2, 100): 0.4, (0.2, 101): 0.4}
+
+    def measure(args, task, arm, seed, trial):
+        return {"loss": losses.get((*trial, seed), 0.0), "size": 0.5}
+
+    study = replace(study, tune_seeds=(100, 101), trials=lambda *_: [(0.1,), (0.2,)], measure=measure)
+    flags = ["--arms", "lora-4", "--tasks", "a", "--out", str(tmp_path)]
+    study.main(["--tune", *flags])
+    assert {row["trial"] for row in study.main(flags)} == {"0.2"}
+    with pytest.raises(SystemExit):
+        study.main(["--seeds", "101", *flags])
+
+
 @pytest.mark.parametrize("lowest", [True, False])
 def test_of_equal_trials_runs_take_the_one_with_the_lowest_rate_and_tuning_says_so(study, tmp_path, capsys, lowest):
     equal = replace(study, measure=lambda *_: {"loss": 0.5, "size": 0.5}, lowest=lowest)
@@ -132,7 +146,7 @@ def test_report_and_picture_are_about_the_tasks_and_seeds_asked_for(study, tmp_p
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--seeds", "0", "100"], "--seeds: 100 is the seed for tuning"),
+    (["--seeds", "0", "100"], "--seeds: 100 is a seed for tuning"),
     (["--arms", "best-4"], "'best-4' is not an arm"),
     (["--grid", "fast"], "'fast' is not LR or LR:SCALE, such as 0.006:2"),
     (["--tune", "--report"], "not allowed with"),
@@ -354,7 +368,7 @@ def test_an_arm_has_the_allocator_recipe_and_budget_of_its_name():
     found = [allocator(name) for name in ("salora-8-to-4", "svd-16-to-4", "salora-8-to-2-paper", "lora-4-restart")]
     assert [some.budget for some in found] == [0.5, 0.25, 0.25, 1]
     assert found[0].recipe == Recipe.ours() and found[2].recipe == Recipe.paper()
-    assert found[1].schedule.window == found[3].schedule.window == 0, "no gate trains"
+    assert found[1].schedule.window_steps == found[3].schedule.window_steps == 0, "no gate trains"
     lora, alora = allocator("lora-4"), allocator("alora-8-to-4", score=lambda: 0.0)
     assert type(lora) is FixedRanks and type(alora) is ALoRA and alora.budget == 0.5
     assert lora.lr_factor(0) == alora.lr_factor(0) < 0.5, "all of them warm up"
