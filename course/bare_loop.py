@@ -1,17 +1,18 @@
-"""SaLoRA in one short file: a small net trains, and Algorithm 1 finds out which ranks its updates need.
+"""SaLoRA in one short file: two linear maps train, and Algorithm 1 finds out which ranks their updates need.
 
     python course/bare_loop.py
 
-Two linear maps must learn updates of ranks 1 and 3. Each starts with 8 triplets (a triplet is a column of B, a gate and
+The maps must learn updates of ranks 1 and 3. Each starts with 8 triplets (a triplet is a column of B, a gate and
 a row of A), and a quarter of these parameters may stay.
 
     before T_start   every gate is held at 1: plain LoRA
     in the window    gates are random, and lambda pushes the expected density C toward the budget b
-    after T_end      the best triplets within the budget have stayed, the others are gone: plain LoRA again
+    after T_end      the triplets of largest log_theta that fit the budget have stayed: plain LoRA again
 
-`train` is the loop; it calls the four hooks above it. Two things are not the paper's: triplets are made independent at
-T_start (`canonicalize`), and the budget decides which of them stay (`freeze_gates`). rank_allocator.py has the same
-hooks for any model. Left out: its checks, resuming, and Adam for A and B, whose moments would have to be cut with them.
+`train` is the loop; it calls the four hooks above it. Not the paper's are: triplets that are made independent at
+T_start (`canonicalize`), the budget that decides which of them stay, and their gates of 1 (`freeze_gates`); Adam for
+log_theta and lambda, and SGD for A and B; gate_lr and beta, which suit so short a run. rank_allocator.py has the same
+hooks for any model. Left out: its checks, resuming, and Adam for A and B, whose moments would be cut with them.
 """
 
 import sys
@@ -95,7 +96,7 @@ def planted(ranks=(1, 3), size=16, rows=64, steps=800, seed=0):
     model = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in ranks)
     updates = [torch.randn(size, rank) @ torch.randn(rank, size) / size for rank in ranks]
     targets = [linear.weight.detach() + update for linear, update in zip(model, updates)]
-    adapt(model, r"\d", r=8, alpha=16)
+    adapt(model, ["0", "1"], r=8, alpha=16)
 
     def loss_of(model, x):
         return sum((layer(x) - x @ target.T).square().sum(1).mean() for layer, target in zip(model, targets))

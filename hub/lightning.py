@@ -11,6 +11,12 @@
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 Every Lightning checkpoint holds the allocator's state; with accumulated batches one must not fall between two of them.
+To merge or export one from after T_end, load it into a new module, and finish the allocator of that:
+
+    saved = torch.load(path, weights_only=False)
+    module.load_state_dict(saved["state_dict"])
+    allocator.load_state_dict(saved["callbacks"]["RankCallback"])
+    allocator.finish()
 """
 
 from lightning.pytorch import Callback

@@ -32,8 +32,8 @@ WRONG = [  # (exercise, what the student thought, function, text that the refere
     (5, "A^T A for A A^T", "orthogonality", "rows @ rows.mT - I", "rows.mT @ rows - torch.eye(rows.shape[2])"),
     (5, "the norm is not squared", "orthogonality", ".square().sum()", ".norm()"),
     (5, "the mean over layers", "orthogonality", "return total", "return total / len(layer_list(layers))"),
-    (5, "all of S in B", "canonicalize", "layer.A.zero_()[:n] = S.sqrt()[:, None] * (Vt @ Qa.T)",
-     "layer.B[:, :n] *= S.sqrt()\n    layer.A.zero_()[:n] = Vt @ Qa.T"),
+    (5, "all of S in B", "canonicalize", "layer.A[:n] = S.sqrt()[:, None] * (Vt @ Q_A.T)",
+     "layer.B[:, :n] *= S.sqrt()\n    layer.A[:n] = Vt @ Q_A.T"),
     (5, "A is lost while B = 0", "canonicalize", "    if not layer.B.any():\n        return\n", ""),
     (6, "the rank of now instead of that at creation", "total_parameters", "layer.r0 * layer", "layer.r * layer"),
     (6, "gates are counted, not parameters", "expected_density", "return spent / total_parameters(layers)",
@@ -83,10 +83,10 @@ WRONG = [  # (exercise, what the student thought, function, text that the refere
     (5, "the identity of the rank at creation", "orthogonality", "torch.eye(rows.shape[1], ", "torch.eye(layer.r0, "),
     (5, "a constant", "orthogonality", "return total", "return total.detach()"),
     (5, "A does not count", "orthogonality", "(layer.B.T, layer.A)", "(layer.B.T,)"),
-    (5, "smallest first", "canonicalize", "svd(Rb @ Ra.T, full_matrices=False)",
-     "svd(Rb @ Ra.T, full_matrices=False)\n    U, S, Vt = U.flip(1), S.flip(0), Vt.flip(0)"),
-    (5, "another Parameter", "canonicalize", "(Vt @ Qa.T)",
-     "(Vt @ Qa.T)\n    layer.A = nn.Parameter(layer.A.detach().clone())"),
+    (5, "smallest first", "canonicalize", "svd(R_B @ R_A.T, full_matrices=False)",
+     "svd(R_B @ R_A.T, full_matrices=False)\n    U, S, Vt = U.flip(1), S.flip(0), Vt.flip(0)"),
+    (5, "another Parameter", "canonicalize", "(Vt @ Q_A.T)",
+     "(Vt @ Q_A.T)\n    layer.A = nn.Parameter(layer.A.detach().clone())"),
     (6, "a dict is not thought of", "total_parameters", "for layer in layer_list(layers))", "for layer in layers)"),
     (6, "gates that are held or fixed are free", "expected_density", "layer.gate.open_probability()",
      "prob_open(layer.gate.log_theta)"),
@@ -126,13 +126,13 @@ RIGHT = [  # what the hints recommend: (exercise, style, text of the reference, 
     (3, "a sum over a fine grid of noise", f"return {MEAN}", """\
 u = (torch.arange(5000, dtype=log_theta.dtype) + 0.5) / 5000
     return sample_gate(log_theta[..., None], u, tau, gamma, zeta).mean(-1)"""),
-    (5, "the SVD of the whole product", "    (Qb, Rb), (Qa, Ra) = ", """\
+    (5, "the SVD of the whole product", "    Q_B, R_B = ", """\
     U, S, Vt = torch.linalg.svd(layer.B @ layer.A, full_matrices=False)
     n = min(layer.r, len(S))
     layer.B.zero_()[:, :n] = U[:, :n] * S[:n].sqrt()
     layer.A.zero_()[:n] = S[:n].sqrt()[:, None] * Vt[:n]
     return
-    (Qb, Rb), (Qa, Ra) = """),
+    Q_B, R_B = """),
     (2, "a logit by hand", "torch.logit(u)", "(torch.log(u) - torch.log1p(-u))"),
     (4, "einsum", "F.linear(h, self.B.to(h.dtype))", "torch.einsum('...r,dr->...d', h, self.B)"),
     (7, "sorted, then reversed, with ties in order", "key=lambda t: -t[0]", "key=lambda t: t[0], reverse=True"),

@@ -139,6 +139,13 @@ def test_lightning_resumes_from_its_checkpoints_equal_to_the_bit(tmp_path):
         trainer, module, data = processes.lightning(tmp_path, 1, 1)
         trainer.fit(module, data, ckpt_path=tmp_path / f"step={stop}.ckpt", weights_only=False)
         assert_equal(states(module), expected)
+    trainer, module, data = processes.lightning(tmp_path, 1, 1)
+    saved = torch.load(tmp_path / "step=14.ckpt", weights_only=False)
+    module.load_state_dict(saved["state_dict"])
+    allocator = trainer.callbacks[0].allocator
+    allocator.load_state_dict(saved["callbacks"]["RankCallback"])
+    allocator.finish()
+    assert not salora_layers(merge(module))
 
 
 def test_a_schedule_that_lightning_steps_once_per_epoch_is_refused(tmp_path):

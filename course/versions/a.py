@@ -50,8 +50,7 @@ def mean_gate(log_theta, tau=TAU, gamma=GAMMA, zeta=ZETA):
 class SaLoRALinear:
     def update(self, x):
         """The second term of Eq. (5) alone, without the frozen layer: x (..., k) -> (..., d)."""
-        kept = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        h = F.linear(kept, self.A.to(x.dtype))  # (..., r)  A x
+        h = F.linear(F.dropout(x, self.dropout, self.training), self.A.to(x.dtype))  # (..., r)  A x
         h = h * (self.scale * self.gate()).to(h.dtype)  # (..., r)  times the gate and alpha / r0
         return F.linear(h, self.B.to(h.dtype))  # (..., d)
 

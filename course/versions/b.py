@@ -47,7 +47,7 @@ def mean_gate(log_theta, tau=TAU, gamma=GAMMA, zeta=ZETA):
 class SaLoRALinear:
     def forward_columns(self, x):
         """Eq. (5) as it stands there, for vectors that are the columns of x: (k, n) -> (d, n)."""
-        kept = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        kept = F.dropout(x, self.dropout, self.training)
         h = self.A.to(x.dtype) @ kept  # (r, n)  A x
         h = (self.scale * self.gate()).to(h.dtype)[:, None] * h  # (r, n)  times the gate and alpha / r0
         return self.base(x.T).T + self.B.to(h.dtype) @ h  # (d, n)

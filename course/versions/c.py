@@ -50,8 +50,7 @@ def mean_gate(log_theta, tau=TAU, gamma=GAMMA, zeta=ZETA):
 class SaLoRALinear:
     def terms(self, x):
         """Both terms of Eq. (5), not yet added: x (..., k) -> a pair of (..., d), the frozen layer's output first."""
-        kept = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        h = F.linear(kept, self.A.to(x.dtype))  # (..., r)  A x
+        h = F.linear(F.dropout(x, self.dropout, self.training), self.A.to(x.dtype))  # (..., r)  A x
         h = h * (self.scale * self.gate()).to(h.dtype)  # (..., r)  times the gate and alpha / r0
         return self.base(x), F.linear(h, self.B.to(h.dtype))
 
