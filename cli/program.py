@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from contextlib import contextmanager
 
 from cli.interrupts import interruptible
@@ -18,7 +19,9 @@ def errors_as_lines(parser, hint=""):
     """Errors that the user can mend end the program with one line and exit status 2.
 
     An interruption ends it with exit status 130, and says how to go on: what the KeyboardInterrupt says, or `hint`.
+    Warnings are lines, too, without the place in the code.
     """
+    formatted, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"warning: {message}\n"
     try:
         with interruptible():
             yield
@@ -32,6 +35,7 @@ def errors_as_lines(parser, hint=""):
             raise
         parser.error(flush() or line_about(error))
     finally:  # also where --help ends the program
+        warnings.formatwarning = formatted
         wrong = flush()
         if wrong:
             parser.error(wrong)

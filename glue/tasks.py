@@ -120,7 +120,8 @@ def read_rows(path, task, labeled=True):
     wanted = [*task.sentences, *([task.label] if labeled else [])]
     absent = [column for column in wanted if column not in header]
     if absent:
-        raise ValueError(f"{path} has no column {', '.join(absent)}; its header is {', '.join(header) or 'empty'}")
+        there = ", ".join(map(repr, header)) or "empty"
+        raise ValueError(f"{path} has no column {', '.join(absent)}; its header is {there}")
     if task.broken_lines and labeled:
         whole = [(i, cells) for i, cells in table if len(cells) == len(header)]
         if len(whole) < len(table):

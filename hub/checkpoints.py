@@ -82,20 +82,23 @@ def check_weight(value, where):
 
 
 def check_regular(path):
-    """Raises FileNotFoundError where there is no file, ValueError for a folder, a pipe or a device."""
+    """Raises FileNotFoundError where there is no file, ValueError for a folder, a pipe, a device or a pointer."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         raise FileNotFoundError(f"no file {path}") from None
     if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer, perhaps forever
         raise ValueError(f"{path} is not a regular file")
+    with open(path, "rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            raise ValueError(f"{path} only points to a file that Git LFS has: git lfs pull brings it")
 
 
 def read_json(path):
     """The object in a JSON file, a dict; ValueError for a file that is damaged or holds something else."""
     check_regular(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows programs write a mark in front
     except (ValueError, RecursionError):  # the latter for brackets nested without end
         found = None
     if not isinstance(found, dict):

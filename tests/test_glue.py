@@ -181,7 +181,7 @@ def test_quotes_and_odd_line_separators_are_part_of_a_sentence(tmp_path):
         ("stsb", lambda t: t.replace("0.25", "7"), "line 3: score '7', expected a number from 0 to 5"),
         ("stsb", lambda t: t.replace("0.25", "much"), "line 3: score 'much', expected a number"),
         ("mnli", lambda t: t.replace("neutral", "-"), "line 2: label '-', expected one of entailment, neutral"),
-        ("qqp", lambda t: t.replace("question2", "text"), "has no column question2; its header is id, qid1"),
+        ("qqp", lambda t: t.replace("question2", "text"), "has no column question2; its header is 'id', 'qid1'"),
         ("rte", lambda t: "", "has no column sentence1, sentence2, label; its header is empty"),
         ("cola", lambda t: "\n\n", "train.tsv holds no rows"),
     ],

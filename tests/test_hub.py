@@ -36,6 +36,17 @@ def test_pipes_devices_and_folders_are_refused_rather_than_waited_for(tmp_path):
             read(path)
 
 
+def test_a_pointer_of_git_lfs_is_refused_by_its_name(tmp_path):
+    (tmp_path / "model.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n")
+    with pytest.raises(ValueError, match="model.bin only points to a file that Git LFS has: git lfs pull brings it"):
+        read_torch(tmp_path / "model.bin")
+
+
+def test_a_byte_order_mark_before_json_is_no_damage(tmp_path):
+    (tmp_path / "config.json").write_text('{"a": 1}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "config.json") == {"a": 1}
+
+
 @pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("PytorchStreamWriter failed writing file")])
 def test_an_atomic_write_that_fails_leaves_what_was_there(tmp_path, error):
     path = tmp_path / "file"

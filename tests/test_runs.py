@@ -19,6 +19,7 @@ from cli import settings as cli_settings
 from cli.afterwards import reopen
 from cli.files import check_free, claimed, digest_of, made
 from cli.journal import Journal
+from cli.program import Parser, errors_as_lines
 from cli.settings import read_settings
 from cli.table import append, has_row, read_table, rows_with
 from glue import pretrain
@@ -158,6 +159,13 @@ def test_memory_that_is_too_small_is_one_line_which_says_what_to_do(go, capsys, 
         monkeypatch.setattr(train_glue_mini, "task_loss", Mock(side_effect=effect))
         message = refused(capsys, go)
         assert message.endswith(f"too little memory: take smaller batches, or what else saves it (see --help).{text}")
+
+
+def test_warnings_are_lines_while_a_program_runs():
+    before = warnings.formatwarning
+    with errors_as_lines(Parser()):
+        assert warnings.formatwarning("mind the gap", UserWarning, "file.py", 3) == "warning: mind the gap\n"
+    assert warnings.formatwarning is before
 
 
 # Interruptions
