@@ -298,7 +298,7 @@ class RankAllocator:
     def _prune(self):
         """Remove the closed triplets, also from the optimizer's state."""
         for layer in self.layers.values():
-            moments = [self._moments(layer.A), self._moments(layer.B)]
+            moments = [moments_of(self.optimizer, p) for p in (layer.A, layer.B)]
             kept = prune(layer)
             for p, values, axis in zip((layer.A, layer.B), moments, (0, 1)):
                 for key, value in values.items():
@@ -309,13 +309,8 @@ class RankAllocator:
         for layer in self.layers.values():
             closed = (layer.gate.settled() == 0).nonzero().flatten()
             for p, axis in ((layer.A, 0), (layer.B, 1)):
-                for value in (p.data, *self._moments(p).values()):
+                for value in (p.data, *moments_of(self.optimizer, p).values()):
                     value.index_fill_(axis, closed, 0)
-
-    def _moments(self, p):
-        """What the optimizer keeps for every entry of a parameter, not its count of steps: {key: tensor}."""
-        state = self.optimizer.state.get(p, {})
-        return {key: x for key, x in state.items() if isinstance(x, torch.Tensor) and x.shape == p.shape}
 
     def status(self):
         """What a log shows of the step that is done. It synchronizes the GPU."""
@@ -379,6 +374,12 @@ def reduce_gradients(optimizer, how, more=()):
         flat /= world_size()
     for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad = grad.view_as(p).to(p.dtype)
+
+
+def moments_of(optimizer, p):
+    """What an optimizer keeps for every entry of a parameter, which is not its count of steps: {key: tensor}."""
+    state = optimizer.state.get(p, {})
+    return {key: x for key, x in state.items() if isinstance(x, torch.Tensor) and x.shape == p.shape}
 
 
 def lr_factor(step, total_steps, warmup=0.0, start=0):

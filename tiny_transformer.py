@@ -68,7 +68,7 @@ class Block(nn.Module):
         return self.out(h.transpose(1, 2).reshape(batch, seq, d))
 
     def forward(self, x, mask):
-        """x (batch, seq, d), mask (batch, 1, 1 or seq, seq) True where a token may be looked at -> (batch, seq, d)."""
+        """x (batch, seq, d), mask (batch, 1, 1 or seq, seq) True for what may be attended to -> (batch, seq, d)."""
         x = self.norm1(x + self.dropout(self.attention(x, mask)))
         return self.norm2(x + self.dropout(self.down(F.gelu(self.up(x)))))
 
@@ -97,7 +97,7 @@ class TinyTransformer(nn.Module):
         return load_pretrained(folder, **changes)[0]
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None):
-        """input_ids (batch, seq); attention_mask (batch, seq), 1 = look at it, by default all that is not padding;
+        """input_ids (batch, seq); attention_mask (batch, seq), 1 = attend to it, by default all that is not padding;
         token_type_ids (batch, seq), by default 0. Returns (batch, seq, d)."""
         real = input_ids != self.config.pad_token_id
         if attention_mask is None:
@@ -158,9 +158,12 @@ class MaskedLM(nn.Module):
 
 
 def init_weights(model, config):
-    """RoBERTa's start: weights normal with deviation `initializer_range`, biases and padding rows 0."""
+    """RoBERTa's start: weights normal with deviation `initializer_range`, biases and padding rows 0.
+
+    A model on the meta device, which has shapes only, is left alone.
+    """
     if next(model.parameters()).is_meta:
-        return  # a model of shapes only, on which even empty draws take torch most of a second
+        return  # even draws into nothing take torch most of a second
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=config.initializer_range)

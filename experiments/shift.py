@@ -66,9 +66,9 @@ TUNED = {name: trial for trial, names in BEST.items() for name in names.split()}
 
 
 def permute_words(texts, rng):
-    old = mini.VOCABULARY[len(mini.GLUE_WORDS) :]
-    new = rng.sample(old, len(old))
-    words = dict(zip(new, new[1:] + new[:1]))
+    content = mini.VOCABULARY[len(mini.GLUE_WORDS) :]
+    cycle = rng.sample(content, len(content))
+    words = dict(zip(cycle, cycle[1:] + cycle[:1]))  # one cycle: no word keeps its meaning
     return [tuple(s and " ".join(words.get(word, word) for word in s.split()) for s in text) for text in texts]
 
 

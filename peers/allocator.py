@@ -68,11 +68,6 @@ class Allocator(FixedRanks):
         """Which triplets are in use: a bool mask (r,) per layer."""
         return [layer.gate.settled() != 0 for layer in self.layers.values()]
 
-    def moments(self, p):
-        """The optimizer's tensors of the shape of a parameter."""
-        state = self.optimizer.state.get(p, {}).values()
-        return [x for x in state if isinstance(x, torch.Tensor) and x.shape == p.shape]
-
     @torch.no_grad()
     def finish(self):
         """After the last step: fold g into B, and leave plain LoRA layers without the triplets that are not in use."""

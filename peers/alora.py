@@ -14,6 +14,7 @@ import torch
 
 from budget import affordable, check_budget
 from peers.allocator import Allocator, normal
+from rank_allocator import moments_of
 
 START, END = 0.2, 0.5  # of all steps, SaLoRA's published window; the paper's K_1, K_2 count epochs
 ROUNDS = 8  # N_A
@@ -68,7 +69,7 @@ class ALoRA(Allocator):
 
     @torch.no_grad()
     def importance(self):
-        """{(i, j): IS of rank j of matrix i}, for every open rank: Eq. (6)."""
+        """{(i, j): the importance score of rank j of matrix i}, for every open rank: Eq. (6)."""
         gates = [layer.gate.fixed for layer in self.layers.values()]
         whole = [gate.clone() for gate in gates]
         ranks = [(i, j) for i, gate in enumerate(gates) for j in gate.nonzero().flatten().tolist()]
@@ -118,7 +119,7 @@ class ALoRA(Allocator):
         layer.A[j] = normal((k,), self.noise, layer.A) / k**0.5
         layer.B[:, j] = 0
         for p, row in ((layer.A, j), (layer.B, (slice(None), j))):
-            for moment in self.moments(p):
+            for moment in moments_of(self.optimizer, p).values():
                 moment[row] = 0
 
 

@@ -9,7 +9,7 @@ through, as if m_i were |s_i|. What a finished task needs is one prototype and a
 float.
 
 Only the order of scores counts, and a step of Adam does not depend on the size of a gradient. So a higher learning rate
-for scores, which the authors have, is the same as scores that start smaller: that is what SPEED divides by here.
+for scores, which the authors have, is the same as scores that start smaller, so here scores start divided by SPEED.
 Left out: several tasks that share a prototype, and the network that makes a prefix while it trains.
 """
 

@@ -12,10 +12,11 @@ the other rows of A and columns of B, and their moments, are put back after the 
 import torch
 
 from peers.allocator import Allocator
+from rank_allocator import moments_of
 from salora import orthogonality
 
-BETA = 0.1  # weight of Eq. (10). The paper does not tell it; this is SaLoRA's for the same term
-SHARE = 0.5  # r_hat / R. The paper does not tell it either
+BETA = 0.1  # weight of Eq. (10). The paper does not give it; this is SaLoRA's for the same term
+SHARE = 0.5  # r_hat / R. The paper does not give it either
 
 
 class RMLoRA(Allocator):
@@ -44,7 +45,7 @@ class RMLoRA(Allocator):
             for p, axis in ((layer.A, 0), (layer.B, 1)):
                 if p.grad is not None:  # None: the model did not use this layer
                     p.grad.index_fill_(axis, rest, 0)  # Alg. 1, line 13
-                for tensor in (p.data, *self.moments(p)):
+                for tensor in (p.data, *moments_of(self.optimizer, p).values()):
                     self.held.append((tensor, axis, rest, tensor.index_select(axis, rest)))
 
     @torch.no_grad()

@@ -15,8 +15,8 @@ Where the paper and the authors' code differ, this is the code:
 
 One thing is the paper's. The code's learning rate has fallen to 0 when the first level ends, so that nothing but the
 threshold moves the gates at all others; here it falls over the whole run, for Algorithm 1 trains at every level.
-SoRA has no budget: how much is pruned follows from lambda and the number of steps. A gate that starts closer to 0 than
-the thresholds of a run add up to is 0 in the end, unless the loss keeps it open.
+SoRA has no budget: how much is pruned follows from lambda and the number of steps. A gate whose |g| is
+smaller at the start than the sum of all thresholds ends at 0, unless the loss keeps it open.
 Left out: Algorithm 1's record of a model at every level of lambda; only the last is kept.
 """
 
