@@ -1,9 +1,11 @@
-"""Ctrl-C ends a program at once and silently while it is imported, and raises KeyboardInterrupt while it works.
+"""Ctrl-C ends a program at once and silently while it is imported, and raises KeyboardInterrupt while it works, as
+SIGTERM does, by which clusters and containers end it.
 
 Nothing that takes long is imported here, so that a program can begin with this.
 """
 
 import signal
+import threading
 from contextlib import contextmanager
 
 
@@ -15,12 +17,17 @@ def end_on_interrupt():
 
 @contextmanager
 def interruptible():
-    """Ctrl-C raises KeyboardInterrupt in this block, even after `end_on_interrupt`."""
+    """Ctrl-C, even after `end_on_interrupt`, and SIGTERM raise KeyboardInterrupt in this block."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
+        yield
+        return
     ends = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     if ends:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
+        signal.signal(signal.SIGTERM, before)
         if ends:
             signal.signal(signal.SIGINT, signal.SIG_DFL)

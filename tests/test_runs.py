@@ -190,13 +190,14 @@ def test_an_interruption_says_how_to_go_on(go, tmp_path, kept, capsys, monkeypat
     assert capsys.readouterr().err == f"\ninterrupted; go on from the last whole epoch with --resume {run}\n"
 
 
-def test_an_interruption_of_the_program_is_said_in_a_line(tmp_path, tiny_weights):
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_of_the_program_is_said_in_a_line(tmp_path, tiny_weights, end):
     command = [sys.executable, "-u", train_glue_mini.__file__, "--out", "run", "--weights", tiny_weights]
     program = subprocess.Popen([*command, "--steps", "100000"], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)  # fmt: skip
     while "step" not in (line := program.stdout.readline()):
         assert line, program.stderr.read()
-    program.send_signal(signal.SIGINT)
+    program.send_signal(end)
     assert program.wait(timeout=60) == 130 and program.stderr.read() == "\ninterrupted; no epoch was finished\n"
 
 
