@@ -1,9 +1,15 @@
 """How the programs of the course end when something comes in between: in one line, without a traceback."""
 
+import argparse
 import os
 import signal
 import sys
 from contextlib import contextmanager
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
 
 
 @contextmanager

@@ -8,7 +8,6 @@ The curve is the density of the stretched sample s, before it is clamped. What l
 exactly 0 or exactly 1: the two bars. In a handout, the functions are yours as far as they are written (course/run.py).
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from course.ending import ending_in_a_line
+from course.ending import Parser, ending_in_a_line
 
 SLIDERS = {  # name: (lowest, highest, at the start)
     "log_theta": (-6.0, 6.0, 0.0),
@@ -100,7 +99,7 @@ def save(path, values):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--save", type=Path, metavar="FILE", help="write a picture (.png, .pdf, .svg) and open no window"
     )

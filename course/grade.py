@@ -12,7 +12,6 @@ The tests run here and ask questions. They are answered by another process, whic
 plain data (course/answer.py): no student's code runs in this one. Exercise 10 is for the teacher to judge.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -22,7 +21,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from course.checking import LIMIT
-from course.ending import ending_in_a_line
+from course.ending import Parser, ending_in_a_line
 from course.exercises import COURSE, EXERCISES, chosen
 from course.fence import version
 from course.intake import KINDS
@@ -30,7 +29,7 @@ from course.report import gradescope_of, report_of
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("submission", type=Path, help="a folder, zip file, .py file or notebook; with --all, a folder of them")
     add("--exercises", type=chosen, default=EXERCISES.values(), metavar="1-4", help="default: all")

@@ -7,7 +7,6 @@ It holds the grader, the reference, and two scripts: setup.sh installs Python's 
 grades a submission and writes results.json. Students see points and failures by exercise.
 """
 
-import argparse
 import os
 import shlex
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from course.ending import ending_in_a_line
+from course.ending import Parser, ending_in_a_line
 from course.exercises import MODULES, ROOT, chosen
 from course.variant import run
 
@@ -40,9 +39,11 @@ python3 source/course/grade.py submission --gradescope FLAGS > results/results.j
 
 
 def make_autograder(out, flags):
-    """Write the zip file, with these flags for grade.py. Raises FileExistsError for a path that is taken."""
+    """Write the zip file, with these flags for grade.py. Raises OSError for a path that is taken or leads nowhere."""
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists: name a new file")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {out.parent}")
     files = [path for pattern in PACKED for path in sorted(ROOT.glob(pattern))]
     partial = out.with_name(f"{out.name}.partial")
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as packed:
@@ -56,7 +57,7 @@ def make_autograder(out, flags):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="a zip file that does not exist yet")
     parser.add_argument("--exercises", metavar="1-4", help="default: all")
     parser.add_argument("--hidden", metavar="SEED", help="more tests, with other numbers and shapes; SEED is any word")

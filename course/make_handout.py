@@ -9,7 +9,6 @@ tests of one exercise need the functions of the others; it is not a secret, and 
 once it has been checked: its files import, every exercise is blank, and with the reference put back all tests pass.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from course.ending import ending_in_a_line
+from course.ending import Parser, ending_in_a_line
 from course.exercises import EXERCISES, MODULES, NOT_WRITTEN, ROOT, chosen
 from course.graft import reference_texts, stubbed
 from course.intake import PAGE
@@ -90,7 +89,7 @@ def check_handout(out, exercises):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="a folder that does not exist yet")
     parser.add_argument("--exercises", type=chosen, default=EXERCISES.values(), metavar="1-4", help="default: all")
     parser.add_argument("--variant", metavar="SEED", help="a variant of the course; SEED is any word")

@@ -6,14 +6,13 @@ The first line says whose functions run. `mine()` does the same for a Python ses
 as they are: to grade, use grade.py instead.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from course.ending import ending_in_a_line
+from course.ending import Parser, ending_in_a_line
 from course.exercises import EXERCISES, FILES, ROOT
 from course.graft import Unusable, functions_of, graft, is_stub, place_of, reference_texts
 
@@ -54,7 +53,7 @@ def written_in(folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="with a student's files; all flags go to train_glue_mini.py")
     args, flags = parser.parse_known_args(argv)
     if not args.folder.is_dir():

@@ -435,6 +435,7 @@ TABLE = [
      ("signal.signal(signal.SIGINT, signal.default_int_handler)", "pass"),
      ("signal.signal(signal.SIGTERM, signal.default_int_handler)", "signal.getsignal(signal.SIGTERM)")),
     ("cli/program.py flush", "output_that_nobody_reads_or_that_fits", ("sys.stdout.flush()", "pass")),
+    ("course/ending.py Parser.error", "what_the_grader_cannot_use_is_one_line", ('f"{self.prog}', 'f"usage\\n{self.prog}')),
     ("cli/program.py errors_as_lines", "warnings_are_lines_while_a_program",
      ("        warnings.formatwarning = formatted\n", "")),
     ("hub/checkpoints.py check_regular", "a_pointer_of_git_lfs_is", ("file.read(24)", "file.read(9)")),
