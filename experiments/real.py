@@ -112,6 +112,7 @@ STUDY = Study(
     trials=lambda args, task, arm: [] if arm.placement else [(5e-4,), (1e-3,), (2e-3,), (4e-3,)],
     tune_seeds=TUNE_SEEDS,
     by_task=True,
+    rivals=rivals,
     equal=0.005,
     add_flags=add_flags,
     needs=("data", "weights"),

@@ -127,6 +127,7 @@ class Study:
         mode.add_argument("--tune", action="store_true", help="run every trial of every arm, on seed "
                           f"{' '.join(map(str, self.tune_seeds))}")  # fmt: skip
         mode.add_argument("--report", action="store_true", help="no training: report on the runs so far")
+        parser.add_argument("--minus", type=self.arm_of, metavar="ARM", help="report how all arms differ from this one")
         parser.add_argument("--grid", nargs="+", type=trial_of, metavar="LR[:SCALE]", help="trials for --tune")
         if self.steps:
             parser.add_argument("--steps", type=positive, default=self.steps, metavar="N",
@@ -267,8 +268,10 @@ class Study:
             raise ValueError(f"no such runs in {args.table}")
         done = [row for row in rows if isfinite(float(row[self.columns[0]]))]
         lost = [f"{row['arm']} on {row['task']}, seed {row['seed']}" for row in rows if row not in done]
+        if args.minus and args.minus.name not in distinct(rows, "arm"):
+            raise ValueError(f"--minus {args.minus.name}: none of these runs is of that arm")
         if done:
-            print(self.report(done))
+            print(self.report(done, args.minus))
         if lost:
             print(f"diverged, and in no mean: {'; '.join(lost)}")
         figure = self.draw(done) if self.draw and done else None
@@ -278,14 +281,22 @@ class Study:
             print(f"see {path}")
         return rows
 
-    def report(self, rows):
-        """For every task and their mean: means over seeds, differences from rivals, shares of the gap between LoRAs."""
+    def report(self, rows, minus=None):
+        """For every task and their mean: means over seeds, differences from rivals, shares of the gap between LoRAs.
+
+        minus: an arm from which all others' differences are wanted instead, in every column.
+        """
         parts = []
         for tasks in groups(rows):
             name = tasks[0] if len(tasks) == 1 else f"mean of {' and '.join(tasks)}"
             values = values_of(rows, self.columns[0], *tasks)
             more = {column: values_of(rows, column, *tasks) for column in self.more}
             parts.append(means(values, f"{name}: {self.columns[0]}", more))
+            if minus:
+                for column, found in {self.columns[0]: values, **more}.items():
+                    title = f"{name}: differences in {column} over shared seeds"
+                    parts.append(differences(found, lambda arm, _: {minus.name} - {arm}, title, self.equal))
+                continue
             parts.append(differences(values, self.rivals, f"{name}: differences over shared seeds", self.equal))
             parts.append(gaps_closed(values, f"{name}: of the gap from lora-4 to lora-8"))
         return "\n".join(filter(None, parts))

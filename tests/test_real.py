@@ -1,6 +1,7 @@
 """Real data with power: nobody trains on the rows that score, and placed ranks are those of the run that found them."""
 
 import json
+from itertools import product
 
 import pytest
 
@@ -47,15 +48,21 @@ def test_every_row_is_in_one_batch_of_every_epoch_and_little_is_padded(flags, ti
 def test_placed_ranks_are_those_of_the_run_that_found_them(flags, tmp_path, capsys):
     arms = ["--arms", "lora-4", "salora-16-to-4", "lora-4-found", "lora-4-shuffled"]
     tuned = real.main([*flags, *arms, "--tune", "--grid", "0.001", "0.01"])
-    assert [row["arm"] for row in tuned] == ["lora-4", "lora-4", "salora-16-to-4", "salora-16-to-4"]
+    for arm, rate in product(("lora-4", "salora-16-to-4"), ("0.001", "0.01")):
+        assert [row["seed"] for row in tuned if (row["arm"], row["trial"]) == (arm, rate)] == ["100", "101", "102"]
     rows = {row["arm"]: row for row in real.main([*flags, *arms, "--seeds", "0"])}
     ranks = {name: json.loads(row["ranks"]) for name, row in rows.items()}
     assert ranks["lora-4-found"] == ranks["salora-16-to-4"]
     assert sorted(ranks["lora-4-shuffled"]) == sorted(ranks["salora-16-to-4"])
     assert all(float(row["size"]) <= 0.5 for row in rows.values())
+    real.main([*flags, *arms, "--seeds", "1"])
     capsys.readouterr()
+    real.main([*flags, "--report"])
+    report = capsys.readouterr().out
+    for pair in ("salora-16-to-4 - lora-4 ", "lora-4-found - lora-4-shuffled "):
+        assert pair in report
     with pytest.raises(SystemExit) as stopped:
-        real.main([*flags, "--arms", "lora-4-found", "--seeds", "1"])
+        real.main([*flags, "--arms", "lora-4-found", "--seeds", "2"])
     assert stopped.value.code == 2 and "run that arm first" in capsys.readouterr().err
 
 

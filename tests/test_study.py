@@ -145,6 +145,26 @@ def test_report_and_picture_are_about_the_tasks_and_seeds_asked_for(study, tmp_p
     assert {row["task"] for row in drawn} == {"b"} and (tmp_path / "fake.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_report_has_the_differences_from_any_arm_in_every_column(study, tmp_path, capsys):
+    def measure(args, task, arm, seed, trial):
+        return {"loss": len(arm.name) + seed, "size": arm.start / 8}
+
+    study = replace(study, measure=measure, rivals=lambda name, names: [])
+    out = ["--tasks", "a", "--arms", "lora-4", "lora-8", "lora-16", "--out", str(tmp_path)]
+    study.main(out)
+    capsys.readouterr()
+    study.main([*out, "--report", "--minus", "lora-8"])
+    said = capsys.readouterr().out
+    assert "a: differences in loss over shared seeds" in said and "a: differences in size over shared seeds" in said
+    lines = [line.split() for line in said.splitlines() if " - lora-8 " in line]
+    assert [(line[0], line[3]) for line in lines] == [
+        ("lora-4", "+0.0000"), ("lora-16", "+1.0000"), ("lora-4", "-0.5000"), ("lora-16", "+1.0000"),
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        study.main([*out, "--report", "--minus", "lora-2"])
+    assert "--minus lora-2: none of these runs is of that arm" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags, said", [
     (["--seeds", "0", "100"], "--seeds: 100 is a seed for tuning"),
     (["--arms", "best-4"], "'best-4' is not an arm"),
