@@ -295,7 +295,8 @@ class Study:
             if minus:
                 for column, found in {self.columns[0]: values, **more}.items():
                     title = f"{name}: differences in {column} over shared seeds"
-                    parts.append(differences(found, lambda arm, _: {minus.name} - {arm}, title, self.equal))
+                    equal = self.equal if found is values else None
+                    parts.append(differences(found, lambda arm, _: {minus.name} - {arm}, title, equal))
                 continue
             parts.append(differences(values, self.rivals, f"{name}: differences over shared seeds", self.equal))
             parts.append(gaps_closed(values, f"{name}: of the gap from lora-4 to lora-8"))
