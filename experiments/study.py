@@ -190,12 +190,12 @@ class Study:
 
         The mean is over the tasks and the seeds for tuning. Trials that lack a run are left out.
         """
-        scores = defaultdict(list)
+        scores = defaultdict(dict)
         for row in rows:
             if row["arm"] == arm and row["task"] in tasks:
-                scores[row["trial"]].append(float(row[self.columns[0]]))
+                scores[row["trial"]][row["task"], row["seed"]] = float(row[self.columns[0]])
         runs = len(tasks) * len(self.tune_seeds)
-        complete = [(mean(found), trial_of(trial)) for trial, found in scores.items() if len(found) == runs]
+        complete = [(mean(found.values()), trial_of(trial)) for trial, found in scores.items() if len(found) == runs]
         return sorted(complete, key=lambda pair: (pair[0] if self.lowest else -pair[0], pair[1]))
 
     def trial_for(self, args, task, arm):

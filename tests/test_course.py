@@ -514,7 +514,7 @@ def classroom(tmp_path):
     for name, content in {
         "flat/hard_concrete.py": text,
         "flat/answers.md": f"{written.page([EXERCISES[1]])}\n7.33 gates, \x1b[31mI think.\n",
-        "deep/home/work/hard_concrete.py": text,
+        "deep/home/mine/hard_concrete.py": text,
         "deep/home/notes.txt": "hello",
         "renamed/hard_concrete (1).py": text,
         "prefixed/ada_1234_hard_concrete-2.py": text,
